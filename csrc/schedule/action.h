@@ -1,0 +1,89 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "common/ids.h"
+
+namespace dualpipe {
+
+// What a rank does, in the grammar of torch.distributed.pipelining (docs/architecture.md, "Actions").
+enum class Op : std::uint8_t {
+  kForward,          // F
+  kBackward,         // B = I + W
+  kBackwardInput,    // I
+  kBackwardWeight,   // W
+  kOverlap,          // (0F7;7B13)OVERLAP_F_B, or with I once the W has been split off
+  kSendForward,      // 3SEND_F12: the output of 3F12 leaves for stage 4
+  kRecvForward,      // 3RECV_F12: the input of 3F12 is asked for
+  kSendBackward,     // 3SEND_B12: the input gradient of 3B12 leaves for stage 2
+  kRecvBackward,     // 3RECV_B12: the output gradient of 3B12 is asked for
+  kReduceGrad,       // 3REDUCE_GRAD: stage 3's gradients are summed over its mirrors
+};
+
+[[nodiscard]] constexpr bool is_compute(Op op) { return op <= Op::kOverlap; }
+[[nodiscard]] constexpr bool is_send(Op op) {
+  return op == Op::kSendForward || op == Op::kSendBackward;
+}
+[[nodiscard]] constexpr bool is_recv(Op op) {
+  return op == Op::kRecvForward || op == Op::kRecvBackward;
+}
+
+// One cell of a schedule. 16 bytes: schedules of 1024 ranks hold tens of millions of them.
+class Action {
+ public:
+  constexpr Action(Op op, Stage stage, Microbatch microbatch)
+      : microbatch_(microbatch.value()), stage_(narrow(stage)), op_(op) {}
+
+  // forward and backward of different micro-batches as one action; backward_op is kBackward or
+  // kBackwardInput.
+  static constexpr Action overlap(Stage forward_stage, Microbatch forward_microbatch,
+                                  Op backward_op, Stage backward_stage,
+                                  Microbatch backward_microbatch) {
+    Action action(Op::kOverlap, forward_stage, forward_microbatch);
+    action.backward_op_ = backward_op;
+    action.backward_stage_ = narrow(backward_stage);
+    action.backward_microbatch_ = backward_microbatch.value();
+    return action;
+  }
+  static constexpr Action reduce_grad(Stage stage) {
+    return Action(Op::kReduceGrad, stage, Microbatch());
+  }
+
+  [[nodiscard]] constexpr Op op() const { return op_; }
+  [[nodiscard]] constexpr Stage stage() const { return Stage(stage_); }
+  [[nodiscard]] constexpr Microbatch microbatch() const { return Microbatch(microbatch_); }
+
+  // The two halves of an overlapped pair as actions of their own.
+  [[nodiscard]] constexpr Action forward_half() const {
+    return Action(Op::kForward, stage(), microbatch());
+  }
+  [[nodiscard]] constexpr Action backward_half() const {
+    return Action(backward_op_, Stage(backward_stage_), Microbatch(backward_microbatch_));
+  }
+
+  constexpr bool operator==(const Action&) const = default;
+
+ private:
+  static constexpr std::uint16_t narrow(Stage stage) {
+    return static_cast<std::uint16_t>(stage.value());
+  }
+
+  std::int32_t microbatch_ = -1;
+  std::int32_t backward_microbatch_ = -1;
+  std::uint16_t stage_ = 0;
+  std::uint16_t backward_stage_ = 0;
+  Op op_;
+  Op backward_op_ = Op::kBackward;
+};
+
+static_assert(sizeof(Action) == 16);
+
+// "3F12", "(0F7;7B13)OVERLAP_F_B", "3SEND_F12", "3REDUCE_GRAD", ...
+[[nodiscard]] std::string to_string(const Action& action);
+
+// The inverse of to_string. Strict: anything else throws ScheduleError with the column (from 1).
+[[nodiscard]] Action parse_action(std::string_view text);
+
+}  // namespace dualpipe

@@ -1,0 +1,40 @@
+#pragma once
+
+#include <iosfwd>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "schedule/action.h"
+#include "schedule/placement.h"
+
+namespace dualpipe {
+
+// What every rank does, in order, as data. Planners make one of compute actions alone; passes
+// (schedule/passes/) turn it into one with explicit sends, receives and reductions.
+struct Schedule {
+  std::string name;
+  Placement placement;
+  std::vector<std::vector<Action>> rows;  // by rank
+
+  [[nodiscard]] int num_ranks() const { return placement.num_ranks(); }
+  [[nodiscard]] int num_stages() const { return placement.num_stages(); }
+  [[nodiscard]] int num_microbatches() const { return placement.num_microbatches(); }
+  [[nodiscard]] const std::vector<Action>& row(Rank rank) const { return rows[rank.index()]; }
+
+  bool operator==(const Schedule&) const = default;
+};
+
+// One line a rank, cells separated by commas, empty cells allowed: the CSV of
+// torch.distributed.pipelining.
+[[nodiscard]] std::string to_csv(const Schedule& schedule);
+
+// num_microbatches is taken from the text. A malformed line throws ScheduleError with line and
+// column (both from 1). kind and num_stages say where stages live: the text does not.
+[[nodiscard]] Schedule schedule_from_csv(std::string_view text, PlacementKind kind,
+                                         int num_stages);
+
+// A stable 64-bit digest of everything in the schedule, the same on every machine.
+[[nodiscard]] std::uint64_t digest(const Schedule& schedule);
+
+}  // namespace dualpipe
