@@ -1,0 +1,88 @@
+#pragma once
+
+#include <compare>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "common/ids.h"
+#include "device/device.h"
+#include "memory/message.h"
+
+namespace dualpipe {
+
+// kMirrorLow, kMirrorHigh: gradients of the mirrored stages below and above the middle.
+enum class MessageKind : std::uint8_t { kActivation, kGradient, kMirrorLow, kMirrorHigh };
+inline constexpr int kNumMessageKinds = 4;
+
+// What a message is, as the schedule sees it. Messages between the same two ranks of one kind form
+// a channel and arrive in the order in which they are sent; stage and micro-batch travel along and
+// are checked. stage is the one that uses the data; microbatch is a bucket for mirrors.
+struct MessageId {
+  MessageKind kind;
+  Stage stage;
+  Microbatch microbatch;
+
+  bool operator==(const MessageId&) const = default;
+};
+[[nodiscard]] std::string to_string(
+    const MessageId& id);  // "activation of micro-batch 12 for stage 3"
+
+// What all ranks must agree on before a step's first message.
+struct StepInfo {
+  std::int64_t step = 0;
+  std::uint64_t program_digest = 0;  // 0 is not a program
+  std::string description;           // "dualpipe, 8 ranks, 20 micro-batches, training"
+};
+
+// Why a pipeline stopped. The text is complete: rank, action, original message.
+struct Failure {
+  Rank rank;  // the one at fault
+  std::string text;
+};
+
+// A message that was asked for.
+class PendingReceive {
+ public:
+  virtual ~PendingReceive() = default;
+  // Host transports block until the message is there; device transports make the compute stream
+  // wait and return at once. Once only. Throws PipelineError after abort().
+  [[nodiscard]] virtual Message wait() = 0;
+};
+
+// Moves messages between the ranks of one pipeline. send, receive and wait may be called by
+// several threads of the rank, each channel by one at a time; abort by any. Implementations pass
+// the conformance suite tests/cpp/comm/conformance.h (threads) and tests/python/test_transport.py
+// (processes, killed).
+//
+//   begin_step -> { send | receive -> wait }* -> end_step       the step is done on all ranks
+//              \-> any call throws, or abort -> recover         the step failed on all ranks
+class Transport {
+ public:
+  virtual ~Transport() = default;
+
+  // Announces the step to the neighbours and, before the first message to or from each, checks
+  // that they agree (a mismatch is a UserError on every rank, with both descriptions). Does not
+  // block for them.
+  virtual void begin_step(const StepInfo& info) = 0;
+
+  // Returns at once. The message is kept until it has left, not longer; `ready` says when its
+  // bytes are final (null: now).
+  virtual void send(Rank to, const MessageId& id, Message message,
+                    const std::shared_ptr<Event>& ready) = 0;
+
+  // Asks for the next message of the channel. Returns at once.
+  [[nodiscard]] virtual std::unique_ptr<PendingReceive> receive(Rank from, const MessageId& id) = 0;
+
+  // Commits the step: returns when every rank has got here and the sends of this rank have left.
+  virtual void end_step() = 0;
+
+  // Ends the step: every blocked or later call of this rank throws PipelineError(failure.text)
+  // until recover(). The first failure counts.
+  virtual void abort(const Failure& failure) noexcept = 0;
+
+  // Forgets the failed step: what was in flight reaches nobody. All ranks must do it.
+  virtual void recover() = 0;
+};
+
+}  // namespace dualpipe

@@ -1,0 +1,44 @@
+#pragma once
+
+#include <chrono>
+#include <memory>
+#include <string>
+
+#include "comm/control_plane.h"
+#include "comm/transport.h"
+
+namespace dualpipe {
+
+// What the watchdog must know of its rank. Called by the watchdog's thread at any time in a step.
+class Progress {
+ public:
+  virtual ~Progress() = default;
+  // How long the rank has been blocked in one wait for a message; zero while it computes.
+  [[nodiscard]] virtual std::chrono::nanoseconds waiting() const = 0;
+  // "action 31 of 94 (2F5): waits for the activation of micro-batch 5 from rank 1"
+  [[nodiscard]] virtual std::string position() const = 0;
+};
+
+// One thread a rank that ends a step which cannot go on: when another rank has reported a failure,
+// or when this rank has waited for one message longer than `timeout` (then it publishes its
+// position, gathers those of the others, and reports). It aborts the transport and goes idle
+// until the next arm(). While idle it costs nothing.
+class Watchdog {
+ public:
+  struct Options {
+    std::chrono::milliseconds poll_interval{100};
+    std::chrono::milliseconds timeout{600'000};
+  };
+
+  Watchdog(Rank rank, Transport& transport, ControlPlane& control, Options options);
+  ~Watchdog();  // joins its thread; never throws
+
+  void arm(const Progress& progress);  // at the start of a step
+  void disarm();                       // at its end; when it returns, progress is not used any more
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace dualpipe

@@ -1,0 +1,55 @@
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+namespace dualpipe {
+
+// Where a pool takes memory from: the host's heap here, pinned or device memory elsewhere.
+class Allocator {
+ public:
+  virtual ~Allocator() = default;
+  [[nodiscard]] virtual void* allocate(std::size_t num_bytes) = 0;
+  virtual void free(void* data) noexcept = 0;
+};
+
+[[nodiscard]] std::shared_ptr<Allocator> host_allocator();  // aligned to kTensorAlignment
+
+// Owner of a piece of pooled memory; letting go of the last reference gives it back to the pool.
+class Buffer {
+ public:
+  Buffer(std::byte* data, std::size_t capacity) : data_(data), capacity_(capacity) {}
+  [[nodiscard]] std::byte* data() const { return data_; }
+  [[nodiscard]] std::size_t capacity() const { return capacity_; }
+
+ private:
+  std::byte* data_;
+  std::size_t capacity_;
+};
+
+// Buffers by size, reused. No allocation once every size was seen as often as it is live at once.
+// Thread-safe; buffers may outlive the pool.
+class BufferPool {
+ public:
+  explicit BufferPool(std::shared_ptr<Allocator> allocator = host_allocator());
+  ~BufferPool();
+
+  [[nodiscard]] std::shared_ptr<Buffer> acquire(std::size_t num_bytes);
+
+  // Frees what is not in use.
+  void trim();
+
+  struct Statistics {
+    std::size_t num_allocations = 0;  // ever
+    std::size_t bytes_allocated = 0;  // now, used or not
+    std::size_t bytes_in_use = 0;
+    std::size_t peak_bytes_in_use = 0;
+  };
+  [[nodiscard]] Statistics statistics() const;
+
+ private:
+  struct State;
+  std::shared_ptr<State> state_;
+};
+
+}  // namespace dualpipe

@@ -1,0 +1,54 @@
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace dualpipe {
+
+inline constexpr int kMaxDims = 8;
+
+// What is known of one tensor of a message. dtype is the sender's code (torch's ScalarType); the
+// core moves bytes and does not look at it.
+struct TensorSpec {
+  static constexpr std::int8_t kAbsent = -1;  // a None between tensors
+
+  std::int8_t dtype = kAbsent;
+  std::uint8_t num_dims = 0;
+  bool requires_grad = false;
+  std::array<std::int64_t, kMaxDims> shape{};
+  std::uint64_t num_bytes = 0;
+
+  [[nodiscard]] bool absent() const { return dtype == kAbsent; }
+  bool operator==(const TensorSpec&) const = default;
+};
+
+using Layout = std::vector<TensorSpec>;
+
+// "[f32 4x128x256, None, ...]" with the dtype's code; for error messages.
+[[nodiscard]] std::string to_string(const Layout& layout);
+
+// Bytes of all tensors, each aligned to kTensorAlignment: how a message lies in one buffer.
+inline constexpr std::size_t kTensorAlignment = 64;
+[[nodiscard]] std::size_t packed_bytes(const Layout& layout);
+
+// The tensors that one stage hands to the next for one micro-batch, or their gradients. A view:
+// `owner` keeps the bytes alive, and dropping it gives them back to whoever lent them.
+struct Message {
+  Layout layout;
+  std::vector<std::byte*> data;  // one a tensor, contiguous; nullptr where absent
+  std::shared_ptr<void> owner;
+
+  [[nodiscard]] std::size_t num_tensors() const { return layout.size(); }
+};
+
+// Copies the tensors of a message one behind the other (see packed_bytes) to `to`.
+void pack(const Message& message, std::byte* to);
+
+// The message that lies packed at `from`; it keeps `owner`.
+[[nodiscard]] Message unpack(Layout layout, std::byte* from, std::shared_ptr<void> owner);
+
+}  // namespace dualpipe
