@@ -37,7 +37,8 @@ struct StepInfo {
 
 // Why a pipeline stopped. The text is complete: rank, action, original message.
 struct Failure {
-  Rank rank;  // the one at fault
+  Rank rank;              // the one at fault
+  std::int64_t step = 0;  // the step that failed: StepInfo::step
   std::string text;
 };
 

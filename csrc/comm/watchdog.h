@@ -1,6 +1,7 @@
 #pragma once
 
 #include <chrono>
+#include <cstdint>
 #include <memory>
 #include <string>
 
@@ -33,8 +34,10 @@ class Watchdog {
   Watchdog(Rank rank, Transport& transport, ControlPlane& control, Options options);
   ~Watchdog();  // joins its thread; never throws
 
-  void arm(const Progress& progress);  // at the start of a step
-  void disarm();                       // at its end; when it returns, progress is not used any more
+  // At the start of a step. A failure of a later step does not end this one: the rank that failed
+  // has already committed this step, and so will everybody.
+  void arm(const Progress& progress, std::int64_t step);
+  void disarm();  // at its end; when it returns, progress is not used any more
 
  private:
   struct State;

@@ -1,0 +1,97 @@
+#include "engine/engine.h"
+
+#include <thread>
+
+#include "common/error.h"
+
+namespace dualpipe {
+namespace {
+
+// A broken link is most often the echo of a failure elsewhere: how long to wait for its report.
+constexpr std::chrono::milliseconds kReportPatience{1000};
+constexpr std::chrono::milliseconds kReportPoll{10};
+
+}  // namespace
+
+Engine::Engine(Rank rank, std::unique_ptr<Transport> transport,
+               std::unique_ptr<ControlPlane> control, Watchdog::Options options)
+    : rank_(rank),
+      transport_(std::move(transport)),
+      control_(std::move(control)),
+      device_(host_device()),
+      executor_(*transport_, *device_),
+      watchdog_(std::make_unique<Watchdog>(rank, *transport_, *control_, options)) {}
+
+void Engine::run(const Program& program, StageRunner& runner, GradientReducer* reducer) {
+  ++num_steps_;
+  watchdog_->arm(executor_, num_steps_);
+  try {
+    executor_.run(program, num_steps_, runner, reducer);
+    watchdog_->disarm();
+  } catch (...) {
+    watchdog_->disarm();
+    raise_failure(reducer);
+  }
+}
+
+void Engine::fail(const std::string& text) noexcept {
+  ++num_steps_;
+  report(cat("rank ", rank_, ", step ", num_steps_, ": ", text));
+  recover(nullptr);
+}
+
+void Engine::raise_failure(GradientReducer* reducer) {
+  const std::string where = place();
+  try {
+    throw;
+  } catch (const PipelineError& error) {
+    std::optional<Failure> failure = await_report();
+    const std::string own = cat(where, ": ", error.what());
+    if (!failure.has_value()) report(own);
+    recover(reducer);
+    if (!failure.has_value() || failure->rank == rank_) throw PipelineError(own);
+    throw PipelineError(cat(failure->text, "\n(noticed by ", where, ")"));
+  } catch (const std::exception& error) {
+    report(cat(where, ": ", error.what()));
+    recover(reducer);
+    throw;
+  }
+}
+
+void Engine::report(const std::string& text) noexcept {
+  const Failure failure{.rank = rank_, .step = num_steps_, .text = text};
+  try {
+    control_->report(failure);
+  } catch (const std::exception&) {
+    // The side channel is gone: the others find out by their links.
+  }
+  transport_->abort(failure);
+}
+
+void Engine::recover(GradientReducer* reducer) noexcept {
+  try {
+    executor_.clear();
+    weight_queue_->clear();
+    if (reducer != nullptr) reducer->cancel();
+    transport_->recover();
+    control_->advance_epoch();
+  } catch (const std::exception&) {
+    // A link that cannot be recovered says so in the next step.
+  }
+}
+
+std::optional<Failure> Engine::await_report() noexcept {
+  for (auto waited = kReportPoll; waited < kReportPatience; waited += kReportPoll) {
+    try {
+      if (auto failure = control_->poll(); failure.has_value()) return failure;
+    } catch (const std::exception&) {
+      return std::nullopt;
+    }
+    std::this_thread::sleep_for(kReportPoll);
+  }
+  return std::nullopt;
+}
+
+std::string Engine::place() const { return cat("rank ", rank_, ", ", executor_.position()); }
+
+}  // namespace dualpipe

@@ -1,0 +1,62 @@
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "comm/control_plane.h"
+#include "comm/transport.h"
+#include "comm/watchdog.h"
+#include "engine/executor.h"
+#include "engine/program.h"
+#include "engine/stage_runner.h"
+#include "engine/weight_queue.h"
+
+namespace dualpipe {
+
+// One rank of one pipeline: runs steps, and makes the failure of any rank the failure of all.
+// Holds no global state; several live in one process. One thread at a time.
+class Engine {
+ public:
+  Engine(Rank rank, std::unique_ptr<Transport> transport, std::unique_ptr<ControlPlane> control,
+         Watchdog::Options options);
+
+  // Runs a step on this rank; all ranks must call it. When it returns, the step is done on every
+  // rank. When it throws, it throws on every rank, the engine is clean, and the next step works:
+  //   what the runner threw   on the rank at fault
+  //   PipelineError           elsewhere, and for dead ranks, broken links and time limits
+  void run(const Program& program, StageRunner& runner, GradientReducer* reducer);
+
+  // Fails a step before it begins, for a mistake that only this rank may have made: the others
+  // must not wait for it. Returns; the caller raises its own error.
+  void fail(const std::string& text) noexcept;
+
+  [[nodiscard]] Rank rank() const { return rank_; }
+  [[nodiscard]] Transport& transport() { return *transport_; }
+  [[nodiscard]] ControlPlane& control_plane() { return *control_; }
+  [[nodiscard]] const std::shared_ptr<WeightQueue>& weight_queue() const { return weight_queue_; }
+  [[nodiscard]] const Trace& trace() const { return executor_.trace(); }
+  // Steps that were begun, failed ones included.
+  [[nodiscard]] std::int64_t num_steps() const { return num_steps_; }
+  // Where the last step stopped: an index into its program's instructions.
+  [[nodiscard]] int cursor() const { return executor_.cursor(); }
+
+ private:
+  // Called while an exception of the step is being handled.
+  [[noreturn]] void raise_failure(GradientReducer* reducer);
+  void report(const std::string& text) noexcept;
+  void recover(GradientReducer* reducer) noexcept;
+  [[nodiscard]] std::optional<Failure> await_report() noexcept;
+  [[nodiscard]] std::string place() const;
+
+  Rank rank_;
+  std::unique_ptr<Transport> transport_;
+  std::unique_ptr<ControlPlane> control_;
+  std::unique_ptr<Device> device_;
+  std::shared_ptr<WeightQueue> weight_queue_ = std::make_shared<WeightQueue>();
+  Executor executor_;
+  std::int64_t num_steps_ = 0;
+  std::unique_ptr<Watchdog> watchdog_;  // last: its thread uses the members above
+};
+
+}  // namespace dualpipe

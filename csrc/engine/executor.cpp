@@ -1,0 +1,172 @@
+#include "engine/executor.h"
+
+#include "common/error.h"
+
+namespace dualpipe {
+
+void Executor::run(const Program& program, std::int64_t step, StageRunner& runner,
+                   GradientReducer* reducer) {
+  step_ = step;
+  reset(program, runner, reducer);
+  transport_.begin_step({step, program.digest, program.description});
+  for (const Instruction& instruction : program.instructions) {
+    execute(instruction);
+    cursor_.fetch_add(1, std::memory_order_relaxed);
+  }
+  if (reducer != nullptr) reducer->finish();
+  waiting_since_ns_.store(now_ns(), std::memory_order_relaxed);
+  transport_.end_step();
+  waiting_since_ns_.store(0, std::memory_order_relaxed);
+  trace_.peak_live_activations = activations_.peak();
+  trace_.duration_ns = now_ns() - step_start_ns_;
+}
+
+void Executor::reset(const Program& program, StageRunner& runner, GradientReducer* reducer) {
+  cursor_.store(0, std::memory_order_relaxed);
+  awaited_.store(-1, std::memory_order_relaxed);
+  waiting_since_ns_.store(0, std::memory_order_relaxed);
+  wait_ns_ = 0;
+  program_ = &program;
+  runner_ = &runner;
+  reducer_ = reducer;
+  receives_.clear();
+  receives_.resize(program.receives.size());
+  slots_.clear();
+  slots_.resize(static_cast<std::size_t>(program.num_slots));
+  activations_ = ActivationCounter();
+  trace_.events.clear();
+  trace_.events.reserve(program.instructions.size());
+  step_start_ns_ = now_ns();
+}
+
+void Executor::clear() {
+  receives_.clear();
+  slots_.clear();
+}
+
+void Executor::execute(const Instruction& instruction) {
+  switch (instruction.action.op()) {
+    case Op::kForward:
+      return run_forward(instruction);
+    case Op::kBackward:
+    case Op::kBackwardInput:
+      return run_backward(instruction);
+    case Op::kBackwardWeight:
+      return run_weight(instruction);
+    case Op::kOverlap:
+      return run_overlap(instruction);
+    case Op::kSendForward:
+    case Op::kSendBackward:
+      return issue_send(instruction);
+    case Op::kRecvForward:
+    case Op::kRecvBackward:
+      return post_receive(instruction);
+    case Op::kReduceGrad:
+      if (reducer_ != nullptr) reducer_->start(instruction.action.stage());
+      return;
+  }
+}
+
+void Executor::post_receive(const Instruction& instruction) {
+  receives_[static_cast<std::size_t>(instruction.index)] =
+      transport_.receive(instruction.peer, instruction.message);
+}
+
+void Executor::issue_send(const Instruction& instruction) {
+  Message message = std::move(slots_[static_cast<std::size_t>(instruction.index)]);
+  transport_.send(instruction.peer, instruction.message, std::move(message), device_.record());
+}
+
+void Executor::run_forward(const Instruction& instruction) {
+  const std::int64_t start = now_ns();
+  const Action& action = instruction.action;
+  Message input = take_input(instruction.first);
+  activations_.forward();
+  keep_result(instruction.first,
+              runner_->forward(action.stage(), action.microbatch(), std::move(input)));
+  record(action, start);
+}
+
+void Executor::run_backward(const Instruction& instruction) {
+  const std::int64_t start = now_ns();
+  const Action& action = instruction.action;
+  const bool defer_weights = action.op() == Op::kBackwardInput;
+  Message output_grad = take_input(instruction.first);
+  keep_result(instruction.first, runner_->backward(action.stage(), action.microbatch(),
+                                                   std::move(output_grad), defer_weights));
+  activations_.backward();
+  record(action, start);
+}
+
+void Executor::run_weight(const Instruction& instruction) {
+  const std::int64_t start = now_ns();
+  runner_->backward_weight(instruction.action.stage(), instruction.action.microbatch());
+  record(instruction.action, start);
+}
+
+void Executor::run_overlap(const Instruction& instruction) {
+  const std::int64_t start = now_ns();
+  const Action forward = instruction.action.forward_half();
+  const Action backward = instruction.action.backward_half();
+  Message input = take_input(instruction.first);
+  Message output_grad = take_input(instruction.second);
+  activations_.forward();
+  auto [activation, input_grad] =
+      runner_->overlapped({forward.stage(), forward.microbatch(), std::move(input)},
+                          {backward.stage(), backward.microbatch(), std::move(output_grad)});
+  activations_.backward();
+  keep_result(instruction.first, std::move(activation));
+  keep_result(instruction.second, std::move(input_grad));
+  record(instruction.action, start);
+}
+
+Message Executor::take_input(const Computation& computation) {
+  const auto index = static_cast<std::size_t>(computation.index);
+  switch (computation.source) {
+    case Source::kRunner:
+      return {};
+    case Source::kSlot:
+      return std::move(slots_[index]);
+    case Source::kReceive:
+      break;
+  }
+  const std::int64_t start = now_ns();
+  awaited_.store(computation.index, std::memory_order_relaxed);
+  waiting_since_ns_.store(start, std::memory_order_relaxed);
+  Message message = receives_[index]->wait();
+  waiting_since_ns_.store(0, std::memory_order_relaxed);
+  receives_[index].reset();
+  wait_ns_ += now_ns() - start;
+  return message;
+}
+
+void Executor::keep_result(const Computation& computation, Message result) {
+  if (computation.result_slot < 0) return;
+  slots_[static_cast<std::size_t>(computation.result_slot)] = std::move(result);
+}
+
+void Executor::record(const Action& action, std::int64_t start_ns) {
+  trace_.events.push_back({action, start_ns - step_start_ns_, now_ns() - step_start_ns_, wait_ns_});
+  wait_ns_ = 0;
+}
+
+std::chrono::nanoseconds Executor::waiting() const {
+  const std::int64_t since = waiting_since_ns_.load(std::memory_order_relaxed);
+  return std::chrono::nanoseconds(since == 0 ? 0 : now_ns() - since);
+}
+
+std::string Executor::position() const {
+  const auto count = program_->instructions.size();
+  const auto index = static_cast<std::size_t>(cursor());
+  if (index >= count) return cat("step ", step_, ": done, waits for the other ranks");
+  const Instruction& instruction = program_->instructions[index];
+  std::string text = cat("step ", step_, ", action ", index + 1, " of ", count, ": ",
+                         to_string(instruction.action));
+  const int awaited = awaited_.load(std::memory_order_relaxed);
+  if (waiting_since_ns_.load(std::memory_order_relaxed) == 0 || awaited < 0) return text;
+  const int receive = program_->receives[static_cast<std::size_t>(awaited)];
+  const Instruction& source = program_->instructions[static_cast<std::size_t>(receive)];
+  return cat(text, ", waits for the ", to_string(source.message), " from rank ", source.peer);
+}
+
+}  // namespace dualpipe

@@ -1,0 +1,73 @@
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "comm/transport.h"
+#include "comm/watchdog.h"
+#include "device/device.h"
+#include "engine/program.h"
+#include "engine/stage_runner.h"
+#include "engine/trace.h"
+
+namespace dualpipe {
+
+// Runs one rank's program: a loop with one small function per kind of instruction. Computation
+// waits only where it uses a message; nothing waits for a send. One thread at a time; Progress is
+// read by the watchdog's thread.
+class Executor final : public Progress {
+ public:
+  Executor(Transport& transport, Device& device) : transport_(transport), device_(device) {}
+
+  // One step, commit included. reducer may be null where the program has no REDUCE_GRAD. Throws
+  // what computation or transport throw; the next run starts afresh.
+  void run(const Program& program, std::int64_t step, StageRunner& runner,
+           GradientReducer* reducer);
+
+  // Lets go of all messages: after a step that threw.
+  void clear();
+
+  [[nodiscard]] const Trace& trace() const { return trace_; }
+
+  // The index of the instruction at work, or of the one that threw.
+  [[nodiscard]] int cursor() const { return cursor_.load(std::memory_order_relaxed); }
+
+  [[nodiscard]] std::chrono::nanoseconds waiting() const override;
+  [[nodiscard]] std::string position() const override;
+
+ private:
+  void reset(const Program& program, StageRunner& runner, GradientReducer* reducer);
+  void execute(const Instruction& instruction);
+  void post_receive(const Instruction& instruction);
+  void issue_send(const Instruction& instruction);
+  void run_forward(const Instruction& instruction);
+  void run_backward(const Instruction& instruction);
+  void run_weight(const Instruction& instruction);
+  void run_overlap(const Instruction& instruction);
+
+  [[nodiscard]] Message take_input(const Computation& computation);
+  void keep_result(const Computation& computation, Message result);
+  void record(const Action& action, std::int64_t start_ns);
+
+  Transport& transport_;
+  Device& device_;
+
+  const Program* program_ = nullptr;
+  StageRunner* runner_ = nullptr;
+  GradientReducer* reducer_ = nullptr;
+  std::vector<std::unique_ptr<PendingReceive>> receives_;  // by number
+  std::vector<Message> slots_;
+  ActivationCounter activations_;
+  Trace trace_;
+  std::int64_t step_start_ns_ = 0;
+  std::int64_t wait_ns_ = 0;  // of the computation at work
+
+  std::int64_t step_ = 0;
+  std::atomic<int> cursor_{0};
+  std::atomic<int> awaited_{-1};                   // the last receive that computation waited for
+  std::atomic<std::int64_t> waiting_since_ns_{0};  // 0: not waiting
+};
+
+}  // namespace dualpipe

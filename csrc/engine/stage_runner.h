@@ -1,0 +1,43 @@
+#pragma once
+
+#include <utility>
+
+#include "common/ids.h"
+#include "memory/message.h"
+
+namespace dualpipe {
+
+// What computes: the torch bridge (csrc/torch), or plain C++ in tests. Called by the executor's
+// thread alone. An input is empty where the runner has the data itself (a first stage's inputs, a
+// last stage's losses); a result is used only where another stage needs it.
+class StageRunner {
+ public:
+  virtual ~StageRunner() = default;
+
+  [[nodiscard]] virtual Message forward(Stage stage, Microbatch microbatch, Message input) = 0;
+
+  // B: everything. I (defer_weights): gradients of the inputs; weights wait for backward_weight.
+  [[nodiscard]] virtual Message backward(Stage stage, Microbatch microbatch, Message output_grad,
+                                         bool defer_weights) = 0;
+  virtual void backward_weight(Stage stage, Microbatch microbatch) = 0;
+
+  // A forward and a backward in one piece; returns (activation, input gradient). Called only where
+  // the program keeps its pairs.
+  struct Half {
+    Stage stage;
+    Microbatch microbatch;
+    Message input;
+  };
+  [[nodiscard]] virtual std::pair<Message, Message> overlapped(Half forward, Half backward) = 0;
+};
+
+// Sums gradients over the ranks that hold a copy of a stage.
+class GradientReducer {
+ public:
+  virtual ~GradientReducer() = default;
+  virtual void start(Stage stage) = 0;  // its gradients are final; returns at once
+  virtual void finish() = 0;            // when it returns, all that was started is summed
+  virtual void cancel() noexcept = 0;   // after a failed step: forgets what was started
+};
+
+}  // namespace dualpipe

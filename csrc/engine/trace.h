@@ -1,0 +1,48 @@
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <vector>
+
+#include "schedule/action.h"
+
+namespace dualpipe {
+
+// One computation of a step as it happened. Times in nanoseconds since the step began.
+struct TraceEvent {
+  Action action;
+  std::int64_t start_ns = 0;
+  std::int64_t end_ns = 0;
+  std::int64_t wait_ns = 0;  // of that, blocked on messages
+};
+
+// What one rank did in one step; the measured counterpart of Timeline (schedule/sim/simulate.h).
+struct Trace {
+  std::vector<TraceEvent> events;
+  std::int64_t duration_ns = 0;  // the whole step, the commit included
+  int peak_live_activations = 0;
+
+  // Nanoseconds spent computing, waits left out.
+  [[nodiscard]] std::int64_t busy_ns() const;
+};
+
+// Counts the micro-batches whose activations are alive: from F to the end of B or I.
+class ActivationCounter {
+ public:
+  void forward() { peak_ = ++live_ > peak_ ? live_ : peak_; }
+  void backward() { --live_; }
+  [[nodiscard]] int peak() const { return peak_; }
+
+ private:
+  int live_ = 0;
+  int peak_ = 0;
+};
+
+// Nanoseconds on the steady clock.
+[[nodiscard]] inline std::int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+}  // namespace dualpipe
