@@ -1,0 +1,72 @@
+"""What to build and under which key: everything that decides whether a binary fits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from dualpipe_ext._build import toolchain
+from dualpipe_ext._build.errors import BuildError
+from dualpipe_ext._build.sources import SourceTree, find_sources
+from dualpipe_ext._build.toolchain import COMPILE_FLAGS, CudaOption
+
+CUDA_VALUES: dict[str, CudaOption] = {"": "auto", "auto": "auto", "1": "on", "0": "off"}
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """One binary: these sources, this torch, this CUDA. The compiler is looked at only to build."""
+
+    sources: SourceTree
+    cuda_home: Path | None = None
+
+    @cached_property
+    def facts(self) -> dict[str, str]:
+        """What a binary must agree with to be loaded here."""
+        return {
+            **toolchain.torch_facts(),
+            "cuda": "off" if self.cuda_home is None else str(self.cuda_home),
+            "flags": " ".join(COMPILE_FLAGS),
+            "sources": self.sources.digest,
+        }
+
+    @property
+    def key(self) -> str:
+        """Names every binary that fits, whatever compiler made it."""
+        return _digest(self.facts)
+
+    @property
+    def compiler_key(self) -> str:
+        """Names the compiler within :attr:`key`; ``any`` where there is none to ask."""
+        compiler = toolchain.find_compiler()
+        return "any" if compiler is None else _digest({"compiler": compiler.version})
+
+    @property
+    def work_key(self) -> str:
+        """Names the object files: all but the sources, which are compared one by one."""
+        facts = {name: fact for name, fact in self.facts.items() if name != "sources"}
+        compiler = toolchain.require_compiler()
+        return _digest({**facts, "compiler": compiler.command + compiler.version})
+
+
+def cuda_option() -> CudaOption:
+    """``DUALPIPE_EXT_CUDA``: ``auto`` (the default), ``1`` or ``0``."""
+    value = os.environ.get("DUALPIPE_EXT_CUDA", "")
+    if value not in CUDA_VALUES:
+        raise BuildError(f"DUALPIPE_EXT_CUDA is {value!r}; it must be one of auto, 1, 0.")
+    return CUDA_VALUES[value]
+
+
+def make_plan(cuda: CudaOption | None = None, sources: SourceTree | None = None) -> BuildPlan:
+    """The plan for this process: the package's sources and the environment's options."""
+    sources = sources or find_sources()
+    option = cuda_option() if cuda is None else cuda
+    return BuildPlan(sources, toolchain.resolve_cuda(option, has_sources=sources.has_cuda))
+
+
+def _digest(facts: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

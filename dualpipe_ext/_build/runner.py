@@ -1,0 +1,84 @@
+"""Runs ninja, shows its progress, and turns a failure into a readable error."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from dualpipe_ext._build.errors import BuildError
+from dualpipe_ext._build.progress import Progress
+
+_STATUS = re.compile(r"\[(\d+)/(\d+)\] (.*)")
+_ERROR = re.compile(r"\b(fatal )?error\b|undefined reference|cannot find -l|Killed", re.IGNORECASE)
+_CONTEXT_LINES = 12
+
+
+def find_ninja() -> str:
+    """The ninja of its wheel, else the one on the path."""
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        path = shutil.which("ninja")
+        if path is None:
+            raise BuildError("ninja is missing; pip install ninja") from None
+        return path
+    return str(Path(BIN_DIR) / "ninja")
+
+
+def num_jobs() -> int:
+    """``MAX_JOBS``, or the CPUs that this process may use."""
+    chosen = os.environ.get("MAX_JOBS")
+    if chosen is None:
+        return len(os.sched_getaffinity(0))
+    if not chosen.isdecimal() or int(chosen) < 1:
+        raise BuildError(f"MAX_JOBS is {chosen!r}; it must be a whole number from 1.")
+    return int(chosen)
+
+
+def run_ninja(work: Path, progress: Progress) -> None:
+    """Brings the targets of ``work/build.ninja`` up to date.
+
+    Raises:
+        BuildError: a compile or the link failed; holds the compiler's first error.
+    """
+    command = [find_ninja(), "-C", str(work), "-j", str(num_jobs())]
+    environment = {**os.environ, "NINJA_STATUS": "[%f/%t] ", "LC_ALL": "C"}
+    output: list[str] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            status = _STATUS.match(line)
+            if status:
+                progress.step(int(status[1]), int(status[2]), status[3])
+            else:
+                output.append(line.rstrip("\n"))
+    progress.finish()
+    if process.returncode != 0:
+        log = work / "build.log"
+        log.write_text("\n".join(output) + "\n")
+        raise BuildError(_failure_text(output, log))
+
+
+def _failure_text(output: list[str], log: Path) -> str:
+    return (
+        "The C++ core of dualpipe_ext did not compile. The first error:\n\n"
+        + "\n".join(f"    {line}" for line in first_error(output))
+        + f"\n\nAll output: {log}\n"
+        "What to do: try a newer compiler (CXX=g++-12), see that torch and its headers are one "
+        "installation (python -m dualpipe_ext info), then build again: "
+        "python -m dualpipe_ext build. Out of memory: MAX_JOBS=1."
+    )
+
+
+def first_error(output: list[str]) -> list[str]:
+    """The lines from the first error on, without ninja's own and the command line."""
+    lines = [line for line in output if not line.startswith(("ninja: ", "FAILED: "))]
+    start = next((i for i, line in enumerate(lines) if _ERROR.search(line)), None)
+    if start is None:
+        return lines[-_CONTEXT_LINES:]
+    return lines[start : start + _CONTEXT_LINES]

@@ -1,0 +1,155 @@
+"""The compiler, the torch and the CUDA that an extension is built with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dualpipe_ext._build.errors import BuildError
+
+CudaOption = Literal["auto", "on", "off"]
+
+COMPILE_FLAGS = ("-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-g0", "-DNDEBUG", "-pthread")
+COMPILER_CANDIDATES = ("g++", "c++", "clang++")
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler: the command, and what it says about itself."""
+
+    command: str
+    version: str
+
+
+@cache
+def find_compiler() -> Compiler | None:
+    """The compiler named by ``CXX``, or the first one on the path; ``None`` where there is none.
+
+    Raises:
+        BuildError: ``CXX`` names something that does not run.
+    """
+    chosen = os.environ.get("CXX")
+    for candidate in [chosen] if chosen else COMPILER_CANDIDATES:
+        path = shutil.which(candidate)
+        if path is not None:
+            text = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+            return Compiler(path, text.stdout.partition("\n")[0].strip())
+    if chosen:
+        raise BuildError(
+            f"CXX is {chosen!r}, and there is no such program. Set CXX to a C++20 compiler, or "
+            "unset it to use the first of " + ", ".join(COMPILER_CANDIDATES) + "."
+        )
+    return None
+
+
+def require_compiler() -> Compiler:
+    """The compiler; raises ``BuildError`` with the remedy where there is none."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError(
+            "dualpipe_ext compiles its C++ core once for the installed torch, and found no C++ "
+            f"compiler: none of {', '.join(COMPILER_CANDIDATES)} is on the path. Install one "
+            "(Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; conda: conda "
+            "install -c conda-forge cxx-compiler) or set CXX to its path. Version 11 of GCC, or "
+            "13 of Clang, is the oldest that works."
+        )
+    return compiler
+
+
+def find_cuda_home() -> Path | None:
+    """The CUDA toolkit (``CUDA_HOME``, then nvcc on the path, then /usr/local/cuda), if any."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
+    candidates = [Path(named)] if named else [Path("/usr/local/cuda")]
+    if nvcc and not named:
+        candidates.insert(0, Path(nvcc).resolve().parent.parent)
+    return next((home for home in candidates if (home / "bin" / "nvcc").is_file()), None)
+
+
+def resolve_cuda(option: CudaOption, *, has_sources: bool) -> Path | None:
+    """The toolkit to build with, or ``None`` for a build without CUDA.
+
+    Raises:
+        BuildError: CUDA was asked for and is not possible.
+    """
+    if option == "off":
+        return None
+    home = find_cuda_home()
+    missing = []
+    if torch.version.cuda is None:
+        missing.append(f"torch {torch.__version__} is a build without CUDA")
+    if home is None:
+        missing.append("no CUDA toolkit was found (CUDA_HOME, nvcc, /usr/local/cuda)")
+    if not has_sources:
+        missing.append("this version of dualpipe_ext has no CUDA sources")
+    if missing and option == "on":
+        raise BuildError(
+            f"CUDA was asked for (DUALPIPE_EXT_CUDA=1 or --cuda) and is not possible: "
+            f"{'; '.join(missing)}. Mend that, or build without CUDA (DUALPIPE_EXT_CUDA=0)."
+        )
+    return None if missing else home
+
+
+def torch_root() -> Path:
+    """The folder of the installed torch."""
+    return Path(torch.__file__).resolve().parent
+
+
+def torch_facts() -> dict[str, str]:
+    """All that a binary depends on at run time beside its sources and flags."""
+    return {
+        "torch": str(torch.__version__),
+        "torch_revision": str(torch.version.git_version),
+        "cxx11_abi": str(int(torch.compiled_with_cxx11_abi())),
+        "python": str(sysconfig.get_config_var("SOABI")),
+        "machine": platform.machine(),
+    }
+
+
+def compile_flags() -> list[str]:
+    """Flags of every file. ``-iquote``: <torch/...> must never find our csrc/torch."""
+    root, python_include = torch_root(), Path(sysconfig.get_path("include"))
+    _require(root / "include" / "ATen" / "ATen.h", "reinstall torch: its C++ headers are missing")
+    _require(
+        python_include / "Python.h", "install them (Debian, Ubuntu: apt-get install python3-dev)"
+    )
+    includes = (
+        root / "include",
+        root / "include" / "torch" / "csrc" / "api" / "include",
+        python_include,
+    )
+    return [
+        *COMPILE_FLAGS,
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        "-DTORCH_EXTENSION_NAME=_C",
+        "-DTORCH_API_INCLUDE_EXTENSION_H",
+        *(f"-iquote{folder}" for folder in ("csrc", "python")),
+        *(f"-isystem{folder}" for folder in includes),
+    ]
+
+
+def link_flags() -> list[str]:
+    """Flags of the one link."""
+    lib = torch_root() / "lib"
+    libraries = ("torch", "torch_cpu", "torch_python", "c10")
+    return [
+        "-shared",
+        "-pthread",
+        f"-L{lib}",
+        *(f"-l{name}" for name in libraries),
+        f"-Wl,-rpath,{lib}",
+    ]
+
+
+def _require(header: Path, remedy: str) -> None:
+    if not header.is_file():
+        raise BuildError(f"C++ headers are missing: there is no {header}; {remedy}.")

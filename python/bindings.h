@@ -1,0 +1,12 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace dualpipe {
+
+// One function for each part of the core, in bind_<part>.cpp: it adds that part's classes and
+// functions to the module. Bindings hold no logic, and release the interpreter lock around calls
+// that block.
+void bind_errors(pybind11::module_& module);
+
+}  // namespace dualpipe
