@@ -17,4 +17,21 @@ std::string to_string(const MessageId& id) {
   return cat("message of unknown kind ", static_cast<int>(id.kind));
 }
 
+bool same_step(const StepInfo& one, const StepInfo& other) {
+  return one.step == other.step && one.program_digest == other.program_digest;
+}
+
+std::string describe_mismatch(Rank rank, const StepInfo& info, Rank other_rank,
+                              const StepInfo& other_info) {
+  if (other_rank < rank) return describe_mismatch(other_rank, other_info, rank, info);
+  const auto describe = [](Rank of, const StepInfo& step) {
+    return cat("rank ", of, " runs step ", step.step, " of \"", step.description, "\" (program ",
+               std::hex, step.program_digest, ")");
+  };
+  return cat("the ranks do not agree on the step: ", describe(rank, info), ", ",
+             describe(other_rank, other_info),
+             "; all ranks must call step() equally often with the same schedule, number of "
+             "micro-batches and mode");
+}
+
 }  // namespace dualpipe

@@ -35,6 +35,12 @@ struct StepInfo {
   std::string description;           // "dualpipe, 8 ranks, 20 micro-batches, training"
 };
 
+// Whether two ranks mean the same step of the same program.
+[[nodiscard]] bool same_step(const StepInfo& one, const StepInfo& other);
+// The error of a mismatch, the same text on both ranks.
+[[nodiscard]] std::string describe_mismatch(Rank rank, const StepInfo& info, Rank other_rank,
+                                            const StepInfo& other_info);
+
 // Why a pipeline stopped. The text is complete: rank, action, original message.
 struct Failure {
   Rank rank;              // the one at fault

@@ -48,6 +48,7 @@ class BufferPool {
   [[nodiscard]] Statistics statistics() const;
 
  private:
+  struct Block;
   struct State;
   std::shared_ptr<State> state_;
 };

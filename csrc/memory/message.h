@@ -48,6 +48,9 @@ struct Message {
 // Copies the tensors of a message one behind the other (see packed_bytes) to `to`.
 void pack(const Message& message, std::byte* to);
 
+// Makes a message the view of its own packed copy at `from`; it keeps `owner`.
+void repoint(Message& message, std::byte* from, std::shared_ptr<void> owner);
+
 // The message that lies packed at `from`; it keeps `owner`.
 [[nodiscard]] Message unpack(Layout layout, std::byte* from, std::shared_ptr<void> owner);
 

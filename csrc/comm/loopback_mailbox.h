@@ -1,0 +1,77 @@
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <optional>
+
+#include "comm/loopback.h"
+#include "comm/transport.h"
+
+namespace dualpipe::loopback {
+
+using Clock = std::chrono::steady_clock;
+
+// Why the calls of one rank must throw, until it recovers. Thread-safe.
+class FailureFlag {
+ public:
+  // The first error counts; returns whether this one did.
+  bool set(std::exception_ptr error);
+  void clear();
+  [[nodiscard]] bool is_set() const { return set_.load(std::memory_order_acquire); }
+  void throw_if_set() const {
+    if (is_set()) [[unlikely]] {
+      rethrow();
+    }
+  }
+
+ private:
+  [[noreturn]] void rethrow() const;
+
+  std::atomic<bool> set_{false};
+  mutable std::mutex mutex_;
+  std::exception_ptr error_;
+};
+
+// The messages of one channel that are on their way. Messages have numbers, counted from 0 within
+// an epoch (the time between two recoveries); a message of an older epoch is dropped, one of a
+// newer epoch stays invisible to a receiver that has not recovered yet.
+class Mailbox {
+ public:
+  // Thread-safe. `link` says when the message can be taken.
+  void put(std::uint64_t epoch, const MessageId& id, Message message, std::size_t num_bytes,
+           const LinkOptions& link);
+
+  struct Delivery {
+    MessageId id;
+    Message message;
+  };
+  // Blocks until the message is delivered, or throws what `failure` has.
+  [[nodiscard]] Delivery take(std::uint64_t epoch, std::uint64_t number,
+                              const FailureFlag& failure);
+
+  void wake();  // lets a blocked take look at its failure flag
+
+ private:
+  struct Envelope {
+    Delivery delivery;
+    Clock::time_point delivered_at;  // the epoch of the clock: at once
+  };
+
+  void renew(std::uint64_t epoch);
+  [[nodiscard]] std::optional<Envelope>* find(std::uint64_t epoch, std::uint64_t number);
+  [[nodiscard]] Delivery remove(std::uint64_t number);
+
+  std::mutex mutex_;
+  std::condition_variable cv_;
+  std::uint64_t epoch_ = 0;
+  std::uint64_t first_ = 0;  // number of the first envelope
+  std::deque<std::optional<Envelope>> envelopes_;
+  Clock::time_point busy_until_;  // the link has taken over all bytes so far
+};
+
+}  // namespace dualpipe::loopback
