@@ -23,6 +23,14 @@ Engine::Engine(Rank rank, std::unique_ptr<Transport> transport,
       watchdog_(std::make_unique<Watchdog>(rank, *transport_, *control_, options)) {}
 
 void Engine::run(const Program& program, StageRunner& runner, GradientReducer* reducer) {
+  run_guarded(program, &runner, reducer);
+}
+
+void Engine::exchange(const Program& program, GradientReducer& reducer) {
+  run_guarded(program, nullptr, &reducer);
+}
+
+void Engine::run_guarded(const Program& program, StageRunner* runner, GradientReducer* reducer) {
   ++num_steps_;
   watchdog_->arm(executor_, num_steps_);
   try {

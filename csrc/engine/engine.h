@@ -27,6 +27,9 @@ class Engine {
   //   PipelineError           elsewhere, and for dead ranks, broken links and time limits
   void run(const Program& program, StageRunner& runner, GradientReducer* reducer);
 
+  // A step without computation: its program holds REDUCE_GRAD alone. The same contract as run().
+  void exchange(const Program& program, GradientReducer& reducer);
+
   // Fails a step before it begins, for a mistake that only this rank may have made: the others
   // must not wait for it. Returns; the caller raises its own error.
   void fail(const std::string& text) noexcept;
@@ -42,6 +45,7 @@ class Engine {
   [[nodiscard]] int cursor() const { return executor_.cursor(); }
 
  private:
+  void run_guarded(const Program& program, StageRunner* runner, GradientReducer* reducer);
   // Called while an exception of the step is being handled.
   [[noreturn]] void raise_failure(GradientReducer* reducer);
   void report(const std::string& text) noexcept;

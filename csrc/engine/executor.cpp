@@ -4,7 +4,7 @@
 
 namespace dualpipe {
 
-void Executor::run(const Program& program, std::int64_t step, StageRunner& runner,
+void Executor::run(const Program& program, std::int64_t step, StageRunner* runner,
                    GradientReducer* reducer) {
   step_ = step;
   reset(program, runner, reducer);
@@ -13,21 +13,22 @@ void Executor::run(const Program& program, std::int64_t step, StageRunner& runne
     execute(instruction);
     cursor_.fetch_add(1, std::memory_order_relaxed);
   }
-  if (reducer != nullptr) reducer->finish();
+  awaited_.store(-1, std::memory_order_relaxed);
   waiting_since_ns_.store(now_ns(), std::memory_order_relaxed);
+  if (reducer != nullptr) reducer->finish();
   transport_.end_step();
   waiting_since_ns_.store(0, std::memory_order_relaxed);
   trace_.peak_live_activations = activations_.peak();
   trace_.duration_ns = now_ns() - step_start_ns_;
 }
 
-void Executor::reset(const Program& program, StageRunner& runner, GradientReducer* reducer) {
+void Executor::reset(const Program& program, StageRunner* runner, GradientReducer* reducer) {
   cursor_.store(0, std::memory_order_relaxed);
   awaited_.store(-1, std::memory_order_relaxed);
   waiting_since_ns_.store(0, std::memory_order_relaxed);
   wait_ns_ = 0;
   program_ = &program;
-  runner_ = &runner;
+  runner_ = runner;
   reducer_ = reducer;
   receives_.clear();
   receives_.resize(program.receives.size());

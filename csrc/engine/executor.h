@@ -21,9 +21,10 @@ class Executor final : public Progress {
  public:
   Executor(Transport& transport, Device& device) : transport_(transport), device_(device) {}
 
-  // One step, commit included. reducer may be null where the program has no REDUCE_GRAD. Throws
+  // One step, commit included. runner and reducer may be null where
+  // the program has no use for them. Throws
   // what computation or transport throw; the next run starts afresh.
-  void run(const Program& program, std::int64_t step, StageRunner& runner,
+  void run(const Program& program, std::int64_t step, StageRunner* runner,
            GradientReducer* reducer);
 
   // Lets go of all messages: after a step that threw.
@@ -38,7 +39,7 @@ class Executor final : public Progress {
   [[nodiscard]] std::string position() const override;
 
  private:
-  void reset(const Program& program, StageRunner& runner, GradientReducer* reducer);
+  void reset(const Program& program, StageRunner* runner, GradientReducer* reducer);
   void execute(const Instruction& instruction);
   void post_receive(const Instruction& instruction);
   void issue_send(const Instruction& instruction);

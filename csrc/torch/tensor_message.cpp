@@ -1,0 +1,67 @@
+#include "torch/tensor_message.h"
+
+#include <ATen/Functions.h>
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
+
+#include "common/error.h"
+
+namespace dualpipe {
+namespace {
+
+TensorSpec spec_of(const at::Tensor& tensor, bool requires_grad) {
+  DUALPIPE_USER_CHECK(tensor.layout() == at::kStrided, "stages exchange dense tensors; found ",
+                      tensor.layout(), "; convert it with to_dense() in the stage's forward");
+  DUALPIPE_USER_CHECK(tensor.dim() <= kMaxDims, "tensors between stages have at most ", kMaxDims,
+                      " dimensions; found ", tensor.dim(), "; flatten some in the stage's forward");
+  TensorSpec spec;
+  spec.dtype = static_cast<std::int8_t>(tensor.scalar_type());
+  spec.num_dims = static_cast<std::uint8_t>(tensor.dim());
+  spec.requires_grad = requires_grad;
+  std::copy(tensor.sizes().begin(), tensor.sizes().end(), spec.shape.begin());
+  spec.num_bytes = tensor.nbytes();
+  return spec;
+}
+
+at::Tensor tensor_of(const TensorSpec& spec, std::byte* data, const std::shared_ptr<void>& owner) {
+  const at::IntArrayRef shape(spec.shape.data(), spec.num_dims);
+  const auto options = at::TensorOptions().dtype(static_cast<at::ScalarType>(spec.dtype));
+  if (spec.num_bytes == 0) return at::empty(shape, options);
+  return at::from_blob(data, shape, [owner](void*) {}, options);
+}
+
+}  // namespace
+
+Message message_of(const Tensors& tensors) {
+  Message message;
+  auto owner = std::make_shared<Tensors>();
+  for (const at::Tensor& tensor : tensors) {
+    if (!tensor.defined()) {
+      message.layout.emplace_back();
+      message.data.push_back(nullptr);
+      continue;
+    }
+    at::Tensor host = tensor.detach().to(at::kCPU).contiguous();
+    message.layout.push_back(spec_of(host, tensor.requires_grad()));
+    message.data.push_back(static_cast<std::byte*>(host.mutable_data_ptr()));
+    owner->push_back(std::move(host));
+  }
+  message.owner = std::move(owner);
+  return message;
+}
+
+Tensors tensors_of(Message message, at::Device device, bool with_grad) {
+  Tensors tensors(message.num_tensors());
+  for (std::size_t i = 0; i < message.num_tensors(); ++i) {
+    const TensorSpec& spec = message.layout[i];
+    if (spec.absent()) continue;
+    at::Tensor tensor = tensor_of(spec, message.data[i], message.owner);
+    if (!device.is_cpu()) tensor = tensor.to(device);
+    if (with_grad && spec.requires_grad) tensor.set_requires_grad(true);
+    tensors[i] = std::move(tensor);
+  }
+  return tensors;
+}
+
+}  // namespace dualpipe

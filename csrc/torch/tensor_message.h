@@ -1,0 +1,22 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "memory/message.h"
+
+namespace dualpipe {
+
+using Tensors = std::vector<at::Tensor>;  // undefined: None
+
+// A view of the tensors as a message; it owns references, and copies of those that are not
+// contiguous or not in host memory. UserError on tensors that cannot travel (sparse, more than
+// kMaxDims dimensions).
+[[nodiscard]] Message message_of(const Tensors& tensors);
+
+// The tensors of a message on `device`, as leaves; with_grad: those whose sender asked for a
+// gradient require one. On the host they share the message's memory and keep its owner alive.
+[[nodiscard]] Tensors tensors_of(Message message, at::Device device, bool with_grad);
+
+}  // namespace dualpipe

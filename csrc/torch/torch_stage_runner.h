@@ -1,0 +1,84 @@
+#pragma once
+
+#include <torch/csrc/autograd/edge.h>
+
+#include <map>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "engine/stage_runner.h"
+#include "engine/weight_queue.h"
+#include "torch/tensor_message.h"
+
+namespace dualpipe {
+
+// The user's side of a step: modules, criterion, hooks. Implementations that need the interpreter
+// lock take it themselves.
+class StageFunctions {
+ public:
+  virtual ~StageFunctions() = default;
+
+  struct Result {
+    Tensors outputs;  // empty at the last stage: nobody is sent them
+    at::Tensor loss;  // the last stage's scalar to differentiate; undefined elsewhere
+  };
+  // inputs is empty at the first stage, which has the step's own.
+  [[nodiscard]] virtual Result forward(Stage stage, Microbatch microbatch,
+                                       const Tensors& inputs) = 0;
+
+  struct Overlap {
+    Stage forward_stage;
+    Microbatch forward_microbatch;
+    const Tensors& inputs;
+    Stage backward_stage;
+    Microbatch backward_microbatch;
+    const at::Tensor& loss;       // defined at the last stage; then the two below are empty
+    const Tensors& outputs;       // of the forward, with their graph; their memory may be gone
+    const Tensors& output_grads;  // aligned with outputs
+  };
+  [[nodiscard]] virtual Result overlapped(const Overlap& work) = 0;
+};
+
+struct StageRunnerOptions {
+  bool training = true;       // false: keeps nothing for a backward
+  bool keep_outputs = false;  // for overlapped(), which is given output tensors and not edges
+  at::Device device = at::kCPU;
+};
+
+// Runs stages under torch's autograd. Between F and B it keeps the graph's edges, not the output
+// tensors: a sent activation is freed as soon as it has left unless the graph itself needs it, and
+// a stage may return a view.
+class TorchStageRunner final : public StageRunner {
+ public:
+  TorchStageRunner(StageFunctions& functions, std::shared_ptr<WeightQueue> weight_queue,
+                   StageRunnerOptions options);
+
+  [[nodiscard]] Message forward(Stage stage, Microbatch microbatch, Message input) override;
+  [[nodiscard]] Message backward(Stage stage, Microbatch microbatch, Message output_grad,
+                                 bool defer_weights) override;
+  void backward_weight(Stage stage, Microbatch microbatch) override;
+  [[nodiscard]] std::pair<Message, Message> overlapped(Half forward, Half backward) override;
+
+ private:
+  // What a micro-batch needs for its backward.
+  struct Live {
+    Tensors inputs;
+    std::vector<torch::autograd::Edge> roots;  // of the outputs; invalid where none is needed
+    Tensors outputs;                           // only with keep_outputs
+    at::Tensor loss;
+  };
+
+  [[nodiscard]] Message remember(Stage stage, Microbatch microbatch, Live live,
+                                 StageFunctions::Result result);
+  [[nodiscard]] Live recall(Stage stage, Microbatch microbatch);
+  static void run_autograd(const Live& live, const Tensors& output_grads);
+  static Message input_grads(const Live& live);
+
+  StageFunctions& functions_;
+  std::shared_ptr<WeightQueue> weight_queue_;
+  StageRunnerOptions options_;
+  std::map<std::pair<Stage, Microbatch>, Live> live_;
+};
+
+}  // namespace dualpipe

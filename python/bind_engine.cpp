@@ -1,0 +1,108 @@
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "bindings.h"
+#include "comm/loopback.h"
+#include "engine/engine.h"
+#include "py_stage_functions.h"
+#include "torch/mirror_exchange.h"
+#include "torch/process_group_transport.h"
+#include "torch/store_control_plane.h"
+#include "torch/torch_stage_runner.h"
+
+namespace py = pybind11;
+
+namespace dualpipe {
+namespace {
+
+Watchdog::Options watchdog_options(double timeout_seconds) {
+  Watchdog::Options options;
+  options.timeout = std::chrono::milliseconds(static_cast<std::int64_t>(timeout_seconds * 1000));
+  return options;
+}
+
+std::unique_ptr<Engine> loopback_engine(const std::shared_ptr<LoopbackHub>& hub, int rank,
+                                        double timeout_seconds) {
+  return std::make_unique<Engine>(Rank(rank), hub->transport(Rank(rank)),
+                                  hub->control_plane(Rank(rank)),
+                                  watchdog_options(timeout_seconds));
+}
+
+void run(Engine& engine, const Program& program, py::object functions, bool training,
+         bool keep_outputs, const std::string& device, MirrorExchange* reducer) {
+  PyStageFunctions stages(std::move(functions));
+  TorchStageRunner runner(
+      stages, engine.weight_queue(),
+      {.training = training, .keep_outputs = keep_outputs, .device = at::Device(device)});
+  const py::gil_scoped_release unlocked;
+  engine.run(program, runner, reducer);
+}
+
+void exchange(Engine& engine, MirrorExchange& reducer, const std::vector<int>& stages) {
+  std::vector<Stage> ids;
+  for (const int stage : stages) ids.emplace_back(stage);
+  engine.exchange(make_reduce_program(engine.rank(), ids), reducer);
+}
+
+std::unique_ptr<MirrorExchange> mirror_exchange(Engine& engine, int num_ranks,
+                                                const std::vector<std::pair<int, Tensors>>& stages,
+                                                std::size_t bucket_bytes, bool copy) {
+  std::vector<StageTensors> tensors;
+  for (const auto& [stage, list] : stages) tensors.push_back({Stage(stage), list});
+  return std::make_unique<MirrorExchange>(
+      engine.transport(), engine.rank(), num_ranks, std::move(tensors), bucket_bytes,
+      copy ? MirrorExchange::Mode::kCopy : MirrorExchange::Mode::kSumGradients);
+}
+
+py::list trace_events(const Trace& trace) {
+  py::list events;
+  for (const TraceEvent& event : trace.events) {
+    events.append(
+        py::make_tuple(to_string(event.action), event.start_ns, event.end_ns, event.wait_ns));
+  }
+  return events;
+}
+
+}  // namespace
+
+void bind_engine(py::module_& module) {
+  py::class_<Program>(module, "Program", "One rank's schedule, resolved for the engine.")
+      .def(py::init([](const Schedule& lowered, int rank, std::string description) {
+             return make_program(lowered, Rank(rank), std::move(description));
+           }),
+           py::arg("lowered"), py::arg("rank"), py::arg("description"))
+      .def_readonly("planned_peak_activations", &Program::planned_peak_activations)
+      .def_readonly("digest", &Program::digest)
+      .def_readonly("description", &Program::description)
+      .def("__len__", [](const Program& program) { return program.instructions.size(); });
+
+  py::class_<MirrorExchange>(module, "MirrorExchange",
+                             "Sums or copies the tensors of mirrored stages.");
+
+  py::class_<Engine>(module, "Engine", "One rank of one pipeline.")
+      .def_static("loopback", &loopback_engine, py::arg("hub"), py::arg("rank"),
+                  py::arg("timeout_seconds"))
+      .def("run", &run, py::arg("program"), py::arg("functions"), py::arg("training"),
+           py::arg("keep_outputs"), py::arg("device"), py::arg("reducer").none(true))
+      .def("exchange", &exchange, py::arg("reducer"), py::arg("stages"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("fail", &Engine::fail, py::arg("text"), py::call_guard<py::gil_scoped_release>())
+      .def("mirror_exchange", &mirror_exchange, py::arg("num_ranks"), py::arg("stages"),
+           py::arg("bucket_bytes"), py::arg("copy"), py::keep_alive<0, 1>())
+      .def_property_readonly("num_steps", &Engine::num_steps)
+      .def_property_readonly("cursor", &Engine::cursor)
+      .def_property_readonly("num_deferred",
+                             [](Engine& engine) { return engine.weight_queue()->num_pending(); })
+      .def_property_readonly(
+          "trace_events", [](const Engine& engine) { return trace_events(engine.trace()); },
+          "(action, start, end, wait) of each computation of the last step; nanoseconds.")
+      .def_property_readonly("step_ns",
+                             [](const Engine& engine) { return engine.trace().duration_ns; })
+      .def_property_readonly("busy_ns",
+                             [](const Engine& engine) { return engine.trace().busy_ns(); })
+      .def_property_readonly("peak_live_activations", [](const Engine& engine) {
+        return engine.trace().peak_live_activations;
+      });
+}
+
+}  // namespace dualpipe
