@@ -7,11 +7,11 @@
 namespace dualpipe {
 
 // Who is at fault decides the type, and with it the Python exception:
-//   UserError      a mistake of the caller                   -> ValueError
-//   TypeMismatch   a mistake of the caller about a type      -> TypeError
-//   ScheduleError  a schedule that cannot be built or proved -> dualpipe_ext.ScheduleError (a ValueError)
-//   PipelineError  a rank or a link failed                   -> dualpipe_ext.PipelineError
-//   InternalError  a bug of this library                     -> dualpipe_ext.InternalError
+//   UserError      a mistake of the caller                    ValueError
+//   TypeMismatch   a mistake of the caller about a type       TypeError
+//   ScheduleError  a schedule that cannot be built or proved  dualpipe_ext.ScheduleError
+//   (ValueError) PipelineError  a rank or a link failed dualpipe_ext.PipelineError InternalError  a
+//   bug of this library                      dualpipe_ext.InternalError
 class UserError : public std::invalid_argument {
  public:
   using std::invalid_argument::invalid_argument;
@@ -48,19 +48,18 @@ std::string cat(const Parts&... parts) {
 }  // namespace dualpipe
 
 // Throws InternalError with the place. For conditions that only a bug of ours can break.
-#define DUALPIPE_CHECK(condition, ...)                                               \
-  do {                                                                               \
-    if (!(condition)) [[unlikely]] {                                                 \
-      throw ::dualpipe::InternalError(::dualpipe::cat(__FILE__, ":", __LINE__, ": ", \
-                                                      "expected " #condition ": ",   \
-                                                      __VA_ARGS__));                 \
-    }                                                                                \
+#define DUALPIPE_CHECK(condition, ...)                                                            \
+  do {                                                                                            \
+    if (!(condition)) [[unlikely]] {                                                              \
+      throw ::dualpipe::InternalError(::dualpipe::cat(__FILE__, ":", __LINE__, ": ",              \
+                                                      "expected " #condition ": ", __VA_ARGS__)); \
+    }                                                                                             \
   } while (false)
 
 // Throws UserError. The text says what was found, what is allowed and what to do.
-#define DUALPIPE_USER_CHECK(condition, ...)                        \
-  do {                                                             \
-    if (!(condition)) [[unlikely]] {                               \
-      throw ::dualpipe::UserError(::dualpipe::cat(__VA_ARGS__));   \
-    }                                                              \
+#define DUALPIPE_USER_CHECK(condition, ...)                      \
+  do {                                                           \
+    if (!(condition)) [[unlikely]] {                             \
+      throw ::dualpipe::UserError(::dualpipe::cat(__VA_ARGS__)); \
+    }                                                            \
   } while (false)

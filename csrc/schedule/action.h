@@ -1,25 +1,28 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <string_view>
 
+#include "common/error.h"
 #include "common/ids.h"
 
 namespace dualpipe {
 
-// What a rank does, in the grammar of torch.distributed.pipelining (docs/architecture.md, "Actions").
+// What a rank does, in the grammar of torch.distributed.pipelining (docs/architecture.md,
+// "Actions").
 enum class Op : std::uint8_t {
-  kForward,          // F
-  kBackward,         // B = I + W
-  kBackwardInput,    // I
-  kBackwardWeight,   // W
-  kOverlap,          // (0F7;7B13)OVERLAP_F_B, or with I once the W has been split off
-  kSendForward,      // 3SEND_F12: the output of 3F12 leaves for stage 4
-  kRecvForward,      // 3RECV_F12: the input of 3F12 is asked for
-  kSendBackward,     // 3SEND_B12: the input gradient of 3B12 leaves for stage 2
-  kRecvBackward,     // 3RECV_B12: the output gradient of 3B12 is asked for
-  kReduceGrad,       // 3REDUCE_GRAD: stage 3's gradients are summed over its mirrors
+  kForward,         // F
+  kBackward,        // B = I + W
+  kBackwardInput,   // I
+  kBackwardWeight,  // W
+  kOverlap,         // (0F7;7B13)OVERLAP_F_B, or with I once the W has been split off
+  kSendForward,     // 3SEND_F12: the output of 3F12 leaves for stage 4
+  kRecvForward,     // 3RECV_F12: the input of 3F12 is asked for
+  kSendBackward,    // 3SEND_B12: the input gradient of 3B12 leaves for stage 2
+  kRecvBackward,    // 3RECV_B12: the output gradient of 3B12 is asked for
+  kReduceGrad,      // 3REDUCE_GRAD: stage 3's gradients are summed over its mirrors
 };
 
 [[nodiscard]] constexpr bool is_compute(Op op) { return op <= Op::kOverlap; }
@@ -80,10 +83,38 @@ class Action {
 
 static_assert(sizeof(Action) == 16);
 
+// Calls visit with the action, or with both halves of an overlapped pair, forward first.
+template <typename Visit>
+constexpr void for_each_part(const Action& action, Visit&& visit) {
+  if (action.op() != Op::kOverlap) {
+    visit(action);
+    return;
+  }
+  visit(action.forward_half());
+  visit(action.backward_half());
+}
+
 // "3F12", "(0F7;7B13)OVERLAP_F_B", "3SEND_F12", "3REDUCE_GRAD", ...
 [[nodiscard]] std::string to_string(const Action& action);
 
-// The inverse of to_string. Strict: anything else throws ScheduleError with the column (from 1).
+// The same, at the end of a text that grows.
+void append_to(std::string& out, const Action& action);
+
+// A text that is no action. column counts from 1 within the action's own text.
+class ActionSyntaxError : public ScheduleError {
+ public:
+  ActionSyntaxError(std::size_t column, const std::string& problem)
+      : ScheduleError(cat("column ", column, ": ", problem)), column_(column), problem_(problem) {}
+
+  [[nodiscard]] std::size_t column() const { return column_; }
+  [[nodiscard]] const std::string& problem() const { return problem_; }
+
+ private:
+  std::size_t column_;
+  std::string problem_;
+};
+
+// The inverse of to_string. Strict: anything else throws ActionSyntaxError.
 [[nodiscard]] Action parse_action(std::string_view text);
 
 }  // namespace dualpipe

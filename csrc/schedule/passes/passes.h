@@ -6,9 +6,10 @@ namespace dualpipe {
 
 // Every pass is a function from schedule to schedule; rows keep their order of computation.
 
-// Results leave before weights: a B (alone or in a pair) whose input gradient another rank waits
-// for becomes I, and its W follows it at once; lower_communication then puts the send between.
-[[nodiscard]] Schedule split_backward(Schedule schedule);
+// Results leave before weights: a B whose input gradient another stage waits for (every stage but
+// the first) becomes I, and its W follows it at once; lower_communication then puts the send
+// between. split_pairs: a B in an overlapped pair is split as well.
+[[nodiscard]] Schedule split_backward(Schedule schedule, bool split_pairs = true);
 
 // Overlapped pairs become F, then B or I: for stages with no overlapped function of their own.
 [[nodiscard]] Schedule serialize_overlap(Schedule schedule);
@@ -18,25 +19,27 @@ namespace dualpipe {
 // hand-over between two stages of one rank needs no message.
 [[nodiscard]] Schedule lower_communication(Schedule schedule, int lookahead);
 
-// Adds REDUCE_GRAD after the last W or B of each stage, where stages have mirrors.
+// Adds REDUCE_GRAD after the last W or B of each stage, where stages have mirrors: elsewhere the
+// schedule stays as it is. To have results leave first, apply it before lower_communication.
 [[nodiscard]] Schedule place_reduce_grad(Schedule schedule);
 
 // Without backward, sends of gradients and reductions: what inference runs.
 [[nodiscard]] Schedule forward_only(Schedule schedule);
 
 struct LoweringOptions {
-  bool keep_overlap = false;   // the stages bring an overlapped function of their own
-  bool with_backward = true;   // false: inference
+  bool keep_overlap = false;  // the stages bring an overlapped function: pairs stay one piece
+  bool with_backward = true;  // false: inference
   bool reduce_gradients = false;
-  int lookahead = 2;           // compute actions
+  int lookahead = 2;  // compute actions
 };
 
 // All of the above in the one order that is right.
 [[nodiscard]] Schedule lower(Schedule schedule, const LoweringOptions& options);
 
 // For each RECV of a rank's lowered row (in order), the receive buffer it fills. Buffers are
-// reused by live range: from the RECV to the last action that reads the data (for activations,
-// the backward; for gradients, the I or B).
+// reused by live range: from the RECV to the last action of the same stage and micro-batch on this
+// rank that computes. With a deferred W that is the W, for activations and gradients alike: weight
+// gradients are products of both.
 struct BufferAssignment {
   std::vector<int> buffer_of_recv;
   int num_buffers = 0;

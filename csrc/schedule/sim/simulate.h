@@ -1,6 +1,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "schedule/schedule.h"
@@ -12,13 +13,14 @@ struct CostModel {
   double forward = 1;
   double backward_input = 1;
   double backward_weight = 1;
-  std::optional<double> overlapped;  // a whole F&B; none: F + I + W
+  std::optional<double> overlapped;  // a whole F&B as one piece; none: its parts, one by one
   double latency = 0;                // of a message
   double message_time = 0;           // bytes over bandwidth: time a message occupies its channel
 };
 
-// kEarly: as the engine does: results leave before weights, and a pair waits for each input where
-// it uses it. kLate: as published: pairs wait for both inputs and send at their end.
+// kEarly: as the engine does: results leave before weights, and a pair of serial parts waits for
+// each input where it uses it (a pair that is one piece stays one). kLate: as published: pairs
+// wait for both inputs, and every backward sends at its end.
 enum class Sends : std::uint8_t { kEarly, kLate };
 
 struct Span {
@@ -36,7 +38,17 @@ struct Timeline {
   [[nodiscard]] double bubble(Rank rank) const { return makespan - busy(rank); }
 };
 
-// Event-driven; schedule is one of compute actions alone (what a planner gives).
+// Event-driven; schedule is one of compute actions alone (what a planner gives). With kEarly the
+// spans are those of the split actions that the engine runs. Throws ScheduleError on costs that
+// are negative or not finite, and on a schedule that does not come to its end.
 [[nodiscard]] Timeline simulate(const Schedule& schedule, const CostModel& costs, Sends sends);
+
+// A row of characters for each rank, `unit` of time each: what runs when, and the bubbles. Of each
+// action as much is drawn as its duration has room for.
+[[nodiscard]] std::string to_grid(const Timeline& timeline, double unit);
+
+// The JSON of chrome://tracing and Perfetto: a thread for each rank. microseconds_per_unit turns
+// the timeline's unit into the format's.
+[[nodiscard]] std::string to_chrome_trace(const Timeline& timeline, double microseconds_per_unit);
 
 }  // namespace dualpipe

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "schedule/passes/passes.h"
 #include "schedule/schedule.h"
 
 namespace dualpipe {
@@ -15,15 +16,28 @@ struct Diagnostic {
 
 // Proves that a schedule of compute actions is complete and in data order: every (stage,
 // micro-batch) has one F and one B or I+W, none twice, each on the rank of the placement, and the
-// order of computation has no cycle. Empty: proved.
+// order of computation has no cycle. A schedule without any backward is one of inference: each has
+// one F. Empty: proved. At most kMaxDiagnostics are returned.
 [[nodiscard]] std::vector<Diagnostic> verify_compute(const Schedule& schedule);
 
 // Proves a lowered schedule: the above; each channel sends and receives in one order; no deadlock
 // when sends rendezvous and each channel is in-order; no receive buffer is refilled before its
 // last use.
+//
+// The model of the proof. A rank computes in the order of its row. A SEND or RECV is posted when
+// all compute actions before it are done, and never blocks its rank. Message i of a channel is
+// complete when its send and its receive are both posted and message i-1 is complete. A compute
+// action waits for the messages it uses.
 [[nodiscard]] std::vector<Diagnostic> verify_lowered(const Schedule& lowered);
 
-// Throws ScheduleError with the first few diagnostics, if there are any.
+// The last part of the above, for any assignment: no buffer holds two messages at once.
+[[nodiscard]] std::vector<Diagnostic> verify_buffers(const Schedule& lowered, Rank rank,
+                                                     const BufferAssignment& assignment);
+
+inline constexpr std::size_t kMaxDiagnostics = 64;
+
+// Throws ScheduleError with the first few diagnostics and the neighbourhood of the first one, if
+// there are any.
 void throw_if_any(const Schedule& schedule, const std::vector<Diagnostic>& diagnostics);
 
 // Micro-batches whose activations a rank holds at once, at most (F to the end of B or I).

@@ -1,0 +1,56 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "schedule/schedule.h"
+#include "schedule/verify/findings.h"
+
+namespace dualpipe {
+
+enum class Form : std::uint8_t {
+  kCompute,  // compute actions alone: what comes from another rank is taken as there
+  kLowered,  // with explicit messages: what comes from another rank has been asked for before
+};
+
+// What each rank's row can prove alone: actions exist, stand on the right rank, once, after what
+// they need on the same rank, and nothing is missing at the end.
+class RowOrder {
+ public:
+  RowOrder(const Schedule& schedule, Form form, Findings& findings);
+
+  void check_rows();
+  void check_complete();
+
+ private:
+  void check_row(Rank rank);
+  void check_action(const Action& action);
+  bool check_place(const Action& part);
+  void check_part(const Action& part);
+  void check_forward(const Action& part);
+  void check_backward(const Action& part);
+  void check_weight(const Action& part);
+  void check_message(const Action& part);
+  void check_reduce(const Action& action);
+  void require_input(const Action& part, std::uint8_t receive_bit, std::uint8_t producer_bit,
+                     int producer_stage);
+  void mark(const Action& part);
+  void check_cell_complete(Stage stage, Microbatch microbatch, std::uint8_t needed);
+
+  [[nodiscard]] std::uint8_t& done(Stage stage, Microbatch microbatch) {
+    return done_[placement_.cell(stage, microbatch)];
+  }
+  void report(const std::string& text);
+
+  const Schedule& schedule_;
+  const Placement placement_;
+  const Form form_;
+  Findings& findings_;
+  std::vector<std::uint8_t> done_;     // by cell: bits of what has been done
+  std::vector<std::int32_t> reduced_;  // by stage: the last rank that reduced it, -1: none
+  bool has_backward_ = false;
+  Rank rank_;
+  std::size_t step_ = 0;
+};
+
+}  // namespace dualpipe

@@ -1,0 +1,82 @@
+#include "schedule/verify/verify.h"
+
+#include <algorithm>
+
+#include "common/error.h"
+#include "schedule/grid.h"
+#include "schedule/verify/findings.h"
+#include "schedule/verify/progress.h"
+#include "schedule/verify/row_order.h"
+
+namespace dualpipe {
+namespace {
+
+constexpr std::size_t kShown = 5;
+
+void check_rows(const Schedule& schedule, Form form, Findings& findings) {
+  RowOrder order(schedule, form, findings);
+  order.check_rows();
+  if (!findings.full()) order.check_complete();
+}
+
+void check_buffers(const Schedule& lowered, Findings& findings) {
+  for (int r = 0; r < lowered.num_ranks() && !findings.full(); ++r) {
+    const BufferAssignment assignment = assign_receive_buffers(lowered, Rank(r));
+    for (Diagnostic& problem : verify_buffers(lowered, Rank(r), assignment)) {
+      findings.add(problem.rank, static_cast<std::size_t>(problem.step), std::move(problem.text));
+    }
+  }
+}
+
+std::string place(const Diagnostic& diagnostic) {
+  if (diagnostic.step < 0) return cat("rank ", diagnostic.rank);
+  return cat("rank ", diagnostic.rank, ", step ", diagnostic.step);
+}
+
+}  // namespace
+
+// Each check relies on those before it, so the first that finds something ends the proof.
+std::vector<Diagnostic> verify_compute(const Schedule& schedule) {
+  Findings findings;
+  check_rows(schedule, Form::kCompute, findings);
+  if (findings.empty()) check_compute_progress(schedule, findings);
+  return findings.take();
+}
+
+std::vector<Diagnostic> verify_lowered(const Schedule& lowered) {
+  Findings findings;
+  check_rows(lowered, Form::kLowered, findings);
+  if (findings.empty()) check_channel_order(lowered, findings);
+  if (findings.empty()) check_message_progress(lowered, findings);
+  if (findings.empty()) check_buffers(lowered, findings);
+  return findings.take();
+}
+
+void throw_if_any(const Schedule& schedule, const std::vector<Diagnostic>& diagnostics) {
+  if (diagnostics.empty()) return;
+  std::string text = cat("schedule \"", schedule.name, "\" (", schedule.num_ranks(), " ranks, ",
+                         schedule.num_microbatches(), " micro-batches) does not hold:");
+  for (std::size_t i = 0; i < diagnostics.size() && i < kShown; ++i) {
+    text += cat("\n  ", place(diagnostics[i]), ": ", diagnostics[i].text);
+  }
+  if (diagnostics.size() > kShown) text += cat("\n  and ", diagnostics.size() - kShown, " more");
+  const Diagnostic& first = diagnostics.front();
+  if (first.rank.valid() && first.rank.index() < schedule.rows.size()) {
+    text += cat("\n", to_grid(schedule, around(schedule, first.rank, first.step)));
+  }
+  throw ScheduleError(text);
+}
+
+int peak_live_activations(const Schedule& schedule, Rank rank) {
+  int live = 0;
+  int peak = 0;
+  for (const Action& action : schedule.row(rank)) {
+    for_each_part(action, [&](const Action& part) {
+      if (part.op() == Op::kForward) peak = std::max(peak, ++live);
+      if (part.op() == Op::kBackward || part.op() == Op::kBackwardInput) --live;
+    });
+  }
+  return peak;
+}
+
+}  // namespace dualpipe
