@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
 
-from dualpipe_ext._build import BuildError, BuildPlan, ensure_built, make_plan
+from dualpipe_ext._build import BuildError, ensure_built, make_plan
+from dualpipe_ext._build.plan import find_prebuilt
 
 MODULE_NAME = "dualpipe_ext._C"
-PREBUILT_NAME = "_C" + importlib.machinery.EXTENSION_SUFFIXES[0]
-PREBUILT_RECORD_NAME = "_C.json"
 
 
 def load_extension() -> ModuleType:
@@ -26,16 +24,7 @@ def load_extension() -> ModuleType:
     if loaded is not None:
         return loaded
     plan = make_plan()
-    return _load(find_prebuilt(plan) or ensure_built(plan))
-
-
-def find_prebuilt(plan: BuildPlan) -> Path | None:
-    """The library that was compiled at install time, if it fits what is there now."""
-    package = Path(__file__).resolve().parent
-    library, record = package / PREBUILT_NAME, package / PREBUILT_RECORD_NAME
-    if library.is_file() and record.is_file() and json.loads(record.read_text())["key"] == plan.key:
-        return library
-    return None
+    return load_library(find_prebuilt(plan) or ensure_built(plan))
 
 
 def runs_as_command() -> bool:
@@ -49,20 +38,19 @@ def runs_as_command() -> bool:
     return target == "dualpipe_ext" or target.startswith("dualpipe_ext._build")
 
 
-def _load(library: Path) -> ModuleType:
+def load_library(library: Path) -> ModuleType:
+    """Loads ``library`` as :data:`MODULE_NAME`, and makes it an attribute of the package."""
     loader = importlib.machinery.ExtensionFileLoader(MODULE_NAME, str(library))
     spec = importlib.util.spec_from_file_location(MODULE_NAME, library, loader=loader)
     assert spec is not None
     try:
-        module = sys.modules[MODULE_NAME] = importlib.util.module_from_spec(spec)
+        module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
     except ImportError as error:
-        sys.modules.pop(MODULE_NAME, None)
         raise BuildError(
             f"{library} was compiled and cannot be loaded: {error}. Compile it again: "
             "python -m dualpipe_ext build --force"
         ) from error
-    package = sys.modules.get("dualpipe_ext")
-    if package is not None:
-        package._C = module  # type: ignore[attr-defined]
+    sys.modules[MODULE_NAME] = module
+    setattr(sys.modules["dualpipe_ext"], "_C", module)  # noqa: B010  (mypy knows no such name)
     return module

@@ -7,12 +7,17 @@ import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from dualpipe_ext._build import toolchain
 from dualpipe_ext._build.errors import BuildError
 from dualpipe_ext._build.sources import SourceTree, find_sources
 from dualpipe_ext._build.toolchain import COMPILE_FLAGS, CudaOption
+
+PREBUILT_NAME = "_C" + EXTENSION_SUFFIXES[0]
+PREBUILT_RECORD_NAME = "_C.json"
+"""An extension compiled at install time, in the package's folder, and what it was built with."""
 
 CUDA_VALUES: dict[str, CudaOption] = {"": "auto", "auto": "auto", "1": "on", "0": "off"}
 
@@ -66,6 +71,15 @@ def make_plan(cuda: CudaOption | None = None, sources: SourceTree | None = None)
     sources = sources or find_sources()
     option = cuda_option() if cuda is None else cuda
     return BuildPlan(sources, toolchain.resolve_cuda(option, has_sources=sources.has_cuda))
+
+
+def find_prebuilt(plan: BuildPlan) -> Path | None:
+    """The library that was compiled at install time, if it fits what is there now."""
+    package = Path(__file__).resolve().parent.parent
+    library, record = package / PREBUILT_NAME, package / PREBUILT_RECORD_NAME
+    if library.is_file() and record.is_file() and json.loads(record.read_text())["key"] == plan.key:
+        return library
+    return None
 
 
 def _digest(facts: dict[str, str]) -> str:

@@ -69,16 +69,17 @@ def _failure_text(output: list[str], log: Path) -> str:
         "The C++ core of dualpipe_ext did not compile. The first error:\n\n"
         + "\n".join(f"    {line}" for line in first_error(output))
         + f"\n\nAll output: {log}\n"
-        "What to do: try a newer compiler (CXX=g++-12), see that torch and its headers are one "
-        "installation (python -m dualpipe_ext info), then build again: "
-        "python -m dualpipe_ext build. Out of memory: MAX_JOBS=1."
+        "What to do: `python -m dualpipe_ext info` shows the compiler and the torch; another "
+        "compiler is chosen with CXX (GCC 11 or newer), and MAX_JOBS=1 needs the least memory. Then "
+        "build again: python -m dualpipe_ext build"
     )
 
 
 def first_error(output: list[str]) -> list[str]:
-    """The lines from the first error on, without ninja's own and the command line."""
-    lines = [line for line in output if not line.startswith(("ninja: ", "FAILED: "))]
-    start = next((i for i, line in enumerate(lines) if _ERROR.search(line)), None)
-    if start is None:
-        return lines[-_CONTEXT_LINES:]
+    """The lines from the first error of the first command that failed, without the command."""
+    failures = [i for i, line in enumerate(output) if line.startswith("FAILED: ")]
+    if failures:
+        output = output[failures[0] + 2 : failures[1] if len(failures) > 1 else None]
+    lines = [line for line in output if not line.startswith("ninja: ")]
+    start = next((i for i, line in enumerate(lines) if _ERROR.search(line)), 0)
     return lines[start : start + _CONTEXT_LINES]

@@ -72,7 +72,9 @@ def find_cuda_home() -> Path | None:
     candidates = [Path(named)] if named else [Path("/usr/local/cuda")]
     if nvcc and not named:
         candidates.insert(0, Path(nvcc).resolve().parent.parent)
-    return next((home for home in candidates if (home / "bin" / "nvcc").is_file()), None)
+    return next(
+        (home for home in candidates if (home / "include/cuda_runtime_api.h").is_file()), None
+    )
 
 
 def resolve_cuda(option: CudaOption, *, has_sources: bool) -> Path | None:
@@ -85,7 +87,7 @@ def resolve_cuda(option: CudaOption, *, has_sources: bool) -> Path | None:
         return None
     home = find_cuda_home()
     missing = []
-    if torch.version.cuda is None:
+    if torch_cuda_version() is None:
         missing.append(f"torch {torch.__version__} is a build without CUDA")
     if home is None:
         missing.append("no CUDA toolkit was found (CUDA_HOME, nvcc, /usr/local/cuda)")
@@ -99,6 +101,11 @@ def resolve_cuda(option: CudaOption, *, has_sources: bool) -> Path | None:
     return None if missing else home
 
 
+def torch_cuda_version() -> str | None:
+    """The CUDA version that torch was built with; ``None`` for a build without CUDA."""
+    return torch.version.cuda
+
+
 def torch_root() -> Path:
     """The folder of the installed torch."""
     return Path(torch.__file__).resolve().parent
@@ -109,6 +116,7 @@ def torch_facts() -> dict[str, str]:
     return {
         "torch": str(torch.__version__),
         "torch_revision": str(torch.version.git_version),
+        "torch_cuda": str(torch_cuda_version()),
         "cxx11_abi": str(int(torch.compiled_with_cxx11_abi())),
         "python": str(sysconfig.get_config_var("SOABI")),
         "machine": platform.machine(),
