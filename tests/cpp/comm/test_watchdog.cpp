@@ -1,0 +1,149 @@
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <chrono>
+#include <thread>
+
+#include "comm/harness.h"
+#include "comm/loopback.h"
+#include "comm/watchdog.h"
+#include "common/error.h"
+
+namespace dualpipe {
+namespace {
+
+using namespace dualpipe::testing;
+using namespace std::chrono_literals;
+
+class FixedProgress final : public Progress {
+ public:
+  FixedProgress(std::string position, std::chrono::nanoseconds waiting)
+      : position_(std::move(position)), waiting_(waiting) {}
+  std::chrono::nanoseconds waiting() const override { return waiting_.load(); }
+  std::string position() const override { return position_; }
+
+ private:
+  const std::string position_;
+  std::atomic<std::chrono::nanoseconds> waiting_;
+};
+
+// A control plane that has lost its connection.
+class BrokenControlPlane final : public ControlPlane {
+ public:
+  void report(const Failure&) override { fail(); }
+  std::optional<Failure> poll() override { fail(); }
+  void publish_position(const std::string&) override { fail(); }
+  std::vector<std::string> positions() override { fail(); }
+  void advance_epoch() override {}
+
+ private:
+  [[noreturn]] static void fail() { throw PipelineError("the store is gone"); }
+};
+
+constexpr Watchdog::Options kFast{5ms, 100ms};
+
+struct Ranks {
+  explicit Ranks(int num_ranks) : hub(LoopbackHub::create(num_ranks)) {
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      transports.push_back(hub->transport(Rank(rank)));
+      controls.push_back(hub->control_plane(Rank(rank)));
+    }
+  }
+  // What a receive that nobody serves throws on this rank.
+  std::string blocked(std::size_t rank, Rank from, const MessageId& id) {
+    return text_of<PipelineError>([&] { (void)transports[rank]->receive(from, id)->wait(); });
+  }
+  std::shared_ptr<LoopbackHub> hub;
+  std::vector<std::unique_ptr<Transport>> transports;
+  std::vector<std::unique_ptr<ControlPlane>> controls;
+};
+
+TEST(Watchdog, PassesOnTheFailureOfAnotherRank) {
+  Ranks ranks(2);
+  Watchdog watchdog(Rank(0), *ranks.transports[0], *ranks.controls[0], {5ms, 0ms});
+  ranks.transports[0]->begin_step(step_info(1));
+  const FixedProgress progress("", 0ns);
+  watchdog.arm(progress, 1);
+  ranks.controls[1]->report({Rank(1), 1, "rank 1, action 5F2: division by zero"});
+  EXPECT_EQ(ranks.blocked(0, Rank(1), gradient(2)), "rank 1, action 5F2: division by zero");
+  watchdog.disarm();
+}
+
+TEST(Watchdog, AFailureOfALaterStepDoesNotEndThisOne) {
+  Ranks ranks(2);
+  Watchdog watchdog(Rank(0), *ranks.transports[0], *ranks.controls[0], {1ms, 0ms});
+  ranks.transports[0]->begin_step(step_info(1));
+  ranks.transports[1]->begin_step(step_info(1));
+  const FixedProgress progress("", 0ns);
+  watchdog.arm(progress, 1);
+  ranks.controls[1]->report({Rank(1), 2, "in the next step"});
+  std::this_thread::sleep_for(30ms);
+  EXPECT_NO_THROW(ranks.transports[0]->send(Rank(1), activation(0), make_message({}, 0), nullptr));
+  watchdog.disarm();
+  watchdog.arm(progress, 2);
+  EXPECT_EQ(ranks.blocked(0, Rank(1), gradient(2)), "in the next step");
+  watchdog.disarm();
+}
+
+TEST(Watchdog, ALostMessageEndsInATimeoutThatNamesEverybody) {
+  Ranks ranks(2);
+  std::vector<std::string> texts(2);
+  run_ranks(2, [&](int rank) {
+    const auto index = static_cast<std::size_t>(rank);
+    Watchdog watchdog(Rank(rank), *ranks.transports[index], *ranks.controls[index], kFast);
+    ranks.transports[index]->begin_step(step_info());
+    const MessageId id = rank == 0 ? gradient(4) : activation(4);
+    const FixedProgress progress(cat("waits for the ", to_string(id), " from rank ", 1 - rank),
+                                 200ms);
+    watchdog.arm(progress, 1);
+    texts[index] = ranks.blocked(index, Rank(1 - rank), id);
+    watchdog.disarm();
+  });
+  EXPECT_EQ(texts[0], texts[1]);
+  for (const char* part :
+       {"has waited longer than 0.1 s",
+        "rank 0: waits for the gradient of micro-batch 4 for stage 0 from rank 1",
+        "rank 1: waits for the activation of micro-batch 4 for stage 1 from rank 0"}) {
+    EXPECT_NE(texts[0].find(part), std::string::npos) << texts[0];
+  }
+}
+
+TEST(Watchdog, PatienceWhileTheRankComputes) {
+  Ranks ranks(1);
+  Watchdog watchdog(Rank(0), *ranks.transports[0], *ranks.controls[0], {1ms, 5ms});
+  ranks.transports[0]->begin_step(step_info());
+  const FixedProgress progress("computes", 0ns);
+  watchdog.arm(progress, 1);
+  std::this_thread::sleep_for(50ms);
+  EXPECT_NO_THROW(ranks.transports[0]->end_step());
+  EXPECT_EQ(ranks.controls[0]->positions().front(), "computes");
+  watchdog.disarm();
+}
+
+TEST(Watchdog, ABrokenControlPlaneEndsTheStep) {
+  Ranks ranks(2);
+  BrokenControlPlane control;
+  Watchdog watchdog(Rank(0), *ranks.transports[0], control, {5ms, 0ms});
+  ranks.transports[0]->begin_step(step_info());
+  const FixedProgress progress("", 0ns);
+  watchdog.arm(progress, 1);
+  const std::string text = ranks.blocked(0, Rank(1), gradient(0));
+  EXPECT_NE(text.find("cannot reach the other ranks any more: the store is gone"),
+            std::string::npos)
+      << text;
+  watchdog.disarm();
+}
+
+TEST(Watchdog, ProgressIsNotUsedAfterDisarm) {
+  Ranks ranks(1);
+  Watchdog watchdog(Rank(0), *ranks.transports[0], *ranks.controls[0], {1ms, 4ms});
+  for (int step = 1; step <= 200; ++step) {
+    auto progress = std::make_unique<FixedProgress>("somewhere", 0ns);
+    watchdog.arm(*progress, step);
+    if (step % 20 == 0) std::this_thread::sleep_for(3ms);
+    watchdog.disarm();
+  }
+}
+
+}  // namespace
+}  // namespace dualpipe
