@@ -28,7 +28,7 @@ class Endpoint final : public Transport {
   void recover() override;
 
   [[nodiscard]] Message take(Rank from, const MessageId& id, std::uint64_t number);
-  void fail(std::exception_ptr error) noexcept;
+  void fail(FailureFlag::Kind kind, const std::string& text);
   [[nodiscard]] std::uint64_t epoch() const { return epoch_.load(std::memory_order_acquire); }
 
  private:
@@ -99,7 +99,7 @@ class Hub final : public LoopbackHub {
   [[nodiscard]] Fault fault_of(Rank from, Rank to, const MessageId& id);
   void leave(Rank rank);
   void wake(Rank rank);  // whatever the rank is blocked in
-  void fail_all(std::uint64_t epoch, const std::exception_ptr& error);
+  void refuse_step(std::uint64_t epoch, const std::string& why);
   void check_rank(Rank rank) const;
   [[nodiscard]] int num_ranks() const { return num_ranks_; }
 
@@ -168,10 +168,11 @@ void Hub::wake(Rank rank) {
   steps.wake();
 }
 
-void Hub::fail_all(std::uint64_t epoch, const std::exception_ptr& error) {
+void Hub::refuse_step(std::uint64_t epoch, const std::string& why) {
   const std::lock_guard lock(mutex_);
   for (Endpoint* endpoint : endpoints_) {
-    if (endpoint != nullptr && endpoint->epoch() == epoch) endpoint->fail(error);
+    if (endpoint == nullptr || endpoint->epoch() != epoch) continue;
+    endpoint->fail(FailureFlag::Kind::kUser, why);
   }
 }
 
@@ -186,7 +187,7 @@ void Endpoint::begin_step(const StepInfo& info) {
   failure_.throw_if_set();
   const auto mismatch = hub_->steps.announce(rank_, {epoch(), num_steps_}, info);
   if (mismatch) {
-    hub_->fail_all(epoch(), std::make_exception_ptr(UserError(*mismatch)));
+    hub_->refuse_step(epoch(), *mismatch);
     failure_.throw_if_set();
   }
   in_step_ = true;
@@ -238,11 +239,11 @@ void Endpoint::end_step() {
 }
 
 void Endpoint::abort(const Failure& failure) noexcept {
-  fail(std::make_exception_ptr(PipelineError(failure.text)));
+  fail(FailureFlag::Kind::kPipeline, failure.text);
 }
 
-void Endpoint::fail(std::exception_ptr error) noexcept {
-  if (failure_.set(std::move(error))) hub_->wake(rank_);
+void Endpoint::fail(FailureFlag::Kind kind, const std::string& text) {
+  if (failure_.set(kind, text)) hub_->wake(rank_);
 }
 
 void Endpoint::recover() {

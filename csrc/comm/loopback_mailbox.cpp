@@ -31,29 +31,6 @@ Clock::duration transfer_time(std::size_t num_bytes, const LinkOptions& link) {
 
 }  // namespace
 
-bool FailureFlag::set(std::exception_ptr error) {
-  const std::lock_guard lock(mutex_);
-  if (error_) return false;
-  error_ = std::move(error);
-  set_.store(true, std::memory_order_release);
-  return true;
-}
-
-void FailureFlag::clear() {
-  const std::lock_guard lock(mutex_);
-  error_ = nullptr;
-  set_.store(false, std::memory_order_release);
-}
-
-void FailureFlag::rethrow() const {
-  std::exception_ptr error;
-  {
-    const std::lock_guard lock(mutex_);
-    error = error_;
-  }
-  std::rethrow_exception(error);
-}
-
 void Mailbox::put(std::uint64_t epoch, const MessageId& id, Message message, std::size_t num_bytes,
                   const LinkOptions& link) {
   const bool instant = link.latency.count() <= 0 && link.bytes_per_second <= 0;

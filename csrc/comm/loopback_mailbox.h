@@ -1,41 +1,19 @@
 #pragma once
 
-#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
-#include <exception>
 #include <mutex>
 #include <optional>
 
+#include "comm/failure_flag.h"
 #include "comm/loopback.h"
 #include "comm/transport.h"
 
 namespace dualpipe::loopback {
 
 using Clock = std::chrono::steady_clock;
-
-// Why the calls of one rank must throw, until it recovers. Thread-safe.
-class FailureFlag {
- public:
-  // The first error counts; returns whether this one did.
-  bool set(std::exception_ptr error);
-  void clear();
-  [[nodiscard]] bool is_set() const { return set_.load(std::memory_order_acquire); }
-  void throw_if_set() const {
-    if (is_set()) [[unlikely]] {
-      rethrow();
-    }
-  }
-
- private:
-  [[noreturn]] void rethrow() const;
-
-  std::atomic<bool> set_{false};
-  mutable std::mutex mutex_;
-  std::exception_ptr error_;
-};
 
 // The messages of one channel that are on their way. Messages have numbers, counted from 0 within
 // an epoch (the time between two recoveries); a message of an older epoch is dropped, one of a
