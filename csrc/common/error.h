@@ -6,12 +6,13 @@
 
 namespace dualpipe {
 
-// Who is at fault decides the type, and with it the Python exception:
+// Who is at fault decides the type, and with it the Python exception (python/bind_errors.cpp):
+//
 //   UserError      a mistake of the caller                    ValueError
 //   TypeMismatch   a mistake of the caller about a type       TypeError
-//   ScheduleError  a schedule that cannot be built or proved  dualpipe_ext.ScheduleError
-//   (ValueError) PipelineError  a rank or a link failed dualpipe_ext.PipelineError InternalError  a
-//   bug of this library                      dualpipe_ext.InternalError
+//   ScheduleError  a schedule that cannot be built or proved  ScheduleError, a ValueError
+//   PipelineError  a rank or a link failed                    PipelineError
+//   InternalError  a bug of this library                      InternalError
 class UserError : public std::invalid_argument {
  public:
   using std::invalid_argument::invalid_argument;

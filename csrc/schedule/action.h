@@ -94,6 +94,22 @@ constexpr void for_each_part(const Action& action, Visit&& visit) {
   visit(action.backward_half());
 }
 
+// Micro-batches whose activations a rank holds, from F to the end of B or I, as its actions run.
+class LiveActivations {
+ public:
+  constexpr void add(const Action& action) {
+    for_each_part(action, [&](const Action& part) {
+      if (part.op() == Op::kForward && ++live_ > peak_) peak_ = live_;
+      if (part.op() == Op::kBackward || part.op() == Op::kBackwardInput) --live_;
+    });
+  }
+  [[nodiscard]] constexpr int peak() const { return peak_; }
+
+ private:
+  int live_ = 0;
+  int peak_ = 0;
+};
+
 // "3F12", "(0F7;7B13)OVERLAP_F_B", "3SEND_F12", "3REDUCE_GRAD", ...
 [[nodiscard]] std::string to_string(const Action& action);
 

@@ -142,6 +142,12 @@ double Timeline::busy(Rank rank) const {
   return total;
 }
 
+int Timeline::peak_activations(Rank rank) const {
+  LiveActivations live;
+  for (const Span& span : ranks.at(rank.index())) live.add(span.action);
+  return live.peak();
+}
+
 Timeline simulate(const Schedule& schedule, const CostModel& costs, Sends sends) {
   check_costs(costs);
   if (sends == Sends::kLate) return Simulation(schedule, costs).run();

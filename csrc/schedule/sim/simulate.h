@@ -36,6 +36,7 @@ struct Timeline {
 
   [[nodiscard]] double busy(Rank rank) const;
   [[nodiscard]] double bubble(Rank rank) const { return makespan - busy(rank); }
+  [[nodiscard]] int peak_activations(Rank rank) const;
 };
 
 // Event-driven; schedule is one of compute actions alone (what a planner gives). With kEarly the
@@ -43,8 +44,9 @@ struct Timeline {
 // are negative or not finite, and on a schedule that does not come to its end.
 [[nodiscard]] Timeline simulate(const Schedule& schedule, const CostModel& costs, Sends sends);
 
-// A row of characters for each rank, `unit` of time each: what runs when, and the bubbles. Of each
-// action as much is drawn as its duration has room for.
+// A line for each rank, a character for each `unit` of time: what runs when; bubbles are dots.
+// Actions are drawn as 0F3, or as F3 or F where they are too short for it. Throws ScheduleError on
+// a unit that is not above 0, or so small that a line would be longer than 100,000 characters.
 [[nodiscard]] std::string to_grid(const Timeline& timeline, double unit);
 
 // The JSON of chrome://tracing and Perfetto: a thread for each rank. microseconds_per_unit turns

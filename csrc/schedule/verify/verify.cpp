@@ -1,7 +1,5 @@
 #include "schedule/verify/verify.h"
 
-#include <algorithm>
-
 #include "common/error.h"
 #include "schedule/grid.h"
 #include "schedule/verify/findings.h"
@@ -52,6 +50,15 @@ std::vector<Diagnostic> verify_lowered(const Schedule& lowered) {
   return findings.take();
 }
 
+std::vector<Diagnostic> verify(const Schedule& schedule) {
+  for (const auto& row : schedule.rows) {
+    for (const Action& action : row) {
+      if (is_send(action.op()) || is_recv(action.op())) return verify_lowered(schedule);
+    }
+  }
+  return verify_compute(schedule);
+}
+
 void throw_if_any(const Schedule& schedule, const std::vector<Diagnostic>& diagnostics) {
   if (diagnostics.empty()) return;
   std::string text = cat("schedule \"", schedule.name, "\" (", schedule.num_ranks(), " ranks, ",
@@ -68,15 +75,9 @@ void throw_if_any(const Schedule& schedule, const std::vector<Diagnostic>& diagn
 }
 
 int peak_live_activations(const Schedule& schedule, Rank rank) {
-  int live = 0;
-  int peak = 0;
-  for (const Action& action : schedule.row(rank)) {
-    for_each_part(action, [&](const Action& part) {
-      if (part.op() == Op::kForward) peak = std::max(peak, ++live);
-      if (part.op() == Op::kBackward || part.op() == Op::kBackwardInput) --live;
-    });
-  }
-  return peak;
+  LiveActivations live;
+  for (const Action& action : schedule.row(rank)) live.add(action);
+  return live.peak();
 }
 
 }  // namespace dualpipe

@@ -30,7 +30,10 @@ struct Diagnostic {
 // action waits for the messages it uses.
 [[nodiscard]] std::vector<Diagnostic> verify_lowered(const Schedule& lowered);
 
-// The last part of the above, for any assignment: no buffer holds two messages at once.
+// verify_lowered for a schedule with messages, verify_compute for one without.
+[[nodiscard]] std::vector<Diagnostic> verify(const Schedule& schedule);
+
+// The last part of verify_lowered, for any assignment: no buffer holds two messages at once.
 [[nodiscard]] std::vector<Diagnostic> verify_buffers(const Schedule& lowered, Rank rank,
                                                      const BufferAssignment& assignment);
 
