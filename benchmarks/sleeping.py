@@ -1,0 +1,79 @@
+"""Stages that sleep instead of computing: what a step takes beyond its makespan is the engine's."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class SleepTimes:
+    """Seconds for a forward and for the two halves of a backward."""
+
+    forward: float = 0.010
+    backward_input: float = 0.010
+    backward_weight: float = 0.010
+
+
+class _Sleep(torch.autograd.Function):
+    """Sleeps in forward and in backward, and hands the sleep of W to the store if that collects."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stage: "SleepStage") -> Tensor:
+        ctx.stage = stage
+        _sleep(stage.times.forward)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        stage: SleepStage = ctx.stage
+        _sleep(stage.times.backward_input)
+        if stage.store is not None and stage.store.enabled:
+            stage.store.put(stage.sleep_weight)
+        elif not stage.weight_runs_apart:
+            stage.sleep_weight()
+        return grads[0], None, None
+
+
+class SleepStage(nn.Module):
+    """A stage whose actions take a given time and whose messages have the shape of its input.
+
+    Args:
+        times: Seconds that each kind of action takes.
+        store: The ``WeightGradStore`` of the engine that runs it, if it has one.
+        weight_runs_apart: The engine runs ``sleep_weight`` itself (torch's ``dw_builder``).
+    """
+
+    def __init__(
+        self, times: SleepTimes, store: Any = None, *, weight_runs_apart: bool = False
+    ) -> None:
+        super().__init__()
+        self.times = times
+        self.store = store
+        self.weight_runs_apart = weight_runs_apart
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sleep, and return a tensor like ``x``."""
+        return _Sleep.apply(x, self.weight, self)  # type: ignore[no-any-return,no-untyped-call]
+
+    def sleep_weight(self) -> None:
+        """Sleep as long as the weight gradients take."""
+        _sleep(self.times.backward_weight)
+
+    def weight_runner(self) -> Callable[..., None]:
+        """Return what runs the weight gradients of the backward that just ran."""
+        return self.sleep_weight
+
+
+def first_element(output: Tensor, *labels: Tensor) -> Tensor:
+    """Return a loss that costs next to nothing."""
+    return output.flatten()[0].clone()
+
+
+def _sleep(seconds: float) -> None:
+    if seconds > 0:
+        time.sleep(seconds)
