@@ -8,3 +8,33 @@ __version__ = "0.1.0"
 
 if not runs_as_command():
     load_extension()
+
+    from dualpipe_ext import schedule, testing
+    from dualpipe_ext._C import InternalError, PipelineError, ScheduleError
+    from dualpipe_ext._step import microbatch_seed
+    from dualpipe_ext.config import DualPipeConfig
+    from dualpipe_ext.dualpipe import DualPipe, DualPipeV
+    from dualpipe_ext.p2p import set_p2p_tensor_dtype, set_p2p_tensor_shapes
+    from dualpipe_ext.pipeline import Pipeline
+    from dualpipe_ext.stats import StepStatistics, TraceEvent
+    from dualpipe_ext.weight_grad import WeightGradStore, WeightSplitReport
+
+__all__ = [
+    "DualPipe",
+    "DualPipeConfig",
+    "DualPipeV",
+    "InternalError",
+    "Pipeline",
+    "PipelineError",
+    "ScheduleError",
+    "StepStatistics",
+    "TraceEvent",
+    "WeightGradStore",
+    "WeightSplitReport",
+    "__version__",
+    "microbatch_seed",
+    "schedule",
+    "set_p2p_tensor_dtype",
+    "set_p2p_tensor_shapes",
+    "testing",
+]

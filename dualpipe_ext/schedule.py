@@ -205,6 +205,10 @@ class Schedule:
         """The rank that holds the other copy of a rank's stages, where there is one."""
         return self._native.mirror_of(rank)
 
+    def microbatches_at(self, stage: int, rank: int) -> list[int]:
+        """The micro-batches whose ``stage`` runs on ``rank``, ascending."""
+        return self._native.microbatches_at(stage, rank)
+
     def to_csv(self, path: PathLike) -> None:
         """Writes the schedule: a line for each rank, actions separated by commas."""
         Path(path).write_text(self._native.to_csv())

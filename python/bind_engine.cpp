@@ -6,8 +6,6 @@
 #include "engine/engine.h"
 #include "py_stage_functions.h"
 #include "torch/mirror_exchange.h"
-#include "torch/process_group_transport.h"
-#include "torch/store_control_plane.h"
 #include "torch/torch_stage_runner.h"
 
 namespace py = pybind11;
@@ -46,12 +44,12 @@ void exchange(Engine& engine, MirrorExchange& reducer, const std::vector<int>& s
 
 std::unique_ptr<MirrorExchange> mirror_exchange(Engine& engine, int num_ranks,
                                                 const std::vector<std::pair<int, Tensors>>& stages,
-                                                std::size_t bucket_bytes, bool copy) {
+                                                std::size_t bucket_bytes, bool copy, bool together) {
   std::vector<StageTensors> tensors;
   for (const auto& [stage, list] : stages) tensors.push_back({Stage(stage), list});
   return std::make_unique<MirrorExchange>(
       engine.transport(), engine.rank(), num_ranks, std::move(tensors), bucket_bytes,
-      copy ? MirrorExchange::Mode::kCopy : MirrorExchange::Mode::kSumGradients);
+      copy ? MirrorExchange::Mode::kCopy : MirrorExchange::Mode::kSumGradients, together);
 }
 
 py::list trace_events(const Trace& trace) {
@@ -88,8 +86,11 @@ void bind_engine(py::module_& module) {
            py::call_guard<py::gil_scoped_release>())
       .def("fail", &Engine::fail, py::arg("text"), py::call_guard<py::gil_scoped_release>())
       .def("mirror_exchange", &mirror_exchange, py::arg("num_ranks"), py::arg("stages"),
-           py::arg("bucket_bytes"), py::arg("copy"), py::keep_alive<0, 1>())
+           py::arg("bucket_bytes"), py::arg("copy"), py::arg("together"),
+           py::keep_alive<0, 1>())
       .def_property_readonly("num_steps", &Engine::num_steps)
+      .def_property_readonly("failure", &Engine::failure,
+                             "What this rank last told the others; empty: nothing yet.")
       .def_property_readonly("cursor", &Engine::cursor)
       .def_property_readonly("num_deferred",
                              [](Engine& engine) { return engine.weight_queue()->num_pending(); })

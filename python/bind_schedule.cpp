@@ -36,6 +36,15 @@ std::vector<int> stages_of(const Schedule& schedule, int rank) {
   return stages;
 }
 
+std::vector<int> microbatches_at(const Schedule& schedule, int stage, int rank) {
+  const Rank wanted = rank_in(schedule.rows.size(), rank);
+  std::vector<int> found;
+  for (int i = 0; i < schedule.num_microbatches(); ++i) {
+    if (schedule.placement.rank_of(Stage(stage), Microbatch(i)) == wanted) found.push_back(i);
+  }
+  return found;
+}
+
 std::optional<int> mirror_of(const Schedule& schedule, int rank) {
   const Rank mirror = schedule.placement.mirror_of(rank_in(schedule.rows.size(), rank));
   return mirror.valid() ? std::optional<int>(mirror.value()) : std::nullopt;
@@ -105,6 +114,7 @@ void bind_schedule_class(py::module_& module) {
       .def("actions", &actions_of, "rank"_a)
       .def("stages_of", &stages_of, "rank"_a)
       .def("mirror_of", &mirror_of, "rank"_a)
+      .def("microbatches_at", &microbatches_at, "stage"_a, "rank"_a)
       .def("digest", &digest, Unlocked())
       .def("to_csv", &to_csv, Unlocked())
       .def("grid", &grid_of, "rank"_a = py::none(), "step"_a = -1)

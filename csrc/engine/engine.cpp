@@ -67,6 +67,7 @@ void Engine::raise_failure(GradientReducer* reducer) {
 }
 
 void Engine::report(const std::string& text) noexcept {
+  failure_ = text;
   const Failure failure{.rank = rank_, .step = num_steps_, .text = text};
   try {
     control_->report(failure);

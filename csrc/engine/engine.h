@@ -39,6 +39,8 @@ class Engine {
   [[nodiscard]] ControlPlane& control_plane() { return *control_; }
   [[nodiscard]] const std::shared_ptr<WeightQueue>& weight_queue() const { return weight_queue_; }
   [[nodiscard]] const Trace& trace() const { return executor_.trace(); }
+  // What this rank last reported to the others.
+  [[nodiscard]] const std::string& failure() const { return failure_; }
   // Steps that were begun, failed ones included.
   [[nodiscard]] std::int64_t num_steps() const { return num_steps_; }
   // Where the last step stopped: an index into its program's instructions.
@@ -60,6 +62,7 @@ class Engine {
   std::shared_ptr<WeightQueue> weight_queue_ = std::make_shared<WeightQueue>();
   Executor executor_;
   std::int64_t num_steps_ = 0;
+  std::string failure_;
   std::unique_ptr<Watchdog> watchdog_;  // last: its thread uses the members above
 };
 

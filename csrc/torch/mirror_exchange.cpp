@@ -2,6 +2,8 @@
 
 #include <c10/core/GradMode.h>
 
+#include <algorithm>
+
 #include "common/error.h"
 
 namespace dualpipe {
@@ -42,19 +44,28 @@ void add_gradient(at::Tensor parameter, const at::Tensor& theirs) {
 
 MirrorExchange::MirrorExchange(Transport& transport, Rank rank, int num_ranks,
                                std::vector<StageTensors> stages, std::size_t bucket_bytes,
-                               Mode mode)
+                               Mode mode, bool together)
     : transport_(transport),
       rank_(rank),
       mirror_(num_ranks - 1 - rank.value()),
       num_ranks_(num_ranks),
-      mode_(mode) {
+      mode_(mode),
+      together_(together) {
   for (StageTensors& stage : stages) {
     stages_[stage.stage].buckets = make_buckets(stage.tensors, bucket_bytes);
   }
 }
 
 void MirrorExchange::start(Stage stage) {
-  StageState& state = stages_.at(stage);
+  stages_.at(stage).started = true;
+  const bool all_started = std::all_of(stages_.begin(), stages_.end(),
+                                       [](const auto& entry) { return entry.second.started; });
+  if (!together_) return launch(stage, stages_.at(stage));
+  if (!all_started) return;
+  for (auto& [id, state] : stages_) launch(id, state);
+}
+
+void MirrorExchange::launch(Stage stage, StageState& state) {
   if (state.stream == nullptr) state.stream = std::make_unique<HostStream>("dualpipe mirror");
   state.stream->enqueue([this, stage, &state] { exchange(stage, state); });
 }
@@ -62,11 +73,15 @@ void MirrorExchange::start(Stage stage) {
 void MirrorExchange::finish() {
   for (auto& [stage, state] : stages_) {
     if (state.stream != nullptr) state.stream->synchronize();
+    state.started = false;
   }
 }
 
 void MirrorExchange::cancel() noexcept {
-  for (auto& [stage, state] : stages_) state.stream.reset();
+  for (auto& [stage, state] : stages_) {
+    state.stream.reset();
+    state.started = false;
+  }
 }
 
 void MirrorExchange::exchange(Stage stage, StageState& state) {

@@ -23,13 +23,14 @@ struct StageTensors {
 //                  the same bits. A gradient that only one copy has becomes the other's as well.
 //   kCopy          the copy on the lower of the two ranks overwrites the other one.
 // Buckets of whole tensors travel as soon as their stage is started, each stage on a stream of its
-// own, so that one stage's wait never holds back the other's sends.
+// own, so that one stage's wait never holds back the other's sends. together: the stages share
+// parameters, so none is final before all have been started.
 class MirrorExchange final : public GradientReducer {
  public:
   enum class Mode { kSumGradients, kCopy };
 
   MirrorExchange(Transport& transport, Rank rank, int num_ranks, std::vector<StageTensors> stages,
-                 std::size_t bucket_bytes, Mode mode);
+                 std::size_t bucket_bytes, Mode mode, bool together);
 
   void start(Stage stage) override;
   void finish() override;
@@ -39,8 +40,10 @@ class MirrorExchange final : public GradientReducer {
   struct StageState {
     std::vector<Tensors> buckets;
     std::unique_ptr<HostStream> stream;
+    bool started = false;
   };
 
+  void launch(Stage stage, StageState& state);
   void exchange(Stage stage, StageState& state);
   void send(Stage stage, const StageState& state);
   void apply(Stage stage, const Tensors& bucket, Tensors theirs) const;
@@ -53,6 +56,7 @@ class MirrorExchange final : public GradientReducer {
   Rank mirror_;
   int num_ranks_;
   Mode mode_;
+  bool together_;
   std::map<Stage, StageState> stages_;
 };
 

@@ -64,7 +64,7 @@ Message TorchStageRunner::backward(Stage stage, Microbatch microbatch, Message o
 }
 
 void TorchStageRunner::backward_weight(Stage stage, Microbatch microbatch) {
-  weight_queue_->run(stage, microbatch);
+  run_weight_gradients(*weight_queue_, stage, microbatch);
 }
 
 std::pair<Message, Message> TorchStageRunner::overlapped(Half forward, Half backward) {

@@ -1,0 +1,68 @@
+"""What the ranks of a pipeline tell one another when it is made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from dualpipe_ext._C import PipelineError
+from dualpipe_ext.groups import PipelineGroup
+
+__all__ = ["agree"]
+
+
+def agree(group: PipelineGroup, timeout: float, describe: Callable[[], dict[str, Any]]) -> None:
+    """Calls ``describe`` on every rank and compares the results.
+
+    Entries must be equal on all ranks; those under ``"stages"``, where two ranks have the same.
+
+    Raises:
+        Exception: what ``describe`` raised on this rank, once the others know of it.
+        ValueError: the ranks differ; on every rank, with what was found where.
+        PipelineError: ``describe`` raised on another rank, or a rank did not come.
+    """
+    try:
+        own: dict[str, Any] = {"facts": describe()}
+    except (ValueError, TypeError) as error:
+        group.all_gather(json.dumps({"error": f"{type(error).__name__}: {error}"}), timeout)
+        raise
+    answers = [json.loads(text) for text in group.all_gather(json.dumps(own), timeout)]
+    for rank, answer in enumerate(answers):
+        if "error" in answer:
+            raise PipelineError(f"rank {rank} could not make its pipeline: {answer['error']}")
+    _compare([answer["facts"] for answer in answers])
+
+
+def _compare(facts: list[dict[str, Any]]) -> None:
+    for key, expected in facts[0].items():
+        for rank, other in enumerate(facts):
+            if key != "stages" and other[key] != expected:
+                raise ValueError(
+                    f"ranks differ in {key}: {expected!r} on rank 0, {other[key]!r} on rank "
+                    f"{rank}; construct the pipeline alike on all ranks"
+                )
+    seen: dict[str, tuple[int, Any]] = {}
+    for rank, other in enumerate(facts):
+        for stage, description in other["stages"].items():
+            first_rank, expected = seen.setdefault(stage, (rank, description))
+            if description != expected:
+                raise ValueError(
+                    f"stage {stage} differs between its copies on ranks {first_rank} and {rank}: "
+                    f"{_first_difference(expected, description)}; both ranks must build the same "
+                    f"module for it"
+                )
+
+
+def _first_difference(left: list[Any], right: list[Any]) -> str:
+    for a, b in zip(left, right, strict=False):
+        if a != b:
+            return f"{_shown(a)} against {_shown(b)}"
+    return f"{len(left)} parameters against {len(right)}"
+
+
+def _shown(entry: Any) -> str:
+    if isinstance(entry, str):
+        return f"values with digest {entry[:16]}"
+    name, shape, dtype = entry
+    return f"{name} of shape {tuple(shape)}, {dtype}"

@@ -1,0 +1,65 @@
+"""Where a pipeline's schedules come from: a planner, for any number of micro-batches, or the user."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dualpipe_ext.schedule import Schedule, plan, schedules
+
+__all__ = ["ScheduleSource"]
+
+
+@dataclass(frozen=True)
+class ScheduleSource:
+    """A planner's name with what it needs to plan, or one fixed schedule."""
+
+    name: str
+    num_ranks: int
+    stages_per_rank: int
+    fixed: Schedule | None = None
+
+    @classmethod
+    def of(cls, schedule: str | Schedule, num_ranks: int, num_modules: int) -> ScheduleSource:
+        """The source for a pipeline whose ranks have ``num_modules`` modules each.
+
+        Raises:
+            ScheduleError: an unknown name.
+            ValueError: a schedule for another number of ranks, or another number of modules.
+            TypeError: ``schedule`` is something else.
+        """
+        if isinstance(schedule, Schedule):
+            source = cls(schedule.name, num_ranks, num_modules, schedule)
+            if schedule.num_ranks != num_ranks:
+                raise ValueError(
+                    f"the schedule {schedule.name!r} is for {schedule.num_ranks} ranks; "
+                    f"the group has {num_ranks}"
+                )
+        elif isinstance(schedule, str):
+            source = cls(schedule, num_ranks, _stages_per_rank(schedule, num_modules))
+        else:
+            raise TypeError(
+                f"schedule must be a name or a dualpipe_ext.schedule.Schedule; "
+                f"found {type(schedule).__name__}"
+            )
+        return source
+
+    def smallest(self) -> Schedule:
+        """A schedule that shows who holds what: placements do not depend on micro-batches."""
+        return self.plan(2 * self.num_ranks)
+
+    def plan(self, num_microbatches: int) -> Schedule:
+        """The compute actions of a step; verified.
+
+        Raises:
+            ScheduleError: the planner cannot serve these sizes, or the fixed schedule has others.
+        """
+        if self.fixed is None:
+            return plan(self.name, self.num_ranks, num_microbatches, self.stages_per_rank)
+        return self.fixed
+
+
+def _stages_per_rank(name: str, num_modules: int) -> int:
+    for info in schedules():
+        if info.name == name:
+            return num_modules if info.stages_per_rank == 0 else info.stages_per_rank
+    return num_modules  # unknown: plan() says so, and which ones there are

@@ -1,0 +1,186 @@
+"""What the engine calls back during one step: the user's modules, criterion and hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualpipe_ext.microbatches import Chunk, gather
+
+__all__ = ["LossHooks", "Step", "microbatch_seed"]
+
+Outputs = list[Tensor | None]
+Criterion = Callable[..., Tensor]
+
+
+def microbatch_seed(seed: int, step: int, stage: int, microbatch: int) -> int:
+    """The seed for one stage's forward of one micro-batch, under ``DualPipeConfig(seed=...)``.
+
+    A mix of its arguments that gives unrelated streams to neighbours (SplitMix64's finalizer;
+    Steele, Lea and Flood, 2014). ``step`` counts from 1.
+    """
+    mask = (1 << 64) - 1
+    value = seed & mask
+    for number in (step, stage, microbatch):
+        value = (value + 0x9E3779B97F4A7C15 + number) & mask
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+        value ^= value >> 31
+    return value >> 1
+
+
+@dataclass
+class LossHooks:
+    """Called on the ranks that compute losses, in the order of registration."""
+
+    before_backward: dict[int, Callable[[Tensor, int], Tensor | None]] = field(default_factory=dict)
+    after_forward: dict[int, Callable[[Tensor, Sequence[Tensor | None], int], None]] = field(
+        default_factory=dict
+    )
+
+
+@dataclass(kw_only=True)
+class Step:
+    """One step of one rank. ``forward`` and ``overlapped`` are called by the engine."""
+
+    modules: dict[int, nn.Module]  # by stage
+    last_stage: int
+    inputs: dict[int, Chunk]  # by micro-batch, where it enters here
+    labels: dict[int, Chunk]  # by micro-batch, where it leaves here
+    criterion: Criterion | None
+    hooks: LossHooks
+    batch_dim: int
+    training: bool
+    keep_outputs: bool
+    seed: Callable[[int, int], int] | None = None  # (stage, micro-batch) -> seed
+    overlapped_function: Callable[..., Any] | None = None
+
+    losses: dict[int, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Outputs] = field(default_factory=dict)
+    error: BaseException | None = None  # what the user's code raised
+
+    def forward(
+        self, stage: int, microbatch: int, inputs: list[Tensor | None]
+    ) -> tuple[Outputs, Tensor | None]:
+        """Runs a stage; returns (what the next stage is sent, the loss to differentiate)."""
+        stage_inputs = self.inputs[microbatch] if stage == 0 else inputs
+        if self.seed is not None:
+            torch.manual_seed(self.seed(stage, microbatch))
+        outputs = _as_list(self._user(self.modules[stage], *stage_inputs), stage)
+        if stage != self.last_stage:
+            return outputs, None
+        loss = self._loss(microbatch, outputs)
+        return [], self._leave(microbatch, outputs, loss)
+
+    def overlapped(
+        self,
+        forward: tuple[int, int, list[Tensor | None]],
+        backward: tuple[int, int, Tensor | None, list[Tensor | None], list[Tensor | None]],
+    ) -> tuple[Outputs, Tensor | None]:
+        """Runs the stage's own overlapped forward and backward (the reference's signature)."""
+        assert self.overlapped_function is not None
+        stage0, microbatch0, received = forward
+        stage1, _, loss1, outputs1, output_grads1 = backward
+        inputs0 = self.inputs[microbatch0] if stage0 == 0 else received
+        last = stage0 == self.last_stage
+        pairs = [
+            (output, grad)
+            for output, grad in zip(outputs1, output_grads1, strict=True)
+            if output is not None and grad is not None
+        ]
+        returned, loss0 = self._user(
+            self.overlapped_function,
+            self.modules[stage0],
+            list(inputs0),
+            self.criterion if last else None,
+            list(self.labels.get(microbatch0, ())) if last else [],
+            self.modules[stage1],
+            loss1,
+            [output for output, _ in pairs],
+            [grad for _, grad in pairs],
+        )
+        outputs = _as_list(returned, stage0)
+        if not last:
+            return outputs, None
+        return [], self._leave(microbatch0, outputs, self._scalar(loss0, outputs))
+
+    def loss(self) -> Tensor | None:
+        """The losses of this rank's micro-batches, in their order; ``None`` where there are none."""
+        if not self.losses:
+            return None
+        return torch.stack([self.losses[i] for i in sorted(self.losses)])
+
+    def gathered_outputs(self) -> Tensor | Chunk | None:
+        """The outputs of this rank's micro-batches; ``None`` where none leave here."""
+        if not self.outputs:
+            return None
+        return gather([self.outputs[i] for i in sorted(self.outputs)], self.batch_dim)
+
+    def _loss(self, microbatch: int, outputs: Outputs) -> Tensor | None:
+        if self.criterion is None:
+            return None
+        loss = self._user(self.criterion, *outputs, *self.labels.get(microbatch, ()))
+        return self._scalar(loss, outputs)
+
+    def _leave(self, microbatch: int, outputs: Outputs, loss: Tensor | None) -> Tensor | None:
+        """A micro-batch is through the last stage: keeps its results, runs the hooks."""
+        if self.keep_outputs:
+            self.outputs[microbatch] = [None if x is None else x.detach() for x in outputs]
+        if loss is None:
+            return None
+        self.losses[microbatch] = loss.detach()
+        for log in self.hooks.after_forward.values():
+            self._user(log, loss.detach(), outputs, microbatch)
+        if not self.training:
+            return None
+        for hook in self.hooks.before_backward.values():
+            changed = self._user(hook, loss, microbatch)
+            loss = loss if changed is None else self._scalar(changed, outputs)
+        return loss
+
+    def _scalar(self, loss: object, outputs: Outputs) -> Tensor:
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"the criterion must return a scalar tensor; it returned {type(loss).__name__}"
+            )
+        if loss.numel() != 1:
+            raise ValueError(
+                f"the criterion must return a scalar; it returned shape {tuple(loss.shape)}; "
+                f"reduce it, for example with .mean()"
+            )
+        needs_grad = any(x is not None and x.requires_grad for x in outputs)
+        if self.training and needs_grad and not loss.requires_grad:
+            raise ValueError(
+                "the criterion returned a loss without a graph, so nothing can be trained; "
+                "remove detach(), item() or no_grad() from the criterion"
+            )
+        return loss.reshape(())
+
+    def _user(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls the user's code and remembers what it raised: the engine needs to tell others."""
+        try:
+            return function(*arguments)
+        except BaseException as error:
+            self.error = error
+            raise
+
+
+def _as_list(outputs: object, stage: int) -> Outputs:
+    if outputs is None or isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, (tuple, list)):
+        for output in outputs:
+            if output is not None and not isinstance(output, Tensor):
+                raise TypeError(
+                    f"stage {stage} returned a {type(output).__name__} among its outputs; stages "
+                    f"return a tensor, or a tuple of tensors and None"
+                )
+        return list(outputs)
+    raise TypeError(
+        f"stage {stage} returned a {type(outputs).__name__}; stages return a tensor, or a tuple "
+        f"of tensors and None"
+    )

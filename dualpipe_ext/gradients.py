@@ -1,0 +1,54 @@
+"""Norms of gradients over a pipeline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["clip_local_gradients", "shared_parameters", "total_norm"]
+
+GatherFloats = Callable[[Sequence[float]], list[list[float]]]
+
+
+def total_norm(
+    parameters: Iterable[nn.Parameter], norm_type: float, gather: GatherFloats
+) -> Tensor:
+    """The norm over all ranks, each of which gives the parameters that it counts."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    local = _power_sum(grads, norm_type)
+    by_rank = [values[0] for values in gather([local])]
+    if math.isinf(norm_type):
+        return torch.tensor(max(by_rank))
+    return torch.tensor(math.fsum(by_rank) ** (1.0 / norm_type))
+
+
+def clip_local_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scales gradients in place by ``min(1, max_norm / (norm + 1e-6))``, as torch does."""
+    scale = max_norm / (float(norm) + 1e-6)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if scale < 1.0 and grads:
+        torch._foreach_mul_(grads, scale)
+
+
+def shared_parameters(modules: Sequence[nn.Module]) -> set[nn.Parameter]:
+    """Parameters that more than one of the modules holds: tied embeddings, for example."""
+    seen: set[nn.Parameter] = set()
+    shared: set[nn.Parameter] = set()
+    for module in modules:
+        own = set(module.parameters())
+        shared |= seen & own
+        seen |= own
+    return shared
+
+
+def _power_sum(grads: Sequence[Tensor], norm_type: float) -> float:
+    """sum(|g|^p) of all elements, or the largest |g| for p = inf."""
+    if not grads:
+        return 0.0
+    norms = torch.stack([norm.double() for norm in torch._foreach_norm(list(grads), norm_type)])
+    if math.isinf(norm_type):
+        return float(norms.max())
+    return float(norms.pow(norm_type).sum())

@@ -1,0 +1,148 @@
+"""The ranks of one pipeline: processes of a torch process group, or threads of one process."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from dualpipe_ext import _C
+
+__all__ = ["LoopbackGroup", "PipelineGroup", "resolve_group"]
+
+_current = threading.local()
+
+
+class PipelineGroup(ABC):
+    """What a pipeline asks of the ranks that it runs on.
+
+    Attributes:
+        rank: this rank's place in the pipeline, from 0.
+        size: the number of ranks.
+    """
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def make_engine(self, peers: Sequence[int], timeout: float) -> _C.Engine:
+        """A new engine for this rank; all ranks make theirs in the same order.
+
+        Args:
+            peers: the ranks that this one exchanges messages with.
+            timeout: seconds that a rank may wait for one message.
+        """
+
+    @abstractmethod
+    def all_gather(self, text: str, timeout: float) -> list[str]:
+        """Every rank's text, by rank. Raises PipelineError when one is missing after ``timeout``."""
+
+    def all_gather_floats(self, values: Sequence[float]) -> list[list[float]]:
+        """Every rank's numbers, by rank, bit for bit. All ranks give equally many."""
+        texts = self.all_gather(" ".join(value.hex() for value in values), timeout=600.0)
+        return [[float.fromhex(word) for word in text.split()] for text in texts]
+
+
+class LoopbackHubs:
+    """The hubs that the threads of one process share: one for each pipeline that they make."""
+
+    def __init__(self, num_ranks: int, link_latency: float, link_bandwidth: float) -> None:
+        self.num_ranks = num_ranks
+        self._link = (link_latency, link_bandwidth)
+        self._lock = threading.Lock()
+        self._hubs: list[_C.LoopbackHub] = []
+
+    def hub(self, index: int) -> _C.LoopbackHub:
+        """The hub of the pipeline that each rank makes as its ``index``-th."""
+        with self._lock:
+            while len(self._hubs) <= index:
+                self._hubs.append(_C.LoopbackHub(self.num_ranks, *self._link))
+            return self._hubs[index]
+
+
+class LoopbackGroup(PipelineGroup):
+    """Ranks that are threads of one process; made by :func:`dualpipe_ext.testing.run_ranks`."""
+
+    def __init__(self, hubs: LoopbackHubs, rank: int) -> None:
+        self.rank = rank
+        self.size = hubs.num_ranks
+        self._hubs = hubs
+        self._talk = hubs.hub(0)  # texts travel here; pipelines use the hubs behind it
+        self._num_engines = 0
+
+    def make_engine(self, peers: Sequence[int], timeout: float) -> _C.Engine:
+        self._num_engines += 1
+        return _C.Engine.loopback(self._hubs.hub(self._num_engines), self.rank, timeout)
+
+    def all_gather(self, text: str, timeout: float) -> list[str]:
+        return self._talk.all_gather(self.rank, text, timeout)
+
+    def __enter__(self) -> LoopbackGroup:
+        """Makes this the group of the pipelines that the thread makes."""
+        _current.group = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _current.group = None
+
+
+class _ProcessGroup(PipelineGroup):
+    """Ranks that are processes, over a torch process group."""
+
+    def __init__(self, group: dist.ProcessGroup, rank_mapping: Sequence[int] | None) -> None:
+        self.size = group.size()
+        self._group = group
+        mapping = list(range(self.size)) if rank_mapping is None else list(rank_mapping)
+        if sorted(mapping) != list(range(self.size)):
+            raise ValueError(
+                f"rank_mapping={mapping}: it must name every rank from 0 to {self.size - 1} once: "
+                f"entry i is the place in the pipeline of the group's rank i"
+            )
+        self.rank = mapping[group.rank()]
+        self._group_ranks = [mapping.index(rank) for rank in range(self.size)]
+        self._texts = _C.StoreExchange(group, self.rank)
+
+    def make_engine(self, peers: Sequence[int], timeout: float) -> _C.Engine:
+        return _C.Engine.process_group(
+            self._group, self.rank, self._group_ranks, list(peers), timeout
+        )
+
+    def all_gather(self, text: str, timeout: float) -> list[str]:
+        return self._texts.all_gather(text, timeout)
+
+    def all_gather_floats(self, values: Sequence[float]) -> list[list[float]]:
+        own = torch.tensor(values, dtype=torch.float64)
+        gathered = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(gathered, own, group=self._group)
+        return [gathered[self._group_ranks[rank]].tolist() for rank in range(self.size)]
+
+
+def resolve_group(
+    process_group: dist.ProcessGroup | PipelineGroup | None, rank_mapping: Sequence[int] | None
+) -> PipelineGroup:
+    """The group of a new pipeline: the one given, this thread's, or torch's default one.
+
+    Raises:
+        ValueError: there is none, or ``rank_mapping`` is not a permutation of the ranks.
+        TypeError: ``process_group`` is something else.
+    """
+    group = process_group or getattr(_current, "group", None)
+    if group is None:
+        if not dist.is_initialized():
+            raise ValueError(
+                "there is no process group: call torch.distributed.init_process_group() first, "
+                "pass process_group=, or run under dualpipe_ext.testing.run_ranks()"
+            )
+        group = dist.group.WORLD
+    if isinstance(group, PipelineGroup):
+        if rank_mapping is not None:
+            raise ValueError("rank_mapping is for process groups; threads have the ranks they have")
+        return group
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group must be a torch.distributed ProcessGroup; found {type(group).__name__}"
+        )
+    return _ProcessGroup(group, rank_mapping)

@@ -1,0 +1,65 @@
+"""Cutting a batch into micro-batches, and putting outputs together again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["gather", "scatter"]
+
+Chunk = tuple[Tensor | None, ...]
+
+
+def scatter(tensors: Sequence[Tensor | None], num_chunks: int, dim: int, what: str) -> list[Chunk]:
+    """Cuts every tensor along ``dim`` into ``num_chunks`` pieces, the first ones larger by one row
+    where it does not come out even. ``None`` stays ``None`` in every chunk.
+
+    Args:
+        what: "inputs" or "labels", for messages.
+
+    Raises:
+        TypeError: something other than a tensor or ``None``.
+        ValueError: a tensor with fewer rows than chunks, or tensors of different numbers of rows.
+    """
+    rows = {_rows(tensor, dim, what) for tensor in tensors if tensor is not None}
+    if len(rows) > 1:
+        raise ValueError(f"{what} differ in their number of rows along dim {dim}: {sorted(rows)}")
+    for count in rows:
+        if count < num_chunks:
+            raise ValueError(
+                f"{what} have {count} rows along dim {dim}, fewer than the {num_chunks} "
+                f"micro-batches that they feed here; use a larger batch or a smaller num_chunks"
+            )
+    columns = [
+        [None] * num_chunks if tensor is None else list(tensor.tensor_split(num_chunks, dim=dim))
+        for tensor in tensors
+    ]
+    return [tuple(column[i] for column in columns) for i in range(num_chunks)]
+
+
+def gather(chunks: Sequence[Sequence[Tensor | None]], dim: int) -> Tensor | Chunk | None:
+    """Puts the outputs of micro-batches together along ``dim``; a single tensor comes bare."""
+    columns = zip(*chunks, strict=True)
+    outputs = tuple(_concatenate(column, dim) for column in columns)
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _concatenate(column: Sequence[Tensor | None], dim: int) -> Tensor | None:
+    present = [tensor for tensor in column if tensor is not None]
+    if not present:
+        return None
+    if len(present) < len(column):
+        raise ValueError("an output is None in some micro-batches and a tensor in others")
+    return torch.cat(present, dim=dim)
+
+
+def _rows(tensor: Tensor, dim: int, what: str) -> int:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{what} must be tensors or None; found {type(tensor).__name__}")
+    if not -tensor.dim() <= dim < tensor.dim():
+        raise ValueError(
+            f"{what} have {tensor.dim()} dimensions; batch_dim={dim} is not one of them"
+        )
+    return tensor.size(dim)

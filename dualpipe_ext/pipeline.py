@@ -1,0 +1,510 @@
+"""Pipelines: the modules of one rank, and the steps that run them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dualpipe_ext import _C
+from dualpipe_ext._C import InternalError, PipelineError
+from dualpipe_ext._handshake import agree
+from dualpipe_ext._overlap import find_overlapped
+from dualpipe_ext._source import ScheduleSource
+from dualpipe_ext._step import Criterion, LossHooks, Step, microbatch_seed
+from dualpipe_ext.config import DualPipeConfig
+from dualpipe_ext.gradients import clip_local_gradients, shared_parameters, total_norm
+from dualpipe_ext.groups import PipelineGroup, resolve_group
+from dualpipe_ext.microbatches import Chunk, scatter
+from dualpipe_ext.schedule import CostModel, Schedule
+from dualpipe_ext.stats import StepStatistics, TraceEvent
+from dualpipe_ext.weight_grad import WeightSplitReport, defer_weight_gradients
+
+__all__ = ["Pipeline"]
+
+
+@dataclass(frozen=True)
+class _PlannedStep:
+    """A schedule, resolved for this rank and one way of running it."""
+
+    schedule: Schedule  # compute actions
+    lowered: Schedule
+    program: _C.Program
+    entering: list[int]  # micro-batches whose inputs this rank is given
+    leaving: list[int]  # micro-batches whose losses and outputs this rank returns
+
+
+class Pipeline(nn.Module):
+    """Stage modules of one rank, run by any schedule on the native engine.
+
+    Every rank of the group makes one, with the modules of its own stages (:attr:`stages`), and
+    calls :meth:`step`. Stages return a tensor, or a tuple of tensors and ``None`` of any dtype,
+    which is what the next stage is called with.
+
+    Args:
+        modules: this rank's stages, in the order of :attr:`stages`.
+        schedule: a name of ``dualpipe_ext.schedule.schedules()``, or a schedule of one's own.
+        batch_dim: the dimension along which batches are cut.
+        process_group: the ranks; torch's default group where left out.
+        rank_mapping: entry i is the place in the pipeline of the group's rank i.
+        config: the same on every rank.
+
+    Raises:
+        ValueError: wrong modules, a group that the schedule cannot serve, or ranks that differ in
+            schedule, configuration or mirrored parameters. Raised on every rank.
+        PipelineError: another rank could not be constructed.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        schedule: str | Schedule = "dualpipe",
+        batch_dim: int = 0,
+        process_group: dist.ProcessGroup | PipelineGroup | None = None,
+        rank_mapping: Sequence[int] | None = None,
+        *,
+        config: DualPipeConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.batch_dim = batch_dim
+        self.config = config or DualPipeConfig()
+        self.group = resolve_group(process_group, rank_mapping)
+        self.rank = self.group.rank
+        self.num_ranks = self.group.size
+        agree(self.group, self.config.timeout, lambda: self._adopt(list(modules), schedule))
+        self._hooks = LossHooks()
+        self._plans: dict[tuple[int, bool, bool], _PlannedStep] = {}
+        self._last_plan: _PlannedStep | None = None
+        self._engine = self.group.make_engine(self._peers(), self.config.timeout)
+        self._gradient_exchange = self._make_exchange(copy=False)
+        self._warn_of_fallback()
+        if self.is_mirrored and self.config.mirror_init == "broadcast":
+            self.sync_parameters()
+
+    # What this rank is
+
+    @property
+    def stages(self) -> list[int]:
+        """The stages that this rank holds, in the order of its modules."""
+        return list(self._stages)
+
+    @property
+    def num_stages(self) -> int:
+        """The stages of the whole model."""
+        return self._num_stages
+
+    @property
+    def is_mirrored(self) -> bool:
+        """Whether every stage has two copies, on ranks r and P-1-r."""
+        return self._mirrored
+
+    @property
+    def weight_split(self) -> WeightSplitReport:
+        """Which weight gradients the schedule's W computes, and which ones are computed in I."""
+        return self._weight_split
+
+    # Steps
+
+    def step(
+        self,
+        *inputs: Tensor | None,
+        num_chunks: int = 0,
+        criterion: Criterion | None = None,
+        labels: Sequence[Tensor | None] | None = None,
+        return_outputs: bool = False,
+        sync_gradients: bool = False,
+    ) -> tuple[Tensor | None, Tensor | Chunk | None]:
+        """Runs one batch forward and backward; under ``torch.no_grad()`` forward alone.
+
+        All ranks call it with the same ``num_chunks``, ``return_outputs`` and ``sync_gradients``.
+        Gradients accumulate in ``.grad`` (or ``main_grad``), as with ``loss.backward()`` for every
+        micro-batch.
+
+        Args:
+            inputs: tensors with the batch along ``batch_dim``, on the ranks where micro-batches
+                enter (DualPipe: the first and the last rank, each with its half of the batch;
+                otherwise the first rank). ``None`` elsewhere.
+            num_chunks: the number of micro-batches N, over both directions.
+            criterion: ``criterion(*outputs, *labels)`` gives one micro-batch's scalar loss.
+            labels: tensors like the inputs, on the ranks where micro-batches leave. With DualPipe
+                the first rank's labels belong to the last rank's inputs, and the other way round.
+                ``()`` for a criterion that takes outputs alone.
+            return_outputs: also return the last stage's outputs, without their graph.
+            sync_gradients: sum the gradients of the two copies of each stage within the step,
+                hidden in its cool-down. Otherwise call :meth:`sync_gradients` before the optimizer.
+
+        Returns:
+            ``(loss, outputs)``. ``loss`` holds the losses of the micro-batches that leave on this
+            rank, shape ``[number of these]``; ``None`` on other ranks and without a criterion.
+            ``outputs`` has the whole of them along ``batch_dim``, or is ``None``.
+
+        Raises:
+            ValueError, TypeError: a mistake on this rank: sizes, inputs, labels, criterion.
+            PipelineError: a stage raised (the cause is chained), or another rank failed. The step
+                failed on every rank; gradients are undefined; the next step works.
+        """
+        training = torch.is_grad_enabled()
+        num_chunks = num_chunks or self.config.num_microbatches
+        try:
+            plan = self._plan(num_chunks, training, sync_gradients)
+            step = self._make_step(plan, inputs, labels, criterion, training, return_outputs)
+        except (ValueError, TypeError) as error:
+            self._engine.fail(f"{type(error).__name__}: {error}")
+            raise
+        self._last_plan = plan
+        reducer = self._gradient_exchange if sync_gradients and training else None
+        self._run(plan, step, reducer)
+        return step.loss(), step.gathered_outputs()
+
+    def sync_gradients(self) -> None:
+        """Sums the gradients of the two copies of each stage; both copies get the same bits.
+
+        Call it after the last :meth:`step` of an accumulation, on every rank. Nothing happens
+        where stages have one copy. A gradient that is ``None`` on both copies stays so.
+        """
+        if self._gradient_exchange is not None:
+            self._engine.exchange(self._gradient_exchange, sorted(self._stages))
+
+    def sync_parameters(self) -> None:
+        """Overwrites parameters and buffers of each stage's second copy with those of the first.
+
+        The first copy of stage s is that on rank s. Called at construction by default.
+        """
+        exchange = self._make_exchange(copy=True)
+        if exchange is not None:
+            self._engine.exchange(exchange, sorted(self._stages))
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Clips the gradients of the whole model by their norm; returns the norm before.
+
+        Every parameter counts once, however many copies it has: the norm is that of the unsplit
+        model. Call it on every rank, after gradients are in sync.
+
+        Raises:
+            ValueError: ``max_norm`` or ``norm_type`` is not positive.
+        """
+        if not max_norm > 0 or not norm_type > 0:
+            raise ValueError(
+                f"max_norm={max_norm}, norm_type={norm_type}: both must be above 0; "
+                f"use float('inf') as max_norm to measure without clipping"
+            )
+        norm = total_norm(self._counted_parameters(), norm_type, self.group.all_gather_floats)
+        clip_local_gradients(self.parameters(), norm, max_norm)
+        return norm
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Not a module to call: use :meth:`step`."""
+        raise TypeError("a pipeline is not called; use step(), under torch.no_grad() for inference")
+
+    # Hooks
+
+    def register_before_backward_hook(
+        self, hook: Callable[[Tensor, int], Tensor | None]
+    ) -> RemovableHandle:
+        """``hook(loss, microbatch)`` may return another loss to differentiate: scaled, or with an
+        auxiliary loss added. The losses that :meth:`step` returns stay the criterion's.
+        """
+        return _register(self._hooks.before_backward, hook)
+
+    def register_after_forward_hook(
+        self, hook: Callable[[Tensor, Sequence[Tensor | None], int], None]
+    ) -> RemovableHandle:
+        """``hook(loss, outputs, microbatch)`` is called when a micro-batch has its loss."""
+        return _register(self._hooks.after_forward, hook)
+
+    # What happened
+
+    @property
+    def last_trace(self) -> list[TraceEvent]:
+        """Every computation of the last step on this rank, in order."""
+        return [
+            TraceEvent(action, start * 1e-9, end * 1e-9, wait * 1e-9)
+            for action, start, end, wait in self._engine.trace_events
+        ]
+
+    def stats(self) -> StepStatistics:
+        """The last step on this rank, measured and planned.
+
+        Raises:
+            ValueError: no step was run yet.
+        """
+        if self._last_plan is None:
+            raise ValueError("there are no statistics before the first step()")
+        engine, plan = self._engine, self._last_plan
+        timeline = plan.schedule.simulate(CostModel(), sends="early")
+        return StepStatistics(
+            step_seconds=engine.step_ns * 1e-9,
+            busy_seconds=engine.busy_ns * 1e-9,
+            measured_bubble=1.0 - engine.busy_ns / max(engine.step_ns, 1),
+            planned_bubble=timeline.bubble(self.rank) / timeline.makespan,
+            peak_live_activations=engine.peak_live_activations,
+            planned_peak_activations=plan.program.planned_peak_activations,
+        )
+
+    # Construction
+
+    def _adopt(self, modules: list[nn.Module], schedule: str | Schedule) -> dict[str, Any]:
+        """Checks and takes the modules; returns what must be equal on all ranks."""
+        self._source = ScheduleSource.of(schedule, self.num_ranks, len(modules))
+        layout = self._source.smallest()
+        self._num_stages = layout.num_stages
+        self._stages = layout.stages_of(self.rank)
+        self._mirrored = layout.mirror_of(self.rank) is not None
+        self._check_modules(modules)
+        self.module = nn.ModuleList(modules)
+        self._overlapped = find_overlapped(modules if self.config.use_overlapped else [])
+        self._weight_split = defer_weight_gradients(
+            self.module if self.config.split_weight_gradients else nn.ModuleList()
+        )
+        mirrors = {
+            str(stage): _describe(module, self.config.mirror_init == "check")
+            for stage, module in zip(self._stages, modules, strict=True)
+        }
+        return {
+            "version": _C.version,
+            "torch": torch.__version__,
+            "ranks": self.num_ranks,
+            "schedule": layout.digest(),
+            "config": repr(self.config),
+            "batch_dim": self.batch_dim,
+            "overlapped": self._overlapped.function is not None,
+            "stages": mirrors if self.is_mirrored else {},
+        }
+
+    def _check_modules(self, modules: Sequence[nn.Module]) -> None:
+        for module in modules:
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"modules must be nn.Modules; found a {type(module).__name__}")
+        if len(modules) != len(self._stages):
+            raise ValueError(
+                f"{len(modules)} modules were given; {self._source.name} on {self.num_ranks} ranks "
+                f"needs {len(self._stages)} on rank {self.rank}: those of stages {self._stages}"
+            )
+        if len({id(module) for module in modules}) < len(modules):
+            raise ValueError(
+                f"the same module was given twice; rank {self.rank} needs two different ones, "
+                f"those of stages {self._stages}"
+            )
+
+    def _warn_of_fallback(self) -> None:
+        if self._overlapped.problem:
+            warnings.warn(
+                f"rank {self.rank}: {self._overlapped.problem}; forward and backward of a pair "
+                f"run one after the other",
+                stacklevel=3,
+            )
+
+    def _peers(self) -> list[int]:
+        neighbours = {(self.rank - 1) % self.num_ranks, (self.rank + 1) % self.num_ranks}
+        if self.is_mirrored:
+            neighbours.add(self.num_ranks - 1 - self.rank)
+        return sorted(neighbours - {self.rank})
+
+    def _make_exchange(self, *, copy: bool) -> _C.MirrorExchange | None:
+        if not self.is_mirrored:
+            return None
+        tensors: list[tuple[int, list[Tensor]]] = []
+        seen: set[Tensor] = set()
+        for stage, module in sorted(zip(self._stages, self.module, strict=True)):
+            state: list[Tensor] = list(module.parameters())
+            if copy:
+                state += list(module.buffers())
+            own = [tensor for tensor in state if tensor not in seen]
+            seen.update(own)
+            tensors.append((stage, own))
+        return self._engine.mirror_exchange(
+            num_ranks=self.num_ranks,
+            stages=tensors,
+            bucket_bytes=self.config.bucket_bytes,
+            copy=copy,
+            together=bool(shared_parameters(list(self.module))),
+        )
+
+    def _counted_parameters(self) -> list[nn.Parameter]:
+        """Those whose gradients this rank adds to the norm: each parameter on one rank alone."""
+        if not self.is_mirrored:
+            return list(self.parameters())
+        shared = shared_parameters(list(self.module))
+        counted = self.module[self._stages.index(self.rank)]
+        lower = self.rank == min(self._stages)
+        return [p for p in counted.parameters() if lower or p not in shared]
+
+    # One step
+
+    def _plan(self, num_chunks: int, training: bool, sync_gradients: bool) -> _PlannedStep:
+        key = (num_chunks, training, sync_gradients)
+        if key not in self._plans:
+            self._plans[key] = self._make_plan(*key)
+        return self._plans[key]
+
+    def _make_plan(self, num_chunks: int, training: bool, sync_gradients: bool) -> _PlannedStep:
+        schedule = self._source.plan(num_chunks)
+        lowered = schedule.lower(
+            lookahead=self.config.lookahead,
+            keep_overlap=self._overlapped.function is not None and training,
+            with_backward=training,
+            reduce_gradients=sync_gradients and training,
+        )
+        description = (
+            f"{self._source.name}, {self.num_ranks} ranks, {num_chunks} micro-batches, "
+            f"{'training' if training else 'inference'}"
+            f"{', summing gradients' if sync_gradients and training else ''}"
+        )
+        program = _C.Program(lowered.native, self.rank, description)
+        return _PlannedStep(
+            schedule,
+            lowered,
+            program,
+            entering=schedule.microbatches_at(0, self.rank),
+            leaving=schedule.microbatches_at(self._num_stages - 1, self.rank),
+        )
+
+    def _make_step(
+        self,
+        plan: _PlannedStep,
+        inputs: Sequence[Tensor | None],
+        labels: Sequence[Tensor | None] | None,
+        criterion: Criterion | None,
+        training: bool,
+        return_outputs: bool,
+    ) -> Step:
+        self._check_given(plan, inputs, labels, criterion, training)
+        number = self._engine.num_steps + 1
+        seed = self.config.seed
+        return Step(
+            modules=dict(zip(self._stages, self.module, strict=True)),
+            last_stage=self._num_stages - 1,
+            inputs=self._cut(inputs, plan.entering, "inputs"),
+            labels=self._cut(labels or (), plan.leaving, "labels"),
+            criterion=criterion,
+            hooks=self._hooks,
+            batch_dim=self.batch_dim,
+            training=training,
+            keep_outputs=return_outputs,
+            seed=None if seed is None else lambda s, m: microbatch_seed(seed, number, s, m),
+            overlapped_function=self._overlapped.function,
+        )
+
+    def _cut(
+        self, tensors: Sequence[Tensor | None], microbatches: list[int], what: str
+    ) -> dict[int, Chunk]:
+        if not microbatches:
+            return {}
+        chunks = scatter(tensors, len(microbatches), self.batch_dim, what)
+        return dict(zip(microbatches, chunks, strict=True))
+
+    def _check_given(
+        self,
+        plan: _PlannedStep,
+        inputs: Sequence[Tensor | None],
+        labels: Sequence[Tensor | None] | None,
+        criterion: Criterion | None,
+        training: bool,
+    ) -> None:
+        enters, leaves = bool(plan.entering), bool(plan.leaving)
+        has_inputs = any(x is not None for x in inputs)
+        has_labels = any(x is not None for x in labels or ())
+        if enters and not has_inputs:
+            raise ValueError(
+                f"inputs are missing on rank {self.rank}, where micro-batches "
+                f"{_span(plan.entering)} enter; pass step(x, ...) there"
+            )
+        if has_inputs and not enters:
+            raise ValueError(
+                f"inputs were given on rank {self.rank}, where no micro-batch enters; "
+                f"pass None there and the tensors on {self._end_ranks(plan, 0)}"
+            )
+        if has_labels and not leaves:
+            raise ValueError(
+                f"labels were given on rank {self.rank}, where no micro-batch leaves; "
+                f"pass None there and the tensors on {self._end_ranks(plan, -1)}"
+            )
+        if leaves and training and criterion is None:
+            raise ValueError(
+                f"criterion is missing on rank {self.rank}, where micro-batches "
+                f"{_span(plan.leaving)} leave; pass criterion=, or use torch.no_grad()"
+            )
+        labels_missing = labels is None or any(x is None for x in labels)
+        if leaves and criterion is not None and labels_missing:
+            raise ValueError(
+                f"labels are missing on rank {self.rank}, where micro-batches "
+                f"{_span(plan.leaving)} leave; pass labels=(...) there, or labels=() for a "
+                f"criterion that takes outputs alone"
+            )
+
+    def _end_ranks(self, plan: _PlannedStep, stage: int) -> str:
+        stage %= self._num_stages
+        ranks = range(self.num_ranks)
+        return " and ".join(
+            f"rank {rank}" for rank in ranks if plan.schedule.microbatches_at(stage, rank)
+        )
+
+    def _run(self, plan: _PlannedStep, step: Step, reducer: _C.MirrorExchange | None) -> None:
+        try:
+            self._engine.run(
+                plan.program,
+                step,
+                training=step.training,
+                keep_outputs=step.overlapped_function is not None,
+                device=str(self._device()),
+                reducer=reducer,
+            )
+        except PipelineError as error:
+            raise PipelineError(f"{error}\n\n{self._where(plan)}") from None
+        except BaseException as error:
+            if _is_the_stages(error, step):
+                text = f"{self._engine.failure}\n\n{self._where(plan)}"
+                raise PipelineError(text) from error
+            raise
+
+    def _where(self, plan: _PlannedStep) -> str:
+        """The schedule around the action at which this rank stopped."""
+        return plan.lowered.grid(self.rank, self._engine.cursor)
+
+    def _device(self) -> torch.device:
+        for parameter in self.parameters():
+            return parameter.device
+        return torch.device("cpu")
+
+
+def _is_the_stages(error: BaseException, step: Step) -> bool:
+    """Whether a stage failed, rather than the caller or this library."""
+    if not isinstance(error, Exception) or isinstance(error, InternalError):
+        return False
+    return error is step.error or not isinstance(error, (ValueError, TypeError))
+
+
+def _register(hooks: dict[int, Any], hook: Callable[..., Any]) -> RemovableHandle:
+    handle = RemovableHandle(hooks)
+    hooks[handle.id] = hook
+    return handle
+
+
+def _span(microbatches: Sequence[int]) -> str:
+    return f"{microbatches[0]} to {microbatches[-1]}"
+
+
+def _describe(module: nn.Module, with_values: bool) -> list[Any]:
+    """Names, shapes and dtypes of a stage's parameters, and a digest of their values."""
+    described: list[Any] = [
+        [name, list(parameter.shape), str(parameter.dtype)]
+        for name, parameter in module.named_parameters()
+    ]
+    if with_values:
+        described.append(_digest(module))
+    return described
+
+
+def _digest(module: nn.Module) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

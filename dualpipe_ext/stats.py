@@ -1,0 +1,41 @@
+"""What a step did: measured by the engine, beside what the schedule plans."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["StepStatistics", "TraceEvent"]
+
+
+class TraceEvent(NamedTuple):
+    """One computation of a step. Times in seconds since the step began.
+
+    ``wait`` is the part of it that was spent blocked on messages.
+    """
+
+    action: str
+    start: float
+    end: float
+    wait: float
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """The last step on this rank.
+
+    Attributes:
+        step_seconds: from the call to the commit on all ranks.
+        busy_seconds: of these, spent computing.
+        measured_bubble: the share of the step in which this rank did not compute.
+        planned_bubble: the same in the schedule, with F = I = W and messages that take no time.
+        peak_live_activations: the most micro-batches whose activations were alive at once.
+        planned_peak_activations: the same in the schedule.
+    """
+
+    step_seconds: float
+    busy_seconds: float
+    measured_bubble: float
+    planned_bubble: float
+    peak_live_activations: int
+    planned_peak_activations: int

@@ -1,0 +1,184 @@
+"""Running a function on several ranks of one machine, as threads or as processes."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dualpipe_ext._C import PipelineError
+from dualpipe_ext.groups import LoopbackGroup, LoopbackHubs
+
+__all__ = ["run_ranks"]
+
+RankFunction = Callable[..., Any]
+
+
+def run_ranks(
+    fn: RankFunction,
+    num_ranks: int,
+    ranks: Literal["threads", "processes"] = "threads",
+    args: Sequence[Any] = (),
+    timeout: float = 300.0,
+    link_latency: float = 0.0,
+    link_bandwidth: float = 0.0,
+) -> list[Any]:
+    """Calls ``fn(rank, num_ranks, *args)`` on every rank and returns the results, by rank.
+
+    Args:
+        fn: for processes, a function that can be imported: it is sent to them by name.
+        ranks: ``"threads"`` of this process, which exchange messages in memory, or
+            ``"processes"`` with torch's gloo backend as their default group.
+        timeout: seconds for everything; then the stacks are printed and TimeoutError is raised.
+        link_latency: threads only: seconds that every message takes.
+        link_bandwidth: threads only: bytes a second of each channel; 0: unlimited.
+
+    Raises:
+        Exception: the first error of a rank that is not the echo of another rank's.
+        TimeoutError: a rank did not finish.
+        ValueError: an unknown kind of ranks, or link options for processes.
+    """
+    if ranks == "threads":
+        hubs = LoopbackHubs(num_ranks, link_latency, link_bandwidth)
+        return _run_threads(fn, hubs, args, timeout)
+    if ranks != "processes":
+        raise ValueError(f"ranks={ranks!r}: choose 'threads' or 'processes'")
+    if link_latency or link_bandwidth:
+        raise ValueError("link_latency and link_bandwidth are for ranks='threads'")
+    return _run_processes(fn, num_ranks, args, timeout)
+
+
+def _run_threads(
+    fn: RankFunction, hubs: LoopbackHubs, args: Sequence[Any], timeout: float
+) -> list[Any]:
+    results: list[Any] = [None] * hubs.num_ranks
+    errors: dict[int, BaseException] = {}
+    grad_enabled = torch.is_grad_enabled()
+
+    def run(rank: int) -> None:
+        try:
+            with LoopbackGroup(hubs, rank), torch.set_grad_enabled(grad_enabled):
+                results[rank] = fn(rank, hubs.num_ranks, *args)
+        except BaseException as error:  # noqa: BLE001 - reported by the caller's thread
+            errors[rank] = error
+
+    threads = [
+        threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True)
+        for rank in range(hubs.num_ranks)
+    ]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + timeout
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    missing = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
+    if missing and not errors:
+        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        raise TimeoutError(f"ranks {missing} did not finish within {timeout} s")
+    if errors:
+        raise _first_cause(errors)
+    return results
+
+
+def _first_cause(errors: dict[int, BaseException]) -> BaseException:
+    """The error that started it: not one that only repeats what happened on another rank."""
+    by_rank = [errors[rank] for rank in sorted(errors)]
+    causes = [error for error in by_rank if not isinstance(error, PipelineError)]
+    origins = [e for e in by_rank if e.__cause__ is not None or getattr(e, "is_origin", False)]
+    return (causes or origins or by_rank)[0]
+
+
+def _run_processes(
+    fn: RankFunction, num_ranks: int, args: Sequence[Any], timeout: float
+) -> list[Any]:
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="dualpipe_ranks_") as folder:
+        processes = [
+            context.Process(
+                target=_process_main, args=(fn, rank, num_ranks, folder, tuple(args)), daemon=False
+            )
+            for rank in range(num_ranks)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            _join(processes, timeout)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        return _collect(folder, processes)
+
+
+def _join(processes: Sequence[Any], timeout: float) -> None:
+    """Waits for all; once one has failed, the others have a few seconds to notice."""
+    deadline = time.monotonic() + timeout
+    patience = 15.0
+    while any(process.is_alive() for process in processes):
+        if patience and any(process.exitcode not in (None, 0) for process in processes):
+            deadline = min(deadline, time.monotonic() + patience)
+            patience = 0.0
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.01)
+
+
+def _collect(folder: str, processes: Sequence[Any]) -> list[Any]:
+    results: list[Any] = []
+    errors: dict[int, BaseException] = {}
+    for rank, process in enumerate(processes):
+        path = os.path.join(folder, f"{rank}.pt")
+        if os.path.exists(path):
+            ok, value = torch.load(path, weights_only=False)
+            if ok:
+                results.append(value)
+            else:
+                errors[rank] = value
+        elif process.exitcode == -9:
+            errors[rank] = TimeoutError(f"rank {rank} did not finish in time and was killed")
+        else:
+            errors[rank] = RuntimeError(f"rank {rank} died with exit code {process.exitcode}")
+    if errors:
+        raise _first_cause(errors)
+    return results
+
+
+def _process_main(
+    fn: RankFunction, rank: int, num_ranks: int, folder: str, args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks
+    )
+    try:
+        outcome = (True, fn(rank, num_ranks, *args))
+    except Exception as error:  # noqa: BLE001 - travels to the caller
+        outcome = (False, _portable(error))
+    path = os.path.join(folder, f"{rank}.pt")
+    torch.save(outcome, path + ".part")
+    os.replace(path + ".part", path)
+    dist.destroy_process_group()
+    if not outcome[0]:
+        sys.exit(1)
+
+
+def _portable(error: Exception) -> BaseException:
+    """The error with its traceback as text, which survives pickling."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        copy = type(error)(f"{error}\n\nraised on a rank:\n{text}")
+    except Exception:  # noqa: BLE001 - an exception type with another signature
+        return RuntimeError(text)
+    copy.is_origin = error.__cause__ is not None  # type: ignore[attr-defined]
+    return copy
