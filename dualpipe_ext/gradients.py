@@ -6,16 +6,14 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["clip_local_gradients", "shared_parameters", "total_norm"]
+__all__ = ["clip_local_gradients", "total_norm"]
 
 GatherFloats = Callable[[Sequence[float]], list[list[float]]]
 
 
-def total_norm(
-    parameters: Iterable[nn.Parameter], norm_type: float, gather: GatherFloats
-) -> Tensor:
+def total_norm(parameters: Iterable[Tensor], norm_type: float, gather: GatherFloats) -> Tensor:
     """The norm over all ranks, each of which gives the parameters that it counts."""
     grads = [p.grad for p in parameters if p.grad is not None]
     local = _power_sum(grads, norm_type)
@@ -25,23 +23,12 @@ def total_norm(
     return torch.tensor(math.fsum(by_rank) ** (1.0 / norm_type))
 
 
-def clip_local_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+def clip_local_gradients(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scales gradients in place by ``min(1, max_norm / (norm + 1e-6))``, as torch does."""
     scale = max_norm / (float(norm) + 1e-6)
     grads = [p.grad for p in parameters if p.grad is not None]
     if scale < 1.0 and grads:
         torch._foreach_mul_(grads, scale)
-
-
-def shared_parameters(modules: Sequence[nn.Module]) -> set[nn.Parameter]:
-    """Parameters that more than one of the modules holds: tied embeddings, for example."""
-    seen: set[nn.Parameter] = set()
-    shared: set[nn.Parameter] = set()
-    for module in modules:
-        own = set(module.parameters())
-        shared |= seen & own
-        seen |= own
-    return shared
 
 
 def _power_sum(grads: Sequence[Tensor], norm_type: float) -> float:

@@ -14,14 +14,16 @@ from torch.utils.hooks import RemovableHandle
 
 from dualpipe_ext import _C
 from dualpipe_ext._C import InternalError, PipelineError
+from dualpipe_ext._batch import RankBatch, cut_batch
 from dualpipe_ext._handshake import agree
+from dualpipe_ext._mirrors import MirroredStages, describe_stage
 from dualpipe_ext._overlap import find_overlapped
 from dualpipe_ext._source import ScheduleSource
 from dualpipe_ext._step import Criterion, LossHooks, Step, microbatch_seed
 from dualpipe_ext.config import DualPipeConfig
-from dualpipe_ext.gradients import clip_local_gradients, shared_parameters, total_norm
+from dualpipe_ext.gradients import clip_local_gradients, total_norm
 from dualpipe_ext.groups import PipelineGroup, resolve_group
-from dualpipe_ext.microbatches import Chunk, scatter
+from dualpipe_ext.microbatches import Chunk
 from dualpipe_ext.schedule import CostModel, Schedule
 from dualpipe_ext.stats import StepStatistics, TraceEvent
 from dualpipe_ext.weight_grad import WeightSplitReport, defer_weight_gradients
@@ -36,8 +38,7 @@ class _PlannedStep:
     schedule: Schedule  # compute actions
     lowered: Schedule
     program: _C.Program
-    entering: list[int]  # micro-batches whose inputs this rank is given
-    leaving: list[int]  # micro-batches whose losses and outputs this rank returns
+    batch: RankBatch
 
 
 class Pipeline(nn.Module):
@@ -82,9 +83,13 @@ class Pipeline(nn.Module):
         self._plans: dict[tuple[int, bool, bool], _PlannedStep] = {}
         self._last_plan: _PlannedStep | None = None
         self._engine = self.group.make_engine(self._peers(), self.config.timeout)
-        self._gradient_exchange = self._make_exchange(copy=False)
+        self._gradient_exchange = None
+        if self._mirrors is not None:
+            self._gradient_exchange = self._mirrors.exchange(
+                self._engine, self.config.bucket_bytes, copy=False
+            )
         self._warn_of_fallback()
-        if self.is_mirrored and self.config.mirror_init == "broadcast":
+        if self.config.mirror_init == "broadcast":
             self.sync_parameters()
 
     # What this rank is
@@ -102,7 +107,7 @@ class Pipeline(nn.Module):
     @property
     def is_mirrored(self) -> bool:
         """Whether every stage has two copies, on ranks r and P-1-r."""
-        return self._mirrored
+        return self._mirrors is not None
 
     @property
     def weight_split(self) -> WeightSplitReport:
@@ -176,8 +181,8 @@ class Pipeline(nn.Module):
 
         The first copy of stage s is that on rank s. Called at construction by default.
         """
-        exchange = self._make_exchange(copy=True)
-        if exchange is not None:
+        if self._mirrors is not None:
+            exchange = self._mirrors.exchange(self._engine, self.config.bucket_bytes, copy=True)
             self._engine.exchange(exchange, sorted(self._stages))
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -194,7 +199,8 @@ class Pipeline(nn.Module):
                 f"max_norm={max_norm}, norm_type={norm_type}: both must be above 0; "
                 f"use float('inf') as max_norm to measure without clipping"
             )
-        norm = total_norm(self._counted_parameters(), norm_type, self.group.all_gather_floats)
+        counted = self._mirrors.counted_parameters() if self._mirrors else self.parameters()
+        norm = total_norm(counted, norm_type, self.group.all_gather_floats)
         clip_local_gradients(self.parameters(), norm, max_norm)
         return norm
 
@@ -255,15 +261,19 @@ class Pipeline(nn.Module):
         layout = self._source.smallest()
         self._num_stages = layout.num_stages
         self._stages = layout.stages_of(self.rank)
-        self._mirrored = layout.mirror_of(self.rank) is not None
         self._check_modules(modules)
         self.module = nn.ModuleList(modules)
         self._overlapped = find_overlapped(modules if self.config.use_overlapped else [])
         self._weight_split = defer_weight_gradients(
             self.module if self.config.split_weight_gradients else nn.ModuleList()
         )
-        mirrors = {
-            str(stage): _describe(module, self.config.mirror_init == "check")
+        mirrored = layout.mirror_of(self.rank) is not None
+        self._mirrors = (
+            MirroredStages(self.rank, self.num_ranks, self._stages, modules) if mirrored else None
+        )
+        with_values = self.config.mirror_init == "check"
+        described = {
+            str(stage): describe_stage(module, with_values=with_values)
             for stage, module in zip(self._stages, modules, strict=True)
         }
         return {
@@ -274,7 +284,7 @@ class Pipeline(nn.Module):
             "config": repr(self.config),
             "batch_dim": self.batch_dim,
             "overlapped": self._overlapped.function is not None,
-            "stages": mirrors if self.is_mirrored else {},
+            "stages": described if mirrored else {},
         }
 
     def _check_modules(self, modules: Sequence[nn.Module]) -> None:
@@ -306,35 +316,6 @@ class Pipeline(nn.Module):
             neighbours.add(self.num_ranks - 1 - self.rank)
         return sorted(neighbours - {self.rank})
 
-    def _make_exchange(self, *, copy: bool) -> _C.MirrorExchange | None:
-        if not self.is_mirrored:
-            return None
-        tensors: list[tuple[int, list[Tensor]]] = []
-        seen: set[Tensor] = set()
-        for stage, module in sorted(zip(self._stages, self.module, strict=True)):
-            state: list[Tensor] = list(module.parameters())
-            if copy:
-                state += list(module.buffers())
-            own = [tensor for tensor in state if tensor not in seen]
-            seen.update(own)
-            tensors.append((stage, own))
-        return self._engine.mirror_exchange(
-            num_ranks=self.num_ranks,
-            stages=tensors,
-            bucket_bytes=self.config.bucket_bytes,
-            copy=copy,
-            together=bool(shared_parameters(list(self.module))),
-        )
-
-    def _counted_parameters(self) -> list[nn.Parameter]:
-        """Those whose gradients this rank adds to the norm: each parameter on one rank alone."""
-        if not self.is_mirrored:
-            return list(self.parameters())
-        shared = shared_parameters(list(self.module))
-        counted = self.module[self._stages.index(self.rank)]
-        lower = self.rank == min(self._stages)
-        return [p for p in counted.parameters() if lower or p not in shared]
-
     # One step
 
     def _plan(self, num_chunks: int, training: bool, sync_gradients: bool) -> _PlannedStep:
@@ -357,13 +338,7 @@ class Pipeline(nn.Module):
             f"{', summing gradients' if sync_gradients and training else ''}"
         )
         program = _C.Program(lowered.native, self.rank, description)
-        return _PlannedStep(
-            schedule,
-            lowered,
-            program,
-            entering=schedule.microbatches_at(0, self.rank),
-            leaving=schedule.microbatches_at(self._num_stages - 1, self.rank),
-        )
+        return _PlannedStep(schedule, lowered, program, RankBatch(schedule, self.rank))
 
     def _make_step(
         self,
@@ -374,14 +349,14 @@ class Pipeline(nn.Module):
         training: bool,
         return_outputs: bool,
     ) -> Step:
-        self._check_given(plan, inputs, labels, criterion, training)
+        plan.batch.check(inputs, labels, criterion, training)
         number = self._engine.num_steps + 1
         seed = self.config.seed
         return Step(
             modules=dict(zip(self._stages, self.module, strict=True)),
             last_stage=self._num_stages - 1,
-            inputs=self._cut(inputs, plan.entering, "inputs"),
-            labels=self._cut(labels or (), plan.leaving, "labels"),
+            inputs=cut_batch(inputs, plan.batch.entering, self.batch_dim, "inputs"),
+            labels=cut_batch(labels or (), plan.batch.leaving, self.batch_dim, "labels"),
             criterion=criterion,
             hooks=self._hooks,
             batch_dim=self.batch_dim,
@@ -389,60 +364,6 @@ class Pipeline(nn.Module):
             keep_outputs=return_outputs,
             seed=None if seed is None else lambda s, m: microbatch_seed(seed, number, s, m),
             overlapped_function=self._overlapped.function,
-        )
-
-    def _cut(
-        self, tensors: Sequence[Tensor | None], microbatches: list[int], what: str
-    ) -> dict[int, Chunk]:
-        if not microbatches:
-            return {}
-        chunks = scatter(tensors, len(microbatches), self.batch_dim, what)
-        return dict(zip(microbatches, chunks, strict=True))
-
-    def _check_given(
-        self,
-        plan: _PlannedStep,
-        inputs: Sequence[Tensor | None],
-        labels: Sequence[Tensor | None] | None,
-        criterion: Criterion | None,
-        training: bool,
-    ) -> None:
-        enters, leaves = bool(plan.entering), bool(plan.leaving)
-        has_inputs = any(x is not None for x in inputs)
-        has_labels = any(x is not None for x in labels or ())
-        if enters and not has_inputs:
-            raise ValueError(
-                f"inputs are missing on rank {self.rank}, where micro-batches "
-                f"{_span(plan.entering)} enter; pass step(x, ...) there"
-            )
-        if has_inputs and not enters:
-            raise ValueError(
-                f"inputs were given on rank {self.rank}, where no micro-batch enters; "
-                f"pass None there and the tensors on {self._end_ranks(plan, 0)}"
-            )
-        if has_labels and not leaves:
-            raise ValueError(
-                f"labels were given on rank {self.rank}, where no micro-batch leaves; "
-                f"pass None there and the tensors on {self._end_ranks(plan, -1)}"
-            )
-        if leaves and training and criterion is None:
-            raise ValueError(
-                f"criterion is missing on rank {self.rank}, where micro-batches "
-                f"{_span(plan.leaving)} leave; pass criterion=, or use torch.no_grad()"
-            )
-        labels_missing = labels is None or any(x is None for x in labels)
-        if leaves and criterion is not None and labels_missing:
-            raise ValueError(
-                f"labels are missing on rank {self.rank}, where micro-batches "
-                f"{_span(plan.leaving)} leave; pass labels=(...) there, or labels=() for a "
-                f"criterion that takes outputs alone"
-            )
-
-    def _end_ranks(self, plan: _PlannedStep, stage: int) -> str:
-        stage %= self._num_stages
-        ranks = range(self.num_ranks)
-        return " and ".join(
-            f"rank {rank}" for rank in ranks if plan.schedule.microbatches_at(stage, rank)
         )
 
     def _run(self, plan: _PlannedStep, step: Step, reducer: _C.MirrorExchange | None) -> None:
@@ -484,27 +405,3 @@ def _register(hooks: dict[int, Any], hook: Callable[..., Any]) -> RemovableHandl
     handle = RemovableHandle(hooks)
     hooks[handle.id] = hook
     return handle
-
-
-def _span(microbatches: Sequence[int]) -> str:
-    return f"{microbatches[0]} to {microbatches[-1]}"
-
-
-def _describe(module: nn.Module, with_values: bool) -> list[Any]:
-    """Names, shapes and dtypes of a stage's parameters, and a digest of their values."""
-    described: list[Any] = [
-        [name, list(parameter.shape), str(parameter.dtype)]
-        for name, parameter in module.named_parameters()
-    ]
-    if with_values:
-        described.append(_digest(module))
-    return described
-
-
-def _digest(module: nn.Module) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -1,0 +1,82 @@
+"""One rank's part of a batch: checked, and cut into the micro-batches that enter or leave here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dualpipe_ext._step import Criterion
+from dualpipe_ext.microbatches import Chunk, scatter
+from dualpipe_ext.schedule import Schedule
+
+__all__ = ["RankBatch", "cut_batch"]
+
+Given = Sequence[Tensor | None]
+
+
+class RankBatch:
+    """Which micro-batches enter (their inputs) and leave (their labels, losses) on a rank."""
+
+    def __init__(self, schedule: Schedule, rank: int) -> None:
+        self.rank = rank
+        last_stage = schedule.num_stages - 1
+        self.entering = schedule.microbatches_at(0, rank)
+        self.leaving = schedule.microbatches_at(last_stage, rank)
+        ranks = range(schedule.num_ranks)
+        self.entry_ranks = [r for r in ranks if schedule.microbatches_at(0, r)]
+        self.exit_ranks = [r for r in ranks if schedule.microbatches_at(last_stage, r)]
+
+    def check(
+        self, inputs: Given, labels: Given | None, criterion: Criterion | None, training: bool
+    ) -> None:
+        """Raises ValueError where something is missing, or was given to the wrong rank."""
+        self._check_inputs(any(x is not None for x in inputs))
+        if any(x is not None for x in labels or ()) and not self.leaving:
+            raise ValueError(
+                f"labels were given on rank {self.rank}, where no micro-batch leaves; pass None "
+                f"there and the tensors on {_ranks(self.exit_ranks)}"
+            )
+        if self.leaving:
+            self._check_criterion(labels, criterion, training)
+
+    def _check_inputs(self, given: bool) -> None:
+        if self.entering and not given:
+            raise ValueError(
+                f"inputs are missing on rank {self.rank}, where micro-batches "
+                f"{_span(self.entering)} enter; pass step(x, ...) there"
+            )
+        if given and not self.entering:
+            raise ValueError(
+                f"inputs were given on rank {self.rank}, where no micro-batch enters; pass None "
+                f"there and the tensors on {_ranks(self.entry_ranks)}"
+            )
+
+    def _check_criterion(
+        self, labels: Given | None, criterion: Criterion | None, training: bool
+    ) -> None:
+        where = f"on rank {self.rank}, where micro-batches {_span(self.leaving)} leave"
+        if training and criterion is None:
+            raise ValueError(
+                f"criterion is missing {where}; pass criterion=, or use torch.no_grad()"
+            )
+        if criterion is not None and (labels is None or any(x is None for x in labels)):
+            raise ValueError(
+                f"labels are missing {where}; pass labels=(...) there, or labels=() for a "
+                f"criterion that takes outputs alone"
+            )
+
+
+def cut_batch(tensors: Given, microbatches: list[int], dim: int, what: str) -> dict[int, Chunk]:
+    """The pieces of ``tensors``, by micro-batch; empty where no micro-batch enters or leaves."""
+    if not microbatches:
+        return {}
+    return dict(zip(microbatches, scatter(tensors, len(microbatches), dim, what), strict=True))
+
+
+def _span(microbatches: Sequence[int]) -> str:
+    return f"{microbatches[0]} to {microbatches[-1]}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return " and ".join(f"rank {rank}" for rank in ranks)

@@ -1,0 +1,85 @@
+"""The two copies of each stage: what they hold, how they are compared and kept equal."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualpipe_ext import _C
+
+__all__ = ["MirroredStages", "describe_stage"]
+
+
+class MirroredStages:
+    """The stages of one rank, r and P-1-r, whose other copies are on rank P-1-r.
+
+    A parameter that both modules hold (tied embeddings on the first and the last rank) belongs to
+    the lower stage, so that it travels and counts once.
+    """
+
+    def __init__(
+        self, rank: int, num_ranks: int, stages: Sequence[int], modules: Sequence[nn.Module]
+    ) -> None:
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._modules = sorted(zip(stages, modules, strict=True), key=lambda pair: pair[0])
+        self._tied = bool(_shared(modules))
+
+    def exchange(self, engine: _C.Engine, bucket_bytes: int, *, copy: bool) -> _C.MirrorExchange:
+        """What sums gradients, or with ``copy`` overwrites the second copies' state."""
+        return engine.mirror_exchange(
+            num_ranks=self._num_ranks,
+            stages=[(stage, own) for stage, own in self._tensors(with_buffers=copy)],
+            bucket_bytes=bucket_bytes,
+            copy=copy,
+            together=self._tied,
+        )
+
+    def counted_parameters(self) -> list[Tensor]:
+        """The parameters that this rank adds to a norm: each one on one rank alone."""
+        return next(own for stage, own in self._tensors(False) if stage == self._rank)
+
+    def _tensors(self, with_buffers: bool) -> list[tuple[int, list[Tensor]]]:
+        seen: set[Tensor] = set()
+        by_stage: list[tuple[int, list[Tensor]]] = []
+        for stage, module in self._modules:
+            state: list[Tensor] = list(module.parameters())
+            if with_buffers:
+                state += list(module.buffers())
+            by_stage.append((stage, [tensor for tensor in state if tensor not in seen]))
+            seen.update(state)
+        return by_stage
+
+
+def describe_stage(module: nn.Module, *, with_values: bool) -> list[Any]:
+    """Names, shapes and dtypes of a stage's parameters; with a digest of their values on demand."""
+    described: list[Any] = [
+        [name, list(parameter.shape), str(parameter.dtype)]
+        for name, parameter in module.named_parameters()
+    ]
+    if with_values:
+        described.append(_digest(module))
+    return described
+
+
+def _digest(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _shared(modules: Sequence[nn.Module]) -> set[nn.Parameter]:
+    """Parameters that more than one of the modules holds."""
+    seen: set[nn.Parameter] = set()
+    shared: set[nn.Parameter] = set()
+    for module in modules:
+        own = set(module.parameters())
+        shared |= seen & own
+        seen |= own
+    return shared
