@@ -7,10 +7,16 @@ from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dualpipe_ext._build import BuildError, ensure_built, make_plan
 from dualpipe_ext._build.info import collect_info
+from dualpipe_ext._build.plan import find_prebuilt
+from dualpipe_ext._build.toolchain import CudaOption
+
+WIDTH_OF_FILES = 1000
+"""Columns where the output is no terminal: a line is never broken there."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -29,9 +35,11 @@ def build(
     force: Annotated[bool, typer.Option(help="Compile every file again.")] = False,
 ) -> None:
     """Compile the C++ core for the installed torch, ahead of the first import."""
-    option = None if cuda is None else "on" if cuda else "off"
+    option: CudaOption | None = None if cuda is None else "on" if cuda else "off"
     try:
-        library = ensure_built(make_plan(option), force=force)  # type: ignore[arg-type]
+        plan = make_plan(option)
+        library = None if force else find_prebuilt(plan)
+        library = library or ensure_built(plan, force=force)
     except BuildError as error:
         raise _fail(error) from None
     typer.echo(library)
@@ -49,10 +57,13 @@ def info(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    table = Table(title="dualpipe_ext", show_header=False, title_justify="left")
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH_OF_FILES
+    table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), str(value), style=None)
-    Console(soft_wrap=True).print(table)
+        table.add_row(f"[bold]{name.replace('_', ' ')}", escape(value))
+    console.print(table)
 
 
 if __name__ == "__main__":
