@@ -1,0 +1,217 @@
+#include "torch/deferred_linear.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/_unsafe_view.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <optional>
+#include <string_view>
+#include <type_traits>
+
+#include "torch/grad_accumulation.h"
+
+namespace dualpipe {
+namespace {
+
+namespace autograd = torch::autograd;
+
+// A slot of torch's own thread-local state, which autograd hands on to its threads. Older versions
+// name slots by number, newer ones by the address of a name.
+inline constexpr std::string_view kSlotName = "dualpipe::WeightQueue";
+
+template <typename Kind>
+Kind make_slot() {
+  if constexpr (std::is_enum_v<Kind>) {
+    return static_cast<Kind>(0xD9);
+  } else {
+    return Kind(&kSlotName);
+  }
+}
+
+struct CurrentQueue final : c10::DebugInfoBase {
+  explicit CurrentQueue(std::shared_ptr<WeightQueue> value) : queue(std::move(value)) {}
+  std::shared_ptr<WeightQueue> queue;
+};
+
+// The types are cast by deferred_linear itself, once.
+class NoAutocast {
+ private:
+  c10::impl::ExcludeDispatchKeyGuard guard_{c10::autocast_dispatch_keyset};
+};
+
+at::Tensor rows(const at::Tensor& tensor) {
+  return tensor.dim() == 1 ? tensor.unsqueeze(0) : tensor.flatten(0, -2);
+}
+
+// matrix [rows, n] in the shape of like [..., m]: [..., n].
+at::Tensor with_leading_sizes(const at::Tensor& matrix, const at::Tensor& like) {
+  std::vector<std::int64_t> sizes = like.sizes().vec();
+  sizes.back() = matrix.size(-1);
+  return at::_unsafe_view(matrix, sizes);
+}
+
+at::Tensor plain_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                        bool transposed) {
+  if (!transposed) {
+    return at::linear(input, weight, bias.defined() ? std::optional(bias) : std::nullopt);
+  }
+  const at::Tensor matrix = rows(input);
+  const at::Tensor output =
+      bias.defined() ? at::addmm(bias, matrix, weight) : at::mm(matrix, weight);
+  return with_leading_sizes(output, input);
+}
+
+// What one call leaves to its backward beside the saved tensors.
+struct DeferredCall final : torch::CustomClassHolder {
+  DeferredCall(std::weak_ptr<WeightQueue> to, LinearParameters used)
+      : queue(std::move(to)),
+        parameters(std::move(used)),
+        weight_wanted(parameters.weight.requires_grad()),
+        bias_wanted(parameters.bias.defined() && parameters.bias.requires_grad()) {}
+
+  void accumulate_grads(const at::Tensor& output_grad, const at::Tensor& input) const {
+    const at::NoGradGuard no_grad;
+    const NoAutocast no_autocast;
+    const at::Tensor grads = rows(output_grad);
+    if (weight_wanted) {
+      const GradTarget weight{parameters.weight, parameters.weight_main_grad};
+      const at::Tensor inputs = rows(input);
+      parameters.transposed ? accumulate_product(weight, inputs.t(), grads)
+                            : accumulate_product(weight, grads.t(), inputs);
+    }
+    if (bias_wanted) accumulate({parameters.bias, parameters.bias_main_grad}, grads.sum(0));
+  }
+
+  std::weak_ptr<WeightQueue> queue;  // an engine may be gone before a graph it made
+  LinearParameters parameters;
+  bool weight_wanted;
+  bool bias_wanted;
+};
+
+using CallPtr = c10::intrusive_ptr<DeferredCall>;
+
+// The operands of one call, in the type that autocast's policy for linear gives them. Its cache is
+// not used: under no_grad it would keep copies without a graph for operations that need one.
+struct Operands {
+  Operands(const at::Tensor& x, const LinearParameters& parameters)
+      : input(x), weight(parameters.weight), bias(parameters.bias) {
+    const at::DeviceType device = x.device().type();
+    if (!at::autocast::is_autocast_available(device)) return;
+    if (!at::autocast::is_autocast_enabled(device)) return;
+    const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
+    for (at::Tensor* tensor : {&input, &weight, &bias}) {
+      if (tensor->defined() && tensor->scalar_type() != dtype) {
+        *tensor = at::autocast::cached_cast(dtype, tensor->detach(), device);
+      }
+    }
+  }
+
+  at::Tensor input;
+  at::Tensor weight;
+  at::Tensor bias;
+};
+
+// The parameters are no edges of this node: autograd would visit their accumulators, hooks
+// included, with no gradient in every pass that defers.
+class DeferredLinear : public autograd::Function<DeferredLinear> {
+ public:
+  // anchor gives an output that needs a gradient where the input does not.
+  static at::Tensor forward(autograd::AutogradContext* context, const at::Tensor& input,
+                            const std::optional<at::Tensor>& anchor, const CallPtr& call) {
+    static_cast<void>(anchor);
+    const Operands operands(input, call->parameters);
+    const NoAutocast no_autocast;
+    const at::Tensor output =
+        plain_linear(operands.input, operands.weight, operands.bias, call->parameters.transposed);
+    // The weight is saved as it is: a cast copy for each micro-batch in flight would cost memory.
+    context->save_for_backward({call->weight_wanted ? operands.input : at::Tensor(),
+                                input.requires_grad() ? call->parameters.weight : at::Tensor()});
+    context->set_materialize_grads(false);
+    context->saved_data["call"] = c10::IValue::make_capsule(call);
+    // A view made here could not be changed in place by whoever gets it.
+    return output.is_view() ? at::_unsafe_view(output, output.sizes()) : output;
+  }
+
+  static autograd::variable_list backward(autograd::AutogradContext* context,
+                                          const autograd::variable_list& output_grads) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !at::GradMode::is_enabled(),
+        "a linear layer whose weight gradient is deferred cannot be differentiated twice, and this "
+        "backward pass was asked for a graph; call it with create_graph=False, or do not defer the "
+        "weight gradients of this module");
+    const at::Tensor& output_grad = output_grads[0];
+    if (!output_grad.defined()) return {{}, {}, {}};
+    const autograd::variable_list saved = context->get_saved_variables();
+    const auto call =
+        c10::static_intrusive_pointer_cast<DeferredCall>(context->saved_data["call"].toCapsule());
+    defer_or_accumulate(call, output_grad, saved[0]);
+    if (!context->needs_input_grad(0)) return {{}, {}, {}};
+    return {input_grad(*call, output_grad, saved[1]), {}, {}};
+  }
+
+ private:
+  static void defer_or_accumulate(const CallPtr& call, const at::Tensor& output_grad,
+                                  const at::Tensor& saved_input) {
+    // Without its history: a task keeps no graph alive.
+    const at::Tensor input = saved_input.defined() ? saved_input.detach() : saved_input;
+    const std::shared_ptr<WeightQueue> queue = call->queue.lock();
+    if (queue && queue->deferring()) {
+      queue->put([call, output_grad, input] { call->accumulate_grads(output_grad, input); });
+    } else {
+      call->accumulate_grads(output_grad, input);
+    }
+  }
+
+  static at::Tensor input_grad(const DeferredCall& call, const at::Tensor& output_grad,
+                               const at::Tensor& saved_weight) {
+    const NoAutocast no_autocast;
+    const at::Tensor weight = saved_weight.to(output_grad.scalar_type());
+    const at::Tensor grad =
+        at::mm(rows(output_grad), call.parameters.transposed ? weight.t() : weight);
+    return with_leading_sizes(grad, output_grad);
+  }
+};
+
+bool can_own_grad(const at::Tensor& parameter) {
+  return !parameter.defined() ||
+         (parameter.is_leaf() && !parameter.key_set().has(c10::DispatchKey::Python));
+}
+
+bool can_defer(const LinearParameters& parameters) {
+  const bool wanted = parameters.weight.requires_grad() ||
+                      (parameters.bias.defined() && parameters.bias.requires_grad());
+  return wanted && at::GradMode::is_enabled() && parameters.weight.dim() == 2 &&
+         can_own_grad(parameters.weight) && can_own_grad(parameters.bias);
+}
+
+}  // namespace
+
+WeightQueueScope::WeightQueueScope(std::shared_ptr<WeightQueue> queue)
+    : guard_(make_slot<c10::DebugInfoKind>(), std::make_shared<CurrentQueue>(std::move(queue))) {}
+
+std::shared_ptr<WeightQueue> current_weight_queue() {
+  auto* info = c10::ThreadLocalDebugInfo::get(make_slot<c10::DebugInfoKind>());
+  return info == nullptr ? nullptr : static_cast<CurrentQueue*>(info)->queue;
+}
+
+at::Tensor deferred_linear(const at::Tensor& input, const LinearParameters& parameters) {
+  const std::shared_ptr<WeightQueue> queue = current_weight_queue();
+  if (!queue || !can_defer(parameters)) {
+    return plain_linear(input, parameters.weight, parameters.bias, parameters.transposed);
+  }
+  std::optional<at::Tensor> anchor;
+  if (!input.requires_grad()) anchor = at::empty({0}).requires_grad_();
+  return DeferredLinear::apply(input, anchor, c10::make_intrusive<DeferredCall>(queue, parameters));
+}
+
+void run_weight_gradients(WeightQueue& queue, Stage stage, Microbatch microbatch) {
+  HookedGradsScope hooked;
+  queue.run(stage, microbatch);
+  hooked.flush();
+}
+
+}  // namespace dualpipe

@@ -1,0 +1,177 @@
+"""Which weights of a module have gradients that can be deferred."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+TRANSFORMERS_MODULES = ("transformers.pytorch_utils", "transformers.modeling_utils")
+
+
+class WeightSplit(enum.Enum):
+    """Where the weight gradients of a module are computed."""
+
+    NATIVE = "deferred natively"
+    STORE = "up to its code (WeightGradStore)"
+    NONE = "computed in I"
+
+
+@dataclass(frozen=True)
+class ModuleSplit:
+    """One module with parameters of its own.
+
+    Attributes:
+        name: Its name in the whole module; empty for the whole module itself.
+        type_name: Name of its class.
+        split: Where its weight gradients are computed.
+        num_weights: Numbers in its parameters that need gradients. A parameter that several
+            modules share counts once, for the one that defers it.
+        reason: Why it is not deferred natively; empty if it is.
+    """
+
+    name: str
+    type_name: str
+    split: WeightSplit
+    num_weights: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class WeightSplitReport:
+    """Which weights of a module are deferred, and why others are not.
+
+    What a module computes with its parameters elsewhere than in its own forward, as in
+    ``F.linear(x, self.layer.weight)``, cannot be seen: it is computed in I.
+
+    Attributes:
+        modules: The modules with parameters of their own, in the order of ``named_modules``.
+    """
+
+    modules: tuple[ModuleSplit, ...]
+
+    def num_weights(self, split: WeightSplit | None = None) -> int:
+        """Weights that need gradients; of one kind, or all."""
+        return sum(m.num_weights for m in self.modules if split in (None, m.split))
+
+    def share(self, split: WeightSplit) -> float:
+        """The part of all weights that is of one kind, from 0 to 1; 0 if there are none."""
+        return self.num_weights(split) / max(self.num_weights(), 1)
+
+    def to_dict(self) -> dict[str, object]:
+        """The report as plain data, for JSON."""
+        return {
+            "shares": {split.name.lower(): self.share(split) for split in WeightSplit},
+            "num_weights": self.num_weights(),
+            "modules": [{**asdict(m), "split": m.split.name.lower()} for m in self.modules],
+        }
+
+    def __str__(self) -> str:
+        """A table: the share of each kind, then the modules that are not deferred natively."""
+        shares = [
+            f"{self.share(split):7.1%}  {self.num_weights(split):>15,}  {split.value}"
+            for split in WeightSplit
+        ]
+        rows = [
+            (m.name or "(itself)", m.type_name, f"{m.num_weights:,}", m.reason)
+            for m in self.modules
+            if m.split is not WeightSplit.NATIVE
+        ]
+        return "\n".join([f"{'share':>7}  {'weights':>15}  gradients", *shares, *_table(rows)])
+
+
+def weight_split(module: nn.Module) -> WeightSplitReport:
+    """Report which weights of a module can be deferred, without changing it."""
+    functional = {id(layer) for layer in _used_as_functions(module)}
+    found: list[tuple[str, nn.Module, WeightSplit, str]] = []
+    for name, layer in module.named_modules():
+        if any(True for _ in layer.parameters(recurse=False)):
+            split, reason = _classify(layer, called=id(layer) not in functional)
+            found.append((name, layer, split, reason))
+    counts = _count_weights([(layer, split) for _, layer, split, _ in found])
+    return WeightSplitReport(
+        tuple(
+            ModuleSplit(name, type(layer).__name__, split, counts[id(layer)], reason)
+            for name, layer, split, reason in found
+        )
+    )
+
+
+def native_kind(layer: nn.Module) -> type[nn.Module] | None:
+    """The class whose forward the layer has, if it is one that can be deferred natively."""
+    for kind in type(layer).__mro__:
+        if kind is nn.Linear or _is_conv1d(kind):
+            return kind if _reason_against(layer, kind) is None else None
+    return None
+
+
+def _is_conv1d(kind: type) -> bool:
+    return kind.__name__ == "Conv1D" and kind.__module__ in TRANSFORMERS_MODULES
+
+
+def _reason_against(layer: nn.Module, kind: type) -> str | None:
+    own = layer.__dict__.get("forward")
+    weight = layer._parameters.get("weight")
+    if type(layer).forward is not kind.forward:  # type: ignore[attr-defined]
+        return f"{type(layer).__name__} has a forward of its own"
+    if own is not None and getattr(own, "__name__", "") != "forward":
+        return "its forward was replaced"
+    if is_parametrized(layer) or weight is None:
+        return "its weight is computed from other parameters"
+    if is_lazy(weight):
+        return "it has no weight yet; run it once first"
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"its weight is a {type(weight).__name__}"
+    return None
+
+
+def _classify(layer: nn.Module, called: bool) -> tuple[WeightSplit, str]:
+    if not any(p.requires_grad for p in layer.parameters(recurse=False)):
+        return WeightSplit.NONE, "frozen"
+    if not called:
+        return WeightSplit.NONE, "its parent computes with its weight itself"
+    for kind in type(layer).__mro__:
+        if kind is nn.Linear or _is_conv1d(kind):
+            reason = _reason_against(layer, kind)
+            if reason is None:
+                return WeightSplit.NATIVE, ""
+            custom = type(layer).forward is not kind.forward
+            return (WeightSplit.STORE if custom else WeightSplit.NONE), reason
+    if type(layer).__module__.partition(".")[0] == "torch":
+        return WeightSplit.NONE, f"no deferred form of {type(layer).__name__}"
+    return WeightSplit.STORE, f"{type(layer).__name__} is not a layer of torch's"
+
+
+def _used_as_functions(module: nn.Module) -> Iterator[nn.Module]:
+    for layer in module.modules():
+        if isinstance(layer, nn.MultiheadAttention):
+            yield layer.out_proj
+
+
+def _count_weights(layers: list[tuple[nn.Module, WeightSplit]]) -> dict[int, int]:
+    counts = {id(layer): 0 for layer, _ in layers}
+    counted: set[int] = set()
+    for layer, _ in sorted(layers, key=lambda item: list(WeightSplit).index(item[1])):
+        for parameter in layer.parameters(recurse=False):
+            if parameter.requires_grad and not is_lazy(parameter) and id(parameter) not in counted:
+                counted.add(id(parameter))
+                counts[id(layer)] += parameter.numel()
+    return counts
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    if not rows:
+        return []
+    rows = [("module", "type", "weights", "not deferred natively because"), *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return [
+        "",
+        *(
+            f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {count:>{widths[2]}}  {reason}"
+            for name, kind, count, reason in rows
+        ),
+    ]
