@@ -8,35 +8,36 @@
 
 namespace dualpipe {
 
-enum class MessageKind : std::uint8_t { kActivation, kGradient };
+enum class TransferKind : std::uint8_t { kActivation, kGradient };
 
 // An ordered pair of ranks and a kind: messages arrive in the order in which they are sent.
 struct Channel {
   Rank source;
   Rank destination;
-  MessageKind kind = MessageKind::kActivation;
+  TransferKind kind = TransferKind::kActivation;
 
   bool operator==(const Channel&) const = default;
 };
 
 // What crosses the boundary between stages `boundary` and `boundary + 1` for a micro-batch:
-// an activation upwards in stage number, or its gradient downwards.
-struct Message {
-  MessageKind kind;
+// an activation upwards in stage number, or its gradient downwards. (The bytes of it are a Message,
+// memory/message.h, which has a MessageId, comm/transport.h.)
+struct Transfer {
+  TransferKind kind;
   Stage boundary;
   Microbatch microbatch;
 
-  bool operator==(const Message&) const = default;
+  bool operator==(const Transfer&) const = default;
 };
 
 // The message that a part of a compute action (not a pair: its halves) or a SEND gives away, and
 // the one that a part or a RECV takes in. None: a W, and the ends of the pipeline.
-[[nodiscard]] std::optional<Message> output_of(const Placement& placement, const Action& part);
-[[nodiscard]] std::optional<Message> input_of(const Placement& placement, const Action& part);
+[[nodiscard]] std::optional<Transfer> output_of(const Placement& placement, const Action& part);
+[[nodiscard]] std::optional<Transfer> input_of(const Placement& placement, const Action& part);
 
 // The channel a message goes through; source and destination are equal for a hand-over within a
 // rank, which is no message at all.
-[[nodiscard]] Channel channel_of(const Placement& placement, const Message& message);
+[[nodiscard]] Channel channel_of(const Placement& placement, const Transfer& message);
 
 // Dense numbers for flat tables. Stages that follow each other sit on neighbouring ranks (modulo
 // the number of ranks) in every placement, so a rank has at most four outgoing channels.
@@ -44,12 +45,12 @@ struct Message {
 [[nodiscard]] inline std::size_t num_channels(const Placement& placement) {
   return static_cast<std::size_t>(placement.num_ranks()) * 4;
 }
-[[nodiscard]] std::size_t message_index(const Placement& placement, const Message& message);
+[[nodiscard]] std::size_t message_index(const Placement& placement, const Transfer& message);
 [[nodiscard]] inline std::size_t num_messages(const Placement& placement) {
   return placement.num_cells() * 2;
 }
 
-[[nodiscard]] Action send_action(const Message& message);
-[[nodiscard]] Action recv_action(const Message& message);
+[[nodiscard]] Action send_action(const Transfer& message);
+[[nodiscard]] Action recv_action(const Transfer& message);
 
 }  // namespace dualpipe

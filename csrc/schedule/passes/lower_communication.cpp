@@ -90,7 +90,7 @@ class Lowering {
     const int num_ranks = placement_.num_ranks();
     const Rank previous((rank.value() + num_ranks - 1) % num_ranks);
     const Rank next((rank.value() + 1) % num_ranks);
-    for (MessageKind kind : {MessageKind::kActivation, MessageKind::kGradient}) {
+    for (TransferKind kind : {TransferKind::kActivation, TransferKind::kGradient}) {
       append_channel(all, Channel{previous, rank, kind});
       if (next != previous) append_channel(all, Channel{next, rank, kind});
     }
@@ -98,9 +98,9 @@ class Lowering {
   }
 
   void append_channel(std::vector<Receive>& all, const Channel& channel) {
-    std::vector<Message> messages = std::move(sent_[channel_index(placement_, channel)]);
+    std::vector<Transfer> messages = std::move(sent_[channel_index(placement_, channel)]);
     const auto middle = static_cast<std::ptrdiff_t>(all.size());
-    for (const Message& message : messages) {
+    for (const Transfer& message : messages) {
       const std::int32_t use = use_of_[message_index(placement_, message)];
       if (use == kUnused) fail_unused(message, channel);
       all.push_back({recv_action(message), 0, use});
@@ -115,7 +115,7 @@ class Lowering {
     std::inplace_merge(all.begin(), all.begin() + middle, all.end(), posted_earlier);
   }
 
-  [[noreturn]] void fail_unused(const Message& message, const Channel& channel) const {
+  [[noreturn]] void fail_unused(const Transfer& message, const Channel& channel) const {
     throw ScheduleError(cat("rank ", channel.source, " makes what ",
                             to_string(recv_action(message)), " asks for, but rank ",
                             channel.destination,
@@ -124,8 +124,8 @@ class Lowering {
 
   Placement placement_;
   std::int32_t lookahead_;
-  std::vector<std::vector<Message>> sent_;  // by channel
-  std::vector<std::int32_t> use_of_;        // by message: index among the user's compute actions
+  std::vector<std::vector<Transfer>> sent_;  // by channel
+  std::vector<std::int32_t> use_of_;         // by message: index among the user's compute actions
 };
 
 }  // namespace

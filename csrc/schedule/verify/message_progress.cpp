@@ -53,14 +53,14 @@ class MessageRun {
   }
 
   // A message's place in its channel is that of its send; equal to that of its receive.
-  void post_send(const Message& message) {
+  void post_send(const Transfer& message) {
     const Channel channel = channel_of(placement_, message);
     const std::size_t index = channel_index(placement_, channel);
     place_[message_index(placement_, message)] = sent_[index]++;
     worklist_.push(channel.destination);
   }
 
-  void post_recv(const Message& message) {
+  void post_recv(const Transfer& message) {
     ++asked_[channel_index(placement_, channel_of(placement_, message))];
   }
 
@@ -73,7 +73,7 @@ class MessageRun {
     return all;
   }
 
-  [[nodiscard]] bool arrived(const Message& message) const {
+  [[nodiscard]] bool arrived(const Transfer& message) const {
     const Channel channel = channel_of(placement_, message);
     if (channel.source == channel.destination) return true;  // RowOrder has proved it
     const std::size_t index = channel_index(placement_, channel);
@@ -81,7 +81,7 @@ class MessageRun {
     return place >= 0 && place < std::min(sent_[index], asked_[index]);
   }
 
-  [[nodiscard]] std::string waits(const Action& part, const Message& message) const {
+  [[nodiscard]] std::string waits(const Action& part, const Transfer& message) const {
     const Rank source = channel_of(placement_, message).source;
     const std::size_t at = next_[source.index()];
     const auto& row = schedule_.row(source);
@@ -109,11 +109,11 @@ void check_message_progress(const Schedule& lowered, Findings& findings) {
 
 void check_channel_order(const Schedule& lowered, Findings& findings) {
   const Placement& placement = lowered.placement;
-  std::vector<std::vector<Message>> sent(num_channels(placement));
+  std::vector<std::vector<Transfer>> sent(num_channels(placement));
   for (const auto& row : lowered.rows) {
     for (const Action& action : row) {
       if (!is_send(action.op())) continue;
-      const Message message = *output_of(placement, action);
+      const Transfer message = *output_of(placement, action);
       sent[channel_index(placement, channel_of(placement, message))].push_back(message);
     }
   }
@@ -122,10 +122,10 @@ void check_channel_order(const Schedule& lowered, Findings& findings) {
     for (std::size_t step = 0; step < lowered.rows[rank].size(); ++step) {
       const Action& action = lowered.rows[rank][step];
       if (!is_recv(action.op())) continue;
-      const Message message = *input_of(placement, action);
+      const Transfer message = *input_of(placement, action);
       const Channel channel = channel_of(placement, message);
       const std::size_t index = channel_index(placement, channel);
-      const Message& expected = sent[index][received[index]++];
+      const Transfer& expected = sent[index][received[index]++];
       if (expected == message) continue;
       findings.add(
           Rank(static_cast<int>(rank)), step,

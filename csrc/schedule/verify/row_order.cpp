@@ -155,7 +155,7 @@ void RowOrder::check_message(const Action& part) {
   }
   const std::uint8_t done_before = done(part.stage(), part.microbatch());
   if (done_before & message_bit(part.op())) return report("is there twice");
-  const bool gradient = message->kind == MessageKind::kGradient;
+  const bool gradient = message->kind == TransferKind::kGradient;
   const std::uint8_t computed = gradient ? kDidInput : kDidForward;
   if (sends && !(done_before & computed)) report("comes before the action that makes the data");
   if (!sends && (done_before & computed)) report("comes after the action that uses the data");
