@@ -19,15 +19,13 @@ class GPTConfig:
         layers: Number of transformer blocks.
         width: Size of the residual stream.
         heads: Attention heads of a block; divides ``width``.
-        dropout: Probability with which a residual is dropped while training.
     """
 
     vocab_size: int = 256
-    context: int = 128
+    context: int = 64
     layers: int = 8
     width: int = 128
     heads: int = 4
-    dropout: float = 0.0
 
 
 class Attention(nn.Module):
@@ -60,12 +58,11 @@ class Block(nn.Module):
             nn.GELU(),
             nn.Linear(4 * config.width, config.width),
         )
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, time, width) to the same shape."""
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Embedding(nn.Module):
@@ -102,13 +99,7 @@ class GPTStage(nn.Module):
     that name and the seed only: however the model is cut, it starts the same.
     """
 
-    def __init__(
-        self,
-        config: GPTConfig,
-        blocks: range,
-        *,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, config: GPTConfig, blocks: range, seed: int = 0) -> None:
         super().__init__()
         self.embedding = Embedding(config) if blocks.start == 0 else None
         self.blocks = nn.ModuleDict({str(layer): Block(config) for layer in blocks})
