@@ -58,11 +58,12 @@ class BuildWithSources(build_py):
 
     def _prebuild(self, package: Path) -> None:
         """Runs the package's own builder; tools that are missing are fetched for it alone."""
-        missing = [tool for tool in BUILD_TOOLS if importlib.util.find_spec(tool) is None]
+        # Asked of another process: in this one setuptools shows its own copies of some.
+        check = [sys.executable, "-c", f"import {', '.join(BUILD_TOOLS)}"]
         with tempfile.TemporaryDirectory() as tools:
-            if missing:
+            if subprocess.run(check, capture_output=True, check=False).returncode != 0:
                 pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", tools]
-                subprocess.run([*pip, *missing], check=True)
+                subprocess.run([*pip, *BUILD_TOOLS], check=True)
             path = os.pathsep.join([str(ROOT), tools])
             command = [sys.executable, "-m", "dualpipe_ext._build.prebuild", str(package.resolve())]
             subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
