@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,6 +40,12 @@ class _PlannedStep:
     lowered: Schedule
     program: _C.Program
     batch: RankBatch
+
+    @cached_property
+    def planned_bubble(self) -> float:
+        """The share of the step in which this rank idles, with F = I = W and instant messages."""
+        timeline = self.schedule.simulate(CostModel(), sends="early")
+        return timeline.bubble(self.batch.rank) / timeline.makespan
 
 
 class Pipeline(nn.Module):
@@ -243,12 +250,11 @@ class Pipeline(nn.Module):
         if self._last_plan is None:
             raise ValueError("there are no statistics before the first step()")
         engine, plan = self._engine, self._last_plan
-        timeline = plan.schedule.simulate(CostModel(), sends="early")
         return StepStatistics(
             step_seconds=engine.step_ns * 1e-9,
             busy_seconds=engine.busy_ns * 1e-9,
             measured_bubble=1.0 - engine.busy_ns / max(engine.step_ns, 1),
-            planned_bubble=timeline.bubble(self.rank) / timeline.makespan,
+            planned_bubble=plan.planned_bubble,
             peak_live_activations=engine.peak_live_activations,
             planned_peak_activations=plan.program.planned_peak_activations,
         )
@@ -332,6 +338,7 @@ class Pipeline(nn.Module):
             with_backward=training,
             reduce_gradients=sync_gradients and training,
         )
+        lowered.verify()
         description = (
             f"{self._source.name}, {self.num_ranks} ranks, {num_chunks} micro-batches, "
             f"{'training' if training else 'inference'}"
