@@ -32,9 +32,10 @@ void Engine::exchange(const Program& program, GradientReducer& reducer) {
 
 void Engine::run_guarded(const Program& program, StageRunner* runner, GradientReducer* reducer) {
   ++num_steps_;
+  executor_.begin(program, num_steps_, runner, reducer);
   watchdog_->arm(executor_, num_steps_);
   try {
-    executor_.run(program, num_steps_, runner, reducer);
+    executor_.run();
     watchdog_->disarm();
   } catch (...) {
     watchdog_->disarm();

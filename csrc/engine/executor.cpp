@@ -4,30 +4,14 @@
 
 namespace dualpipe {
 
-void Executor::run(const Program& program, std::int64_t step, StageRunner* runner,
-                   GradientReducer* reducer) {
-  step_ = step;
-  reset(program, runner, reducer);
-  transport_.begin_step({step, program.digest, program.description});
-  for (const Instruction& instruction : program.instructions) {
-    execute(instruction);
-    cursor_.fetch_add(1, std::memory_order_relaxed);
-  }
-  awaited_.store(-1, std::memory_order_relaxed);
-  waiting_since_ns_.store(now_ns(), std::memory_order_relaxed);
-  if (reducer != nullptr) reducer->finish();
-  transport_.end_step();
-  waiting_since_ns_.store(0, std::memory_order_relaxed);
-  trace_.peak_live_activations = activations_.peak();
-  trace_.duration_ns = now_ns() - step_start_ns_;
-}
-
-void Executor::reset(const Program& program, StageRunner* runner, GradientReducer* reducer) {
+void Executor::begin(const Program& program, std::int64_t step, StageRunner* runner,
+                     GradientReducer* reducer) {
   cursor_.store(0, std::memory_order_relaxed);
   awaited_.store(-1, std::memory_order_relaxed);
   waiting_since_ns_.store(0, std::memory_order_relaxed);
   wait_ns_ = 0;
   program_ = &program;
+  step_ = step;
   runner_ = runner;
   reducer_ = reducer;
   receives_.clear();
@@ -37,7 +21,22 @@ void Executor::reset(const Program& program, StageRunner* runner, GradientReduce
   activations_ = ActivationCounter();
   trace_.events.clear();
   trace_.events.reserve(program.instructions.size());
+}
+
+void Executor::run() {
   step_start_ns_ = now_ns();
+  transport_.begin_step({step_, program_->digest, program_->description});
+  for (const Instruction& instruction : program_->instructions) {
+    execute(instruction);
+    cursor_.fetch_add(1, std::memory_order_relaxed);
+  }
+  awaited_.store(-1, std::memory_order_relaxed);
+  waiting_since_ns_.store(now_ns(), std::memory_order_relaxed);
+  if (reducer_ != nullptr) reducer_->finish();
+  transport_.end_step();
+  waiting_since_ns_.store(0, std::memory_order_relaxed);
+  trace_.peak_live_activations = activations_.peak();
+  trace_.duration_ns = now_ns() - step_start_ns_;
 }
 
 void Executor::clear() {

@@ -21,11 +21,13 @@ class Executor final : public Progress {
  public:
   Executor(Transport& transport, Device& device) : transport_(transport), device_(device) {}
 
-  // One step, commit included. runner and reducer may be null where
-  // the program has no use for them. Throws
-  // what computation or transport throw; the next run starts afresh.
-  void run(const Program& program, std::int64_t step, StageRunner* runner,
-           GradientReducer* reducer);
+  // Makes ready for a step: from now on others may ask for the progress. All arguments must
+  // outlive the step; runner and reducer may be null where the program has no use for them.
+  void begin(const Program& program, std::int64_t step, StageRunner* runner,
+             GradientReducer* reducer);
+
+  // The step that was begun, commit included. Throws what computation or transport throw.
+  void run();
 
   // Lets go of all messages: after a step that threw.
   void clear();
@@ -39,7 +41,6 @@ class Executor final : public Progress {
   [[nodiscard]] std::string position() const override;
 
  private:
-  void reset(const Program& program, StageRunner* runner, GradientReducer* reducer);
   void execute(const Instruction& instruction);
   void post_receive(const Instruction& instruction);
   void issue_send(const Instruction& instruction);
