@@ -108,7 +108,7 @@ def upstream(rank: int, package: ModuleType) -> Contender:
     modules = stages(TWO_STAGES[:: 1 if rank == 0 else -1])
     for module in modules:
         use_store(module, package.WeightGradStore)
-    model = build_upstream(package, nn.ModuleList(modules), tuple(message().shape))
+    model = build_upstream(package, modules, tuple(message().shape))
     x, labels = halves(rank)
 
     def step() -> None:

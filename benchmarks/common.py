@@ -8,19 +8,21 @@ import json
 import os
 import platform
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from dualpipe_ext.testing import run_ranks
+
+T = TypeVar("T")
 
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write every measurement here.")]
 PeerOption = Annotated[
@@ -89,28 +91,13 @@ def slowest_rank_seconds(step: Callable[[], object], steps: int) -> float:
     return elapsed.item()
 
 
-def on_ranks(function: Callable[..., Any], num_ranks: int, *args: object) -> Any:
+def on_ranks(function: Callable[..., T], num_ranks: int, *args: object) -> T:
     """Call ``function(rank, num_ranks, *args)`` in one process a rank; return what rank 0 returns.
 
     Each process has one torch thread and the default process group over gloo.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank_main, (function, num_ranks, folder, args), nprocs=num_ranks)
-        return torch.load(Path(folder) / "result.pt", weights_only=False)
-
-
-def _rank_main(
-    rank: int, function: Callable[..., Any], num_ranks: int, folder: str, args: tuple[object, ...]
-) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", num_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
-    result = function(rank, num_ranks, *args)
-    if rank == 0:
-        torch.save(result, Path(folder) / "result.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    results: list[T] = run_ranks(function, num_ranks, ranks="processes", args=args, timeout=1800.0)
+    return results[0]
 
 
 def show(
@@ -127,7 +114,7 @@ def show(
     console.print(table, width=max(console.width, 100))
 
 
-def write_json(path: Path | None, benchmark: str, cases: dict[str, Sequence[Result]]) -> None:
+def write_json(path: Path | None, benchmark: str, cases: Mapping[str, Sequence[Result]]) -> None:
     """Write all measurements, with the machine they were taken on, if a path was given."""
     if path is None:
         return

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from common import Contender
@@ -34,7 +35,7 @@ class Work:
         """Return ``rows`` micro-batches of one row, each as large as a message."""
         return torch.zeros(rows, self.message_bytes // 4)
 
-    def makespan(self, schedule: str, num_ranks: int, sends: str) -> float:
+    def makespan(self, schedule: str, num_ranks: int, sends: Literal["early", "late"]) -> float:
         """Return the simulated seconds of a step, were messages free."""
         cost = CostModel(
             forward=self.times.forward,
@@ -74,7 +75,7 @@ def upstream(rank: int, num_ranks: int, work: Work, checkout: Path) -> Contender
     """Build upstream's DualPipe."""
     package = load_upstream(checkout)
     stages = [SleepStage(work.times, package.WeightGradStore) for _ in range(2)]
-    model = build_upstream(package, torch.nn.ModuleList(stages), tuple(work.batch(1).shape))
+    model = build_upstream(package, stages, tuple(work.batch(1).shape))
     step = bidirectional_step(model.step, rank, num_ranks, work)
     return Contender("upstream DualPipe", step, work.paper("dualpipe", num_ranks))
 

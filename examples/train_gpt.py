@@ -19,6 +19,7 @@ from dualpipe_ext.schedule import schedules
 from dualpipe_ext.testing import run_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from gpt.checkpoint import check as check_checkpoint
 from gpt.model import GPTConfig
 from gpt.options import Options, join_world, world
 from gpt.run import train_rank, train_unsplit
@@ -31,9 +32,10 @@ SCHEDULES = ", ".join(each.name for each in schedules())
 def launch(options: Options) -> list[StepRecord]:
     """Run all ranks here, or the one that torchrun made this process; return rank 0's records."""
     if world() is None:
-        return run_ranks(
+        by_rank: list[list[StepRecord]] = run_ranks(
             train_rank, options.ranks, ranks="processes", args=(options,), timeout=A_WEEK
-        )[0]
+        )
+        return by_rank[0]
     join_world()
     try:
         return train_rank(dist.get_rank(), options.ranks, options)
@@ -131,6 +133,8 @@ def main(
         if reference and resume:
             raise ValueError("--reference compares runs from their start: leave out --resume")
         options.check()
+        if resume and rank == 0:
+            check_checkpoint(checkpoint, options)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if rank == 0:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gpt.models import PipelinedGPT
+from gpt.options import Options
 from gpt.training import Training
 
 Checkpoint = dict[str, Any]
@@ -53,18 +54,36 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     unfinished.replace(path)
 
 
+def check(path: Path, options: Options) -> None:
+    """Raise a ``ValueError`` that says what to do unless the file holds such a model."""
+    if not path.is_file():
+        raise ValueError(
+            f"--resume needs {path}, which is not there: start without --resume, or name "
+            f"another --checkpoint"
+        )
+    config = torch.load(path, weights_only=True, mmap=True)["config"]
+    wanted = asdict(options.model)
+    for name, found in config.items():
+        if wanted[name] != found:
+            raise ValueError(
+                f"{path} holds a model with {name}={found}, not {wanted[name]}: "
+                f"give --{name} {found}, or start without --resume"
+            )
+
+
 def restore(training: Training, path: Path) -> None:
     """Read the file on rank 0 and go on from it on all ranks.
 
     Raises:
-        ValueError: If the file holds a model of another shape or other text was read.
+        ValueError: If the run has read other text than this one.
     """
     box: list[Any] = [None]
     if dist.get_rank() == 0:
         box[0] = torch.load(path, weights_only=True)
     dist.broadcast_object_list(box)
     checkpoint: Checkpoint = box[0]
-    _check(training, checkpoint, path)
+    if checkpoint["text"] != training.corpus.fingerprint():
+        raise ValueError(f"{path} was trained on other text: give the same --data")
     training.step_count = checkpoint["step"]
     for module in training.model.modules:
         module.load_state_dict({name: checkpoint["model"][name] for name in module.state_dict()})
@@ -93,15 +112,3 @@ def _own_optimizer_state(training: Training) -> dict[str, dict[str, Tensor]]:
         for module in _own_modules(training)
         for name, parameter in module.named_parameters()
     }
-
-
-def _check(training: Training, checkpoint: Checkpoint, path: Path) -> None:
-    wanted = asdict(training.options.model)
-    for name, found in checkpoint["config"].items():
-        if wanted[name] != found:
-            raise ValueError(
-                f"{path} holds a model with {name}={found}, not {wanted[name]}: "
-                f"give --{name} {found}, or start without --resume"
-            )
-    if checkpoint["text"] != training.corpus.fingerprint():
-        raise ValueError(f"{path} was trained on other text: give the same --data")

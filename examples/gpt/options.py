@@ -83,11 +83,6 @@ class Options:
                 f"--layers {model.layers} is too few for the {stages} stages of {self.schedule} "
                 f"on {self.ranks} ranks: give --layers {stages} or more, or fewer --ranks"
             )
-        if self.resume and not self.checkpoint.is_file():
-            raise ValueError(
-                f"--resume needs {self.checkpoint}, which is not there: start without --resume, "
-                f"or name another --checkpoint"
-            )
 
 
 def world() -> tuple[int, int] | None:

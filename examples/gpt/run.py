@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from gpt import checkpoint
 from gpt.data import Corpus, load_corpus
@@ -102,7 +102,7 @@ class Session:
             "measured_bubble": measured,
         }
 
-    def _between_steps(self, bar: "tqdm[Any]", step: int) -> None:
+    def _between_steps(self, bar: tqdm, step: int) -> None:
         if step % self.options.evaluate_every == 0:
             self._say_held_out(bar)
         if step % self.options.save_every == 0:
@@ -110,7 +110,7 @@ class Session:
             if whole is not None:
                 checkpoint.save(whole, self.options.checkpoint)
 
-    def _progress_bar(self, stop: int) -> "tqdm[Any]":
+    def _progress_bar(self, stop: int) -> tqdm:
         return tqdm(
             total=stop,
             initial=self.training.step_count,
@@ -119,7 +119,7 @@ class Session:
             dynamic_ncols=True,
         )
 
-    def _show(self, bar: "tqdm[Any]", record: StepRecord, facts: dict[str, float]) -> None:
+    def _show(self, bar: tqdm, record: StepRecord, facts: dict[str, float]) -> None:
         bar.set_postfix_str(
             f"loss {record.loss:.3f}, {facts['tokens_per_second']:.0f} tokens/s, bubble "
             f"{facts['planned_bubble']:.0%} planned {facts['measured_bubble']:.0%} measured",
@@ -127,7 +127,7 @@ class Session:
         )
         bar.update()
 
-    def _say_held_out(self, bar: "tqdm[Any]", batches: int = 1) -> None:
+    def _say_held_out(self, bar: tqdm, batches: int = 1) -> None:
         loss = self.training.evaluate(batches)
         if self.is_speaker:
             bar.write(f"step {self.training.step_count}: held-out loss {loss:.3f} nats/byte")
