@@ -92,8 +92,7 @@ class Simulation {
         return costs_.overlapped.value_or(duration(action.forward_half()) +
                                           duration(action.backward_half()));
       default:
-        throw ScheduleError(cat("\"", to_string(action),
-                                "\" cannot be simulated; simulate a schedule of compute actions"));
+        return 0;  // a reduction: beside the computation
     }
   }
 
@@ -113,6 +112,16 @@ class Simulation {
   Worklist worklist_;
   Timeline timeline_;
 };
+
+void check_computes(const Schedule& schedule) {
+  for (const auto& row : schedule.rows) {
+    for (const Action& action : row) {
+      if (!is_send(action.op()) && !is_recv(action.op())) continue;
+      throw ScheduleError(cat("\"", to_string(action),
+                              "\" cannot be simulated; simulate a schedule of compute actions"));
+    }
+  }
+}
 
 void check_cost(const char* name, double value) {
   if (std::isfinite(value) && value >= 0) return;
@@ -150,6 +159,7 @@ int Timeline::peak_activations(Rank rank) const {
 
 Timeline simulate(const Schedule& schedule, const CostModel& costs, Sends sends) {
   check_costs(costs);
+  check_computes(schedule);
   if (sends == Sends::kLate) return Simulation(schedule, costs).run();
   const Schedule split = as_run(schedule, costs.overlapped.has_value());
   return Simulation(split, costs).run();

@@ -13,9 +13,9 @@ struct CostModel {
   double forward = 1;
   double backward_input = 1;
   double backward_weight = 1;
-  std::optional<double> overlapped;  // a whole F&B as one piece; none: its parts, one by one
-  double latency = 0;                // of a message
-  double message_time = 0;           // bytes over bandwidth: time a message occupies its channel
+  std::optional<double> overlapped = {};  // a whole F&B as one piece; none: its parts
+  double latency = 0;                     // of a message
+  double message_time = 0;  // bytes over bandwidth: time a message occupies its channel
 };
 
 // kEarly: as the engine does: results leave before weights, and a pair of serial parts waits for
