@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from types import MethodType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dualpipe_ext import _C
-from dualpipe_ext.weight_report import WeightSplitReport, native_kind, weight_split
+from dualpipe_ext._deferred_forward import deferred_forward
+from dualpipe_ext.weight_report import WeightSplitReport, can_defer_natively, weight_split
 
 __all__ = [
     "WeightGradStore",
@@ -39,8 +40,8 @@ def defer_weight_gradients(module: nn.Module) -> WeightSplitReport:
         Which weights are deferred, which may be, which are not, and why.
     """
     for layer in module.modules():
-        if native_kind(layer) is not None:
-            layer.__dict__["forward"] = MethodType(_forward, layer)
+        if can_defer_natively(layer):
+            layer.__dict__["forward"] = MethodType(deferred_forward, layer)
     return weight_split(module)
 
 
@@ -48,28 +49,8 @@ def undo_defer_weight_gradients(module: nn.Module) -> None:
     """Give every layer that :func:`defer_weight_gradients` changed its own ``forward`` back."""
     for layer in module.modules():
         own = layer.__dict__.get("forward")
-        if getattr(own, "__func__", None) is _forward:
+        if getattr(own, "__func__", None) is deferred_forward:
             del layer.__dict__["forward"]
-
-
-def _forward(self: nn.Module, input: Tensor) -> Tensor:
-    """Map (..., in) to (..., out) as the layer's class does, deferring weight gradients."""
-    if torch.compiler.is_compiling() or _C.current_weight_queue() is None:
-        plain: Callable[[nn.Module, Tensor], Tensor] = type(self).forward
-        return plain(self, input)
-    weight, bias = self.weight, self.bias
-    return _C.deferred_linear(
-        input,
-        weight,
-        bias,
-        transposed=not isinstance(self, nn.Linear),
-        weight_main_grad=getattr(weight, "main_grad", None),
-        bias_main_grad=getattr(bias, "main_grad", None),
-    )
-
-
-# A bound method is pickled as the name of its function: what is loaded is the class's own forward.
-_forward.__name__ = "forward"
 
 
 Function = Callable[[], object]

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from dualpipe_ext._deferred_forward import deferred_forward
+
 TRANSFORMERS_MODULES = ("transformers.pytorch_utils", "transformers.modeling_utils")
 
 
@@ -101,49 +103,56 @@ def weight_split(module: nn.Module) -> WeightSplitReport:
     )
 
 
-def native_kind(layer: nn.Module) -> type[nn.Module] | None:
-    """The class whose forward the layer has, if it is one that can be deferred natively."""
+def can_defer_natively(layer: nn.Module) -> bool:
+    """Whether the layer is a linear one whose forward another one of ours can stand in for."""
+    kind = _linear_class(layer)
+    return kind is not None and not _own_forward(layer, kind) and not _unusable_weight(layer)
+
+
+def _linear_class(layer: nn.Module) -> type[nn.Module] | None:
     for kind in type(layer).__mro__:
-        if kind is nn.Linear or _is_conv1d(kind):
-            return kind if _reason_against(layer, kind) is None else None
+        is_conv1d = kind.__name__ == "Conv1D" and kind.__module__ in TRANSFORMERS_MODULES
+        if kind is nn.Linear or is_conv1d:
+            return kind
     return None
 
 
-def _is_conv1d(kind: type) -> bool:
-    return kind.__name__ == "Conv1D" and kind.__module__ in TRANSFORMERS_MODULES
-
-
-def _reason_against(layer: nn.Module, kind: type) -> str | None:
-    own = layer.__dict__.get("forward")
-    weight = layer._parameters.get("weight")
-    if type(layer).forward is not kind.forward:  # type: ignore[attr-defined]
+def _own_forward(layer: nn.Module, kind: type[nn.Module]) -> str:
+    if type(layer).forward is not kind.forward:
         return f"{type(layer).__name__} has a forward of its own"
-    if own is not None and getattr(own, "__name__", "") != "forward":
+    function = getattr(layer.__dict__.get("forward"), "__func__", None)
+    if "forward" in layer.__dict__ and function not in (deferred_forward, kind.forward):
         return "its forward was replaced"
+    return ""
+
+
+def _unusable_weight(layer: nn.Module) -> str:
+    weight = layer._parameters.get("weight")
     if is_parametrized(layer) or weight is None:
         return "its weight is computed from other parameters"
     if is_lazy(weight):
         return "it has no weight yet; run it once first"
     if type(weight) not in (nn.Parameter, Tensor):
         return f"its weight is a {type(weight).__name__}"
-    return None
+    return ""
 
 
 def _classify(layer: nn.Module, called: bool) -> tuple[WeightSplit, str]:
+    type_name = type(layer).__name__
     if not any(p.requires_grad for p in layer.parameters(recurse=False)):
         return WeightSplit.NONE, "frozen"
     if not called:
         return WeightSplit.NONE, "its parent computes with its weight itself"
-    for kind in type(layer).__mro__:
-        if kind is nn.Linear or _is_conv1d(kind):
-            reason = _reason_against(layer, kind)
-            if reason is None:
-                return WeightSplit.NATIVE, ""
-            custom = type(layer).forward is not kind.forward
-            return (WeightSplit.STORE if custom else WeightSplit.NONE), reason
-    if type(layer).__module__.partition(".")[0] == "torch":
-        return WeightSplit.NONE, f"no deferred form of {type(layer).__name__}"
-    return WeightSplit.STORE, f"{type(layer).__name__} is not a layer of torch's"
+    kind = _linear_class(layer)
+    if kind is None and type(layer).__module__.partition(".")[0] == "torch":
+        return WeightSplit.NONE, f"there is no deferred {type_name}"
+    if kind is None:
+        return WeightSplit.STORE, f"{type_name} is not one of torch's layers"
+    if reason := _own_forward(layer, kind):
+        return WeightSplit.STORE, reason
+    if reason := _unusable_weight(layer):
+        return WeightSplit.NONE, reason
+    return WeightSplit.NATIVE, ""
 
 
 def _used_as_functions(module: nn.Module) -> Iterator[nn.Module]:
@@ -163,7 +172,7 @@ def _count_weights(layers: list[tuple[nn.Module, WeightSplit]]) -> dict[int, int
     return counts
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
+def _table(rows: list[tuple[str, str, str, str]]) -> list[str]:
     if not rows:
         return []
     rows = [("module", "type", "weights", "not deferred natively because"), *rows]
