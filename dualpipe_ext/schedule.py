@@ -19,7 +19,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from dualpipe_ext import _C
 
@@ -174,9 +174,9 @@ class Schedule:
         return self._native.name
 
     @property
-    def placement(self) -> str:
+    def placement(self) -> Placement:
         """Where stages live: ``loop``, ``v`` or ``bidirectional``."""
-        return self._native.placement
+        return cast(Placement, self._native.placement)
 
     @property
     def num_ranks(self) -> int:
