@@ -9,7 +9,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,8 @@ def run_ranks(
     link_bandwidth: float = 0.0,
 ) -> list[Any]:
     """Calls ``fn(rank, num_ranks, *args)`` on every rank and returns the results, by rank.
+
+    Every rank computes with one thread: more of them would fight over the same cores.
 
     Args:
         fn: for processes, a function that can be imported: it is sent to them by name.
@@ -76,11 +79,12 @@ def _run_threads(
         threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True)
         for rank in range(hubs.num_ranks)
     ]
-    for thread in threads:
-        thread.start()
-    deadline = time.monotonic() + timeout
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
+    with _single_threaded():
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + timeout
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
     missing = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
     if missing and not errors:
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
@@ -88,6 +92,17 @@ def _run_threads(
     if errors:
         raise _first_cause(errors)
     return results
+
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    """Torch's operations run on the thread that calls them."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _first_cause(errors: dict[int, BaseException]) -> BaseException:
