@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
@@ -147,3 +148,34 @@ def test_clear_forgets_what_a_failed_step_left() -> None:
     queue.run(0, 0)
     plain_step(reference, twin(x))
     assert_same_grads(model, reference)
+
+
+class Nested(torch.autograd.Function):
+    """Runs a backward pass within its backward, ``depth`` times over; then looks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, depth: int, seen: list[object]) -> Tensor:
+        ctx.depth, ctx.seen = depth, seen
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.depth == 0:
+            ctx.seen.append((threading.get_ident(), _C.current_weight_queue()))
+        else:
+            with torch.enable_grad():
+                inner = Nested.apply(leaf(2), ctx.depth - 1, ctx.seen)  # type: ignore[no-untyped-call]
+                inner.sum().backward()
+        return grad, None, None
+
+
+def test_scope_reaches_other_threads_of_autograd() -> None:
+    queue = _C.WeightQueue()
+    seen: list[tuple[int, object]] = []
+    # At a depth of 60 torch hands nested passes to threads of its own.
+    output = Nested.apply(leaf(2), 70, seen)  # type: ignore[no-untyped-call]
+    with backward_pass(queue):
+        output.sum().backward()
+    ((thread, found),) = seen
+    assert thread != threading.get_ident()
+    assert found is queue
