@@ -94,6 +94,7 @@ class Hub final : public LoopbackHub {
     check_rank(rank);
     return failures_.all_gather(rank, text, timeout);
   }
+  BufferPool::Statistics memory() const override { return pool.statistics(); }
 
   [[nodiscard]] Mailbox& mailbox(Rank from, Rank to, MessageKind kind);
   [[nodiscard]] Fault fault_of(Rank from, Rank to, const MessageId& id);

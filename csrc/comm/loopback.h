@@ -37,6 +37,9 @@ class LoopbackHub : public std::enable_shared_from_this<LoopbackHub> {
   // the handshake at construction. Throws PipelineError after `timeout`, naming who is missing.
   [[nodiscard]] virtual std::vector<std::string> all_gather(Rank rank, const std::string& text,
                                                             std::chrono::milliseconds timeout) = 0;
+
+  // Of the buffers that messages lie in, all ranks together.
+  [[nodiscard]] virtual BufferPool::Statistics memory() const = 0;
 };
 
 }  // namespace dualpipe

@@ -21,18 +21,20 @@ std::optional<std::string> StepBoard::announce(Rank rank, const Place& place,
 void StepBoard::commit(const Place& place, const FailureFlag& failure) {
   std::unique_lock lock(mutex_);
   failure.throw_if_set();
-  if (committing_ != place) {
+  if (committing_ < place) {
     committing_ = place;
     num_arrived_ = 0;
   }
-  if (++num_arrived_ == num_ranks_) {
+  // Behind a rank that has recovered already: this step cannot be committed any more.
+  const bool too_late = place < committing_;
+  if (!too_late && ++num_arrived_ == num_ranks_) {
     committed_ = place;
     cv_.notify_all();
     return;
   }
   cv_.wait(lock, [&] { return (committed_ && *committed_ >= place) || failure.is_set(); });
   if (committed_ && *committed_ >= place) return;
-  num_arrived_ = -num_ranks_;  // this rank fails: nobody may commit
+  if (committing_ == place) num_arrived_ = -num_ranks_;  // this rank fails: nobody may commit
   failure.throw_if_set();
 }
 

@@ -1,0 +1,97 @@
+#include "engine/pipeline.h"
+
+#include <gtest/gtest.h>
+
+#include <thread>
+
+#include "schedule/planners/planners.h"
+
+namespace dualpipe::testing {
+
+std::string Outcome::text() const {
+  try {
+    if (error_) std::rethrow_exception(error_);
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+LoopbackPipeline::LoopbackPipeline(int num_ranks, const PipelineOptions& options)
+    : hub_(LoopbackHub::create(num_ranks, options.link)) {
+  for (int i = 0; i < num_ranks; ++i) {
+    const Rank rank(i);
+    auto transport = hub_->transport(rank);
+    if (options.wrap) transport = options.wrap(rank, std::move(transport));
+    engines_.push_back(std::make_unique<Engine>(rank, std::move(transport),
+                                                hub_->control_plane(rank), options.watchdog));
+  }
+}
+
+std::vector<Outcome> LoopbackPipeline::on_all(const std::function<void(Engine&)>& body) {
+  std::vector<Outcome> outcomes(engines_.size());
+  std::vector<std::thread> threads;
+  for (std::size_t rank = 0; rank < engines_.size(); ++rank) {
+    threads.emplace_back([&, rank] {
+      try {
+        body(*engines_[rank]);
+      } catch (...) {
+        outcomes[rank] = Outcome(std::current_exception());
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return outcomes;
+}
+
+AffineJob::AffineJob(LoopbackPipeline& pipeline, std::string_view planner, int num_microbatches,
+                     const LoweringOptions& options)
+    : pipeline_(pipeline),
+      lowered_(lower(plan(planner, {pipeline.num_ranks(), num_microbatches}), options)) {
+  for (int rank = 0; rank < pipeline.num_ranks(); ++rank) {
+    programs_.push_back(make_program(lowered_, Rank(rank), cat(num_microbatches, " of a test")));
+    stages_.emplace_back(lowered_.placement, pipeline.engine(rank).weight_queue());
+  }
+}
+
+std::vector<Outcome> AffineJob::step() {
+  return pipeline_.on_all([this](Engine& engine) { step_on(engine); });
+}
+
+void AffineJob::step_on(Engine& engine) {
+  AffineStages& stages = stages_[engine.rank().index()];
+  stages.clear();
+  engine.run(programs_[engine.rank().index()], stages, nullptr);
+}
+
+Results AffineJob::results() const {
+  Results sum = stages_[0].results();
+  for (std::size_t rank = 1; rank < stages_.size(); ++rank) {
+    const Results& share = stages_[rank].results();
+    for (std::size_t i = 0; i < sum.outputs.size(); ++i) {
+      sum.outputs[i] += share.outputs[i];
+      sum.input_grads[i] += share.input_grads[i];
+    }
+    for (std::size_t s = 0; s < sum.parameters.size(); ++s) {
+      sum.parameters[s].scale += share.parameters[s].scale;
+      sum.parameters[s].shift += share.parameters[s].shift;
+    }
+  }
+  return sum;
+}
+
+std::vector<Action> AffineJob::computations(int rank) const {
+  std::vector<Action> actions;
+  for (const Action& action : lowered_.row(Rank(rank))) {
+    if (is_compute(action.op())) actions.push_back(action);
+  }
+  return actions;
+}
+
+void expect_all_ok(const std::vector<Outcome>& outcomes) {
+  for (std::size_t rank = 0; rank < outcomes.size(); ++rank) {
+    EXPECT_TRUE(outcomes[rank].ok()) << "rank " << rank << ": " << outcomes[rank].text();
+  }
+}
+
+}  // namespace dualpipe::testing
