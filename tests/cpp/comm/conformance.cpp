@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <chrono>
+#include <latch>
 #include <thread>
 
 #include "comm/harness.h"
@@ -214,6 +216,7 @@ void throws_after_abort(const Factory& factory) {
 void recovers(const Factory& factory) {
   auto transports = factory(2);
   for (int round = 0; round < 3; ++round) {
+    std::latch arrived(2);
     run_ranks(2, [&](int rank) {
       Transport& transport = *transports[static_cast<std::size_t>(rank)];
       transport.begin_step(step_info());
@@ -224,6 +227,7 @@ void recovers(const Factory& factory) {
         (void)transport.receive(kFirst, activation(0))->wait();
         (void)transport.receive(kFirst, gradient(0));
       }
+      arrived.arrive_and_wait();
       transport.abort({Rank(0), 1, "a fault"});
       transport.recover();
     });

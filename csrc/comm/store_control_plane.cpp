@@ -1,0 +1,121 @@
+#include "comm/store_control_plane.h"
+
+#include <algorithm>
+#include <atomic>
+#include <sstream>
+#include <thread>
+#include <utility>
+
+#include "common/error.h"
+
+namespace dualpipe {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr std::chrono::milliseconds kFirstPause{1};
+constexpr std::chrono::milliseconds kLongestPause{20};
+
+std::string encode(const Failure& failure) {
+  return cat(failure.rank, ' ', failure.step, ' ', failure.text);
+}
+
+Failure decode(const std::string& encoded) {
+  std::istringstream in(encoded);
+  std::int32_t rank = -1;
+  Failure failure;
+  in >> rank >> failure.step;
+  in.ignore();
+  failure.rank = Rank(rank);
+  std::getline(in, failure.text, '\0');
+  return failure;
+}
+
+class StoreControlPlane final : public ControlPlane {
+ public:
+  StoreControlPlane(std::unique_ptr<KeyValueStore> store, Rank rank, int num_ranks)
+      : store_(std::move(store)), rank_(rank), num_ranks_(num_ranks) {}
+
+  void report(const Failure& failure) override {
+    store_->set_first(failure_key(), encode(failure));
+  }
+
+  std::optional<Failure> poll() override {
+    const std::string key = failure_key();
+    if (!store_->has({key})) return std::nullopt;
+    return decode(store_->get(key));
+  }
+
+  void publish_position(const std::string& position) override {
+    store_->set(position_key(rank_.value()), position);
+  }
+
+  std::vector<std::string> positions() override {
+    std::vector<std::string> texts;
+    for (int rank = 0; rank < num_ranks_; ++rank) {
+      const std::string key = position_key(rank);
+      texts.push_back(store_->has({key}) ? store_->get(key) : std::string());
+    }
+    return texts;
+  }
+
+  void advance_epoch() override { ++epoch_; }
+
+ private:
+  std::string failure_key() const { return cat("failure/", epoch_.load()); }
+  std::string position_key(int rank) const { return cat("position/", epoch_.load(), "/", rank); }
+
+  const std::unique_ptr<KeyValueStore> store_;
+  const Rank rank_;
+  const int num_ranks_;
+  std::atomic<std::uint64_t> epoch_{0};
+};
+
+}  // namespace
+
+std::unique_ptr<ControlPlane> store_control_plane(std::unique_ptr<KeyValueStore> store, Rank rank,
+                                                  int num_ranks) {
+  return std::make_unique<StoreControlPlane>(std::move(store), rank, num_ranks);
+}
+
+std::string StoreExchange::key(std::int64_t round, int rank) const {
+  return cat("exchange/", round, "/", rank);
+}
+
+std::vector<std::string> StoreExchange::all_gather(const std::string& text,
+                                                   std::chrono::milliseconds timeout) {
+  const std::int64_t round = store_->add(cat("exchanges/", rank_), 1);
+  store_->set(key(round, rank_.value()), text);
+  if (!await(round, timeout)) give_up(round, timeout);
+  std::vector<std::string> texts;
+  for (int rank = 0; rank < num_ranks_; ++rank) texts.push_back(store_->get(key(round, rank)));
+  // Everybody is in this round, so everybody has read the one before.
+  if (round > 1) store_->remove(key(round - 1, rank_.value()));
+  return texts;
+}
+
+bool StoreExchange::await(std::int64_t round, std::chrono::milliseconds timeout) {
+  std::vector<std::string> keys;
+  for (int rank = 0; rank < num_ranks_; ++rank) keys.push_back(key(round, rank));
+  const Clock::time_point deadline = Clock::now() + timeout;
+  for (auto pause = kFirstPause;; pause = std::min(2 * pause, kLongestPause)) {
+    if (store_->has(keys)) return true;
+    if (store_->has({cat("exchange/", round, "/failed")}) || Clock::now() >= deadline) return false;
+    std::this_thread::sleep_for(pause);
+  }
+}
+
+void StoreExchange::give_up(std::int64_t round, std::chrono::milliseconds timeout) {
+  std::string missing;
+  for (int rank = 0; rank < num_ranks_; ++rank) {
+    if (!store_->has({key(round, rank)})) missing += cat(missing.empty() ? "" : ", ", rank);
+  }
+  const std::string failed = cat("exchange/", round, "/failed");
+  store_->set_first(
+      failed,
+      cat("rank ", rank_, " waited ", static_cast<double>(timeout.count()) / 1000,
+          " s for rank(s) ", missing, " of ", num_ranks_, ": start all ranks, or allow more time"));
+  throw PipelineError(store_->get(failed));
+}
+
+}  // namespace dualpipe

@@ -1,0 +1,159 @@
+#include "torch/process_group_transport.h"
+
+#include <ATen/ops/from_blob.h>
+
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <utility>
+
+#include "comm/framed_transport.h"
+#include "common/error.h"
+
+namespace dualpipe {
+namespace {
+
+// gloo breaks all connections of the group when a wait reaches its time limit, and the group's
+// limit is what a wait without one gets. The watchdog ends waits here.
+constexpr std::chrono::milliseconds kForever = std::chrono::hours(24 * 365 * 10);
+
+// Without the advice that gloo adds to its messages.
+std::string brief(std::string text) {
+  return text.substr(0, text.find(" This is typically caused"));
+}
+
+template <typename Function>
+auto or_pipeline_error(const char* what, Function function) {
+  try {
+    return function();
+  } catch (const std::exception& error) {
+    throw PipelineError(cat(what, ": ", brief(error.what())));
+  }
+}
+
+class WorkOperation final : public ByteOperation {
+ public:
+  WorkOperation(c10::intrusive_ptr<c10d::Work> work, at::Tensor tensor)
+      : work_(std::move(work)), tensor_(std::move(tensor)) {}
+
+  bool wait() override {
+    return or_pipeline_error("the connection broke", [this] { return work_->wait(kForever); });
+  }
+  void abort() noexcept override {
+    try {
+      work_->abort();
+    } catch (const std::exception&) {
+      // A backend that cannot: its waits end by themselves or with the process group.
+    }
+  }
+
+ private:
+  const c10::intrusive_ptr<c10d::Work> work_;
+  const at::Tensor tensor_;  // not every backend keeps it
+};
+
+class BackendLink final : public ByteLink {
+ public:
+  BackendLink(c10::intrusive_ptr<c10d::Backend> backend, std::vector<int> group_ranks)
+      : backend_(std::move(backend)), group_ranks_(std::move(group_ranks)) {}
+
+  std::unique_ptr<ByteOperation> send(Rank to, std::uint32_t tag, std::byte* data,
+                                      std::size_t num_bytes) override {
+    return post(data, num_bytes, [&](std::vector<at::Tensor>& tensors) {
+      return backend_->send(tensors, group_ranks_[to.index()], static_cast<int>(tag));
+    });
+  }
+  std::unique_ptr<ByteOperation> receive(Rank from, std::uint32_t tag, std::byte* data,
+                                         std::size_t capacity) override {
+    return post(data, capacity, [&](std::vector<at::Tensor>& tensors) {
+      return backend_->recv(tensors, group_ranks_[from.index()], static_cast<int>(tag));
+    });
+  }
+
+ private:
+  template <typename Issue>
+  static std::unique_ptr<ByteOperation> post(std::byte* data, std::size_t num_bytes, Issue issue) {
+    std::vector<at::Tensor> tensors = {
+        at::from_blob(data, {static_cast<std::int64_t>(num_bytes)}, at::kByte)};
+    auto work = or_pipeline_error("the connection is broken", [&] { return issue(tensors); });
+    return std::make_unique<WorkOperation>(std::move(work), std::move(tensors.front()));
+  }
+
+  const c10::intrusive_ptr<c10d::Backend> backend_;
+  const std::vector<int> group_ranks_;  // by rank of the pipeline
+};
+
+template <typename Function>
+auto call(Function function) {
+  return or_pipeline_error("the rank that hosts the process group's store is gone", function);
+}
+
+class C10dStore final : public KeyValueStore {
+ public:
+  C10dStore(const std::string& prefix, const c10::intrusive_ptr<c10d::Store>& store)
+      : store_(prefix, store) {}
+
+  void set(const std::string& key, const std::string& value) override {
+    call([&] { store_.c10d::Store::set(key, value); });
+  }
+  std::string get(const std::string& key) override {
+    return call([&] { return store_.get_to_str(key); });
+  }
+  bool has(const std::vector<std::string>& keys) override {
+    return call([&] { return store_.check(keys); });
+  }
+  void set_first(const std::string& key, const std::string& value) override {
+    call([&] { store_.c10d::Store::compareSet(key, "", value); });
+  }
+  std::int64_t add(const std::string& key, std::int64_t amount) override {
+    return call([&] { return store_.add(key, amount); });
+  }
+  void remove(const std::string& key) override {
+    call([&] { store_.deleteKey(key); });
+  }
+
+ private:
+  c10d::PrefixStore store_;
+};
+
+// A connection of its own: who waits for a key on another one holds up nobody here.
+c10::intrusive_ptr<c10d::Store> store_of(const c10d::ProcessGroup& group) {
+  const auto store = group.getStore();
+  DUALPIPE_USER_CHECK(store,
+                      "the process group has no store: make it with init_process_group() "
+                      "or new_group()");
+  return or_pipeline_error("the process group's store cannot be reached",
+                           [&] { return store->clone(); });
+}
+
+c10::intrusive_ptr<c10d::Backend> cpu_backend(c10d::ProcessGroup& group) {
+  DUALPIPE_USER_CHECK(group.hasBackendForDeviceType(c10::DeviceType::CPU), "the process group (",
+                      group.getBackendName(),
+                      ") has no backend for CPU tensors: make it with backend=\"gloo\" or "
+                      "backend=\"cpu:gloo,cuda:nccl\"");
+  return group.getBackend(c10::DeviceType::CPU);
+}
+
+}  // namespace
+
+ProcessGroupEnds process_group_ends(c10d::ProcessGroup& group, Rank rank,
+                                    std::vector<int> group_ranks, std::vector<Rank> peers) {
+  const int num_ranks = static_cast<int>(group_ranks.size());
+  auto backend = cpu_backend(group);
+  const auto store = store_of(group);
+  C10dStore counters("dualpipe_ext", store);
+  const std::int64_t instance = counters.add(cat("pipelines/", rank), 1) - 1;
+  auto keys = std::make_unique<C10dStore>(cat("dualpipe_ext/pipeline/", instance), store);
+  auto link = std::make_unique<BackendLink>(std::move(backend), std::move(group_ranks));
+  FramedOptions options{rank, num_ranks, std::move(peers), static_cast<std::uint32_t>(instance)};
+  return {framed_transport(std::move(link), std::move(options)),
+          store_control_plane(std::move(keys), rank, num_ranks)};
+}
+
+std::unique_ptr<StoreExchange> process_group_exchange(c10d::ProcessGroup& group, Rank rank) {
+  auto keys = std::make_unique<C10dStore>("dualpipe_ext", store_of(group));
+  return std::make_unique<StoreExchange>(std::move(keys), rank, group.getSize());
+}
+
+const std::type_info& process_group_type() { return typeid(c10d::ProcessGroup); }
+
+}  // namespace dualpipe

@@ -1,0 +1,38 @@
+#pragma once
+
+#include <memory>
+#include <typeinfo>
+#include <vector>
+
+#include "comm/control_plane.h"
+#include "comm/store_control_plane.h"
+#include "comm/transport.h"
+
+namespace c10d {
+class ProcessGroup;
+}
+
+namespace dualpipe {
+
+// The ends of one new pipeline on a c10d process group: messages over its backend for CPU tensors
+// (gloo, ucc, ...), failures over its store.
+struct ProcessGroupEnds {
+  std::unique_ptr<Transport> transport;
+  std::unique_ptr<ControlPlane> control;
+};
+
+// group_ranks: for each rank of the pipeline, its rank in the group. peers: see FramedOptions. All
+// ranks of a group make their pipelines in the same order: the n-th on one rank is connected to the
+// n-th on the others. Holds a reference to the group. UserError when the group has no backend for
+// CPU tensors.
+[[nodiscard]] ProcessGroupEnds process_group_ends(c10d::ProcessGroup& group, Rank rank,
+                                                  std::vector<int> group_ranks,
+                                                  std::vector<Rank> peers);
+
+[[nodiscard]] std::unique_ptr<StoreExchange> process_group_exchange(c10d::ProcessGroup& group,
+                                                                    Rank rank);
+
+// c10d::ProcessGroup, for those that include no torch header.
+[[nodiscard]] const std::type_info& process_group_type();
+
+}  // namespace dualpipe

@@ -1,0 +1,44 @@
+#pragma once
+
+#include <memory>
+
+#include "comm/byte_link.h"
+#include "comm/key_value_store.h"
+
+namespace dualpipe::testing {
+
+// A byte link between threads that behaves like gloo's: sends wait for receives, a message that is
+// longer than the memory posted for it fails the test, and so does one for memory that is gone.
+class LinkFabric {
+ public:
+  LinkFabric();
+  ~LinkFabric();
+  [[nodiscard]] std::unique_ptr<ByteLink> link(Rank rank);
+
+  // Breaks every connection of a rank, as if its process had died.
+  void kill(Rank rank);
+
+  struct State;
+
+ private:
+  std::shared_ptr<State> state_;
+};
+
+// A store in memory; all that are made of one map share it.
+class SharedStore {
+ public:
+  SharedStore();
+  ~SharedStore();
+  [[nodiscard]] std::unique_ptr<KeyValueStore> open();
+
+  // From now on every call throws, as if the process that hosts the store had died.
+  void kill();
+  [[nodiscard]] std::size_t num_keys() const;
+
+  struct State;
+
+ private:
+  std::shared_ptr<State> state_;
+};
+
+}  // namespace dualpipe::testing
