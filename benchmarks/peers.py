@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDualPipeV
+from torch.distributed.pipelining.stage import _PipelineStageBase
 
 Criterion = Callable[..., Tensor]
 
@@ -41,7 +42,8 @@ def load_upstream(checkout: Path) -> ModuleType:
         ]
 
     comm.build_from_tensor_shapes = cpu_buffers
-    return dualpipe
+    package: ModuleType = dualpipe
+    return package
 
 
 def build_upstream(
@@ -75,7 +77,7 @@ def build_torch_dualpipev(
         dw_builder: What runs weight gradients, where a stage leaves them out of its backward.
     """
     indices = (rank, 2 * num_ranks - 1 - rank)
-    built = [
+    built: list[_PipelineStageBase] = [
         PipelineStage(
             stage, index, 2 * num_ranks, torch.device("cpu"), *example, dw_builder=dw_builder
         )

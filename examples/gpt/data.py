@@ -23,7 +23,7 @@ class Corpus:
 
     def fingerprint(self) -> int:
         """Return a checksum; two machines may train together only if theirs agree."""
-        return zlib.crc32(self.held_out.numpy(), zlib.crc32(self.train.numpy()))
+        return zlib.crc32(bytes(self.held_out.numpy()), zlib.crc32(bytes(self.train.numpy())))
 
 
 def load_corpus(folder: Path | None = None, pattern: str = "*.py") -> Corpus:

@@ -42,7 +42,8 @@ class Attention(nn.Module):
         split = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         query, key, value = split.permute(2, 0, 3, 1, 4)  # each (batch, heads, time, width / heads)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.out(mixed.transpose(1, 2).flatten(-2))
+        y: Tensor = self.out(mixed.transpose(1, 2).flatten(-2))
+        return y
 
 
 class Block(nn.Module):
@@ -62,7 +63,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, time, width) to the same shape."""
         x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.mlp(self.mlp_norm(x))
+        return x
 
 
 class Embedding(nn.Module):
@@ -76,7 +78,8 @@ class Embedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map (batch, time) token ids to (batch, time, width)."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        return self.token(tokens) + self.position(positions)
+        y: Tensor = self.token(tokens) + self.position(positions)
+        return y
 
 
 class Head(nn.Module):
@@ -89,7 +92,8 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, time, width) to (batch, time, vocab_size)."""
-        return self.logits(self.norm(x))
+        y: Tensor = self.logits(self.norm(x))
+        return y
 
 
 class GPTStage(nn.Module):
