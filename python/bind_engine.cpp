@@ -1,11 +1,14 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+
 #include "bindings.h"
 #include "comm/loopback.h"
 #include "engine/engine.h"
 #include "py_stage_functions.h"
 #include "torch/mirror_exchange.h"
+#include "torch/process_group_transport.h"
 #include "torch/torch_stage_runner.h"
 
 namespace py = pybind11;
@@ -23,6 +26,19 @@ std::unique_ptr<Engine> loopback_engine(const std::shared_ptr<LoopbackHub>& hub,
                                         double timeout_seconds) {
   return std::make_unique<Engine>(Rank(rank), hub->transport(Rank(rank)),
                                   hub->control_plane(Rank(rank)),
+                                  watchdog_options(timeout_seconds));
+}
+
+std::unique_ptr<Engine> process_group_engine(c10d::ProcessGroup& group, int rank,
+                                             std::vector<int> group_ranks,
+                                             const std::vector<int>& peers,
+                                             double timeout_seconds) {
+  std::vector<Rank> peer_ranks;
+  for (const int peer : peers) peer_ranks.emplace_back(peer);
+  const py::gil_scoped_release unlocked;
+  ProcessGroupEnds ends =
+      process_group_ends(group, Rank(rank), std::move(group_ranks), std::move(peer_ranks));
+  return std::make_unique<Engine>(Rank(rank), std::move(ends.transport), std::move(ends.control),
                                   watchdog_options(timeout_seconds));
 }
 
@@ -44,7 +60,8 @@ void exchange(Engine& engine, MirrorExchange& reducer, const std::vector<int>& s
 
 std::unique_ptr<MirrorExchange> mirror_exchange(Engine& engine, int num_ranks,
                                                 const std::vector<std::pair<int, Tensors>>& stages,
-                                                std::size_t bucket_bytes, bool copy, bool together) {
+                                                std::size_t bucket_bytes, bool copy,
+                                                bool together) {
   std::vector<StageTensors> tensors;
   for (const auto& [stage, list] : stages) tensors.push_back({Stage(stage), list});
   return std::make_unique<MirrorExchange>(
@@ -80,14 +97,15 @@ void bind_engine(py::module_& module) {
   py::class_<Engine>(module, "Engine", "One rank of one pipeline.")
       .def_static("loopback", &loopback_engine, py::arg("hub"), py::arg("rank"),
                   py::arg("timeout_seconds"))
+      .def_static("process_group", &process_group_engine, py::arg("group"), py::arg("rank"),
+                  py::arg("group_ranks"), py::arg("peers"), py::arg("timeout_seconds"))
       .def("run", &run, py::arg("program"), py::arg("functions"), py::arg("training"),
            py::arg("keep_outputs"), py::arg("device"), py::arg("reducer").none(true))
       .def("exchange", &exchange, py::arg("reducer"), py::arg("stages"),
            py::call_guard<py::gil_scoped_release>())
       .def("fail", &Engine::fail, py::arg("text"), py::call_guard<py::gil_scoped_release>())
       .def("mirror_exchange", &mirror_exchange, py::arg("num_ranks"), py::arg("stages"),
-           py::arg("bucket_bytes"), py::arg("copy"), py::arg("together"),
-           py::keep_alive<0, 1>())
+           py::arg("bucket_bytes"), py::arg("copy"), py::arg("together"), py::keep_alive<0, 1>())
       .def_property_readonly("num_steps", &Engine::num_steps)
       .def_property_readonly("failure", &Engine::failure,
                              "What this rank last told the others; empty: nothing yet.")
