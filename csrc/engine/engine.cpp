@@ -56,7 +56,11 @@ void Engine::raise_failure(GradientReducer* reducer) {
   } catch (const PipelineError& error) {
     std::optional<Failure> failure = await_report();
     const std::string own = cat(where, ": ", error.what());
-    if (!failure.has_value()) report(own);
+    if (failure.has_value()) {
+      transport_->abort(*failure);  // a reducer's threads may still wait
+    } else {
+      report(own);
+    }
     recover(reducer);
     if (!failure.has_value() || failure->rank == rank_) throw PipelineError(own);
     throw PipelineError(cat(failure->text, "\n(noticed by ", where, ")"));

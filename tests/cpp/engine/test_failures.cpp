@@ -221,6 +221,33 @@ TEST(LostMessage, IsNamedWhenALaterOneArrives) {
   }
 }
 
+// The watchdog is too slow to end what still waits on rank 1 when its own link breaks.
+TEST(LinkFault, EndsTheStepOfAllThreadsWhenAnotherRankWasAtFault) {
+  std::atomic<int> num_aborts{0};
+  PipelineOptions options;
+  options.watchdog.poll_interval = 10s;
+  options.wrap = [&](Rank rank, std::unique_ptr<Transport> transport) {
+    if (rank == Rank(0)) return transport;
+    auto log = [&](const std::string& call) { num_aborts += call == "abort" ? 1 : 0; };
+    return std::unique_ptr<Transport>(
+        std::make_unique<RecordingTransport>(std::move(transport), log));
+  };
+  LoopbackPipeline pipeline(2, options);
+  AffineJob job(pipeline, "1f1b", 4);
+  job.stages(0).before = [](const Action& action) {
+    if (action.microbatch() == Microbatch(1)) throw UserError("the first cause");
+  };
+  job.stages(1).before = [](const Action&) {
+    std::this_thread::sleep_for(50ms);
+    throw PipelineError("broken link");
+  };
+  const auto outcomes = job.step();
+  EXPECT_TRUE(outcomes[0].is<UserError>());
+  EXPECT_TRUE(outcomes[1].is<PipelineError>());
+  expect_contains(outcomes[1].text(), "the first cause");
+  EXPECT_EQ(num_aborts, 1);
+}
+
 // Rank 1 is still inside the commit of step 1 when rank 0 fails in step 2.
 TEST(LateFailure, DoesNotDisturbARankThatCommitsAnEarlierStep) {
   std::atomic<bool> committing{false};
