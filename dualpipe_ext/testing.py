@@ -40,8 +40,10 @@ def run_ranks(
 
     Args:
         fn: for processes, a function that can be imported: it is sent to them by name.
+        num_ranks: how many there are.
         ranks: ``"threads"`` of this process, which exchange messages in memory, or
             ``"processes"`` with torch's gloo backend as their default group.
+        args: further arguments of ``fn``, the same on every rank.
         timeout: seconds for everything; then the stacks are printed and TimeoutError is raised.
         link_latency: threads only: seconds that every message takes.
         link_bandwidth: threads only: bytes a second of each channel; 0: unlimited.

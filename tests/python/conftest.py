@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+import torch
 
 WATCHER = Path(__file__).resolve().parents[2] / ".ci" / "timeout_with_stacks.py"
 
@@ -78,3 +79,9 @@ def build_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     """An empty build cache of the test's own."""
     monkeypatch.setenv("DUALPIPE_EXT_CACHE", str(tmp_path / "cache"))
     yield tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """The tensors are tiny and the ranks many: torch's own threads would wait for one another."""
+    torch.set_num_threads(1)
