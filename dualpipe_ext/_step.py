@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ __all__ = ["LossHooks", "Step", "microbatch_seed"]
 
 Outputs = list[Tensor | None]
 Criterion = Callable[..., Tensor]
+BeforeBackward = Callable[[Tensor, int], "Tensor | None"]
+AfterForward = Callable[[Tensor, "Sequence[Tensor | None]", int], None]
 
 
 def microbatch_seed(seed: int, step: int, stage: int, microbatch: int) -> int:
@@ -37,10 +40,9 @@ def microbatch_seed(seed: int, step: int, stage: int, microbatch: int) -> int:
 class LossHooks:
     """Called on the ranks that compute losses, in the order of registration."""
 
-    before_backward: dict[int, Callable[[Tensor, int], Tensor | None]] = field(default_factory=dict)
-    after_forward: dict[int, Callable[[Tensor, Sequence[Tensor | None], int], None]] = field(
-        default_factory=dict
-    )
+    # Ordered dictionaries, for a RemovableHandle refers to them weakly.
+    before_backward: OrderedDict[int, BeforeBackward] = field(default_factory=OrderedDict)
+    after_forward: OrderedDict[int, AfterForward] = field(default_factory=OrderedDict)
 
 
 @dataclass(kw_only=True)
