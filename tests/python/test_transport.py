@@ -1,0 +1,203 @@
+"""Transports between threads and between processes keep one contract; dead ranks are named."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from transport_checks import CHECKS, Ends, outcome_of, tensor
+
+from dualpipe_ext import _C
+from dualpipe_ext.testing import run_ranks
+
+Outcomes = dict[str, str]
+
+
+def run_in_threads(name: str) -> list[str]:
+    """One check on two threads of this process."""
+    hub = _C.LoopbackHub(2)
+    barrier = threading.Barrier(2, timeout=30)
+    outcomes = ["", ""]
+
+    def run(rank: int) -> None:
+        ends = Ends(rank, hub.transport(rank), hub.control_plane(rank), barrier.wait)
+        outcomes[rank] = outcome_of(CHECKS[name], ends)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+def run_all_in_a_process(rank: int, num_ranks: int) -> Outcomes:
+    """All checks on one of two processes, each over a pipeline of its own."""
+    exchange = _C.StoreExchange(dist.group.WORLD, rank)
+    outcomes: Outcomes = {}
+    for name, check in CHECKS.items():
+        transport, control = _C.process_group_ends(dist.group.WORLD, rank, [0, 1], [1 - rank])
+        ends = Ends(rank, transport, control, lambda: exchange.all_gather("", 30.0))
+        outcomes[name] = outcome_of(check, ends)
+        exchange.all_gather("", 60.0)
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def process_outcomes() -> list[Outcomes]:
+    """The outcomes of all checks, by rank: two processes for all of them."""
+    return run_ranks(run_all_in_a_process, 2, "processes", timeout=120.0)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_threads(name: str) -> None:
+    """Loopback holds the check on both ranks."""
+    assert run_in_threads(name) == ["", ""]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_processes(name: str, process_outcomes: list[Outcomes]) -> None:
+    """The process group transport over gloo holds the check on both ranks."""
+    assert [outcomes[name] for outcomes in process_outcomes] == ["", ""]
+
+
+def mapped_ring(rank: int, num_ranks: int) -> list[str]:
+    """Rank r of the pipeline is rank 2 - r of the group; every rank sends to the next one."""
+    pipeline_rank = num_ranks - 1 - rank
+    peers = [(pipeline_rank + 1) % num_ranks, (pipeline_rank - 1) % num_ranks]
+    transport, _ = _C.process_group_ends(dist.group.WORLD, pipeline_rank, [2, 1, 0], peers)
+    kind = _C.MessageKind.ACTIVATION
+    received = b""
+    for step in range(20):
+        transport.begin_step(step, 1, "a ring")
+        receive = transport.receive(peers[1], kind, 0, step)
+        transport.send(peers[0], kind, 0, step, [(0, False, [1], bytes([pipeline_rank]))])
+        (message,) = receive.wait()
+        assert message is not None
+        received = message[3]
+        transport.end_step()
+    texts = _C.StoreExchange(dist.group.WORLD, pipeline_rank).all_gather(f"at {rank}", 30.0)
+    return [str(received[0]), *texts]
+
+
+def test_pipeline_ranks_may_differ_from_group_ranks() -> None:
+    """Messages and texts go by the pipeline's ranks."""
+    texts = ["at 2", "at 1", "at 0"]
+    assert run_ranks(mapped_ring, 3, "processes") == [["1", *texts], ["0", *texts], ["2", *texts]]
+
+
+def blocked(ends: Ends, microbatch: int) -> tuple[str, float]:
+    """What a wait for a message that never comes throws, and when (Unix time)."""
+    with pytest.raises(_C.PipelineError) as caught:
+        ends.receive(microbatch).wait()
+    return str(caught.value), time.time()
+
+
+def die(folder: Path) -> None:
+    """Ends this process without a word to anybody."""
+    (folder / "died_at").write_text(str(time.time()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def survive(ends: Ends, folder: Path) -> None:
+    """Waits for the victim, which also hosts the store."""
+    ends.send(0, [tensor(100_000)])
+    text, noticed_at = blocked(ends, 3)
+    assert text.startswith("rank 1 waits for the activation of micro-batch 3 for stage 1 from rank")
+    assert "Connection closed by peer" in text
+    assert noticed_at - float((folder / "died_at").read_text()) < 3.0
+    with pytest.raises(_C.PipelineError, match=r"the rank that hosts .* store is gone"):
+        ends.control.poll()
+    ends.transport.recover()
+    with pytest.raises(_C.PipelineError, match="rank 1 cannot reach rank 0"):
+        ends.transport.begin_step(2, 1, "after the death")
+
+
+def run_to_death(rank: int, port: int, folder: Path) -> None:
+    """A process of the test below."""
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, wait_for_workers=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    transport, control = _C.process_group_ends(dist.group.WORLD, rank, [0, 1], [1 - rank])
+    ends = Ends(rank, transport, control, lambda: None)
+    transport.begin_step(1, 1, "a step")
+    if rank == 0:
+        ends.receive(0).wait()
+        time.sleep(0.3)
+        die(folder)
+    survive(ends, folder)
+    (folder / "survived").touch()
+    os._exit(0)  # torch's own shutdown would wait for the dead
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    return int(store.port)
+
+
+def test_a_killed_process_is_named_within_three_seconds(tmp_path: Path) -> None:
+    """SIGKILL on one rank ends the wait of the other, and both later calls and the store say so."""
+    context = multiprocessing.get_context("spawn")
+    port = free_port()
+    processes = [
+        context.Process(target=run_to_death, args=(rank, port, tmp_path)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    exit_codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert exit_codes == [-signal.SIGKILL, 0]
+    assert (tmp_path / "survived").exists()
+
+
+def test_injected_faults() -> None:
+    """A hub loses or refuses the messages that the test chooses."""
+    hub = _C.LoopbackHub(2)
+    ends = [Ends(r, hub.transport(r), hub.control_plane(r), lambda: None) for r in range(2)]
+    faults = {1: _C.Fault.FAIL, 2: _C.Fault.DROP}
+
+    def choose(source: int, to: int, kind: _C.MessageKind, stage: int, number: int) -> _C.Fault:
+        assert (source, to, kind, stage) == (0, 1, _C.MessageKind.ACTIVATION, 1)
+        return faults.get(number, _C.Fault.NONE)
+
+    hub.inject(choose)
+    for end in ends:
+        end.transport.begin_step(1, 1, "faults")
+    ends[0].send(0, [tensor(4)])
+    assert ends[1].receive(0).wait() == [tensor(4)]
+    with pytest.raises(
+        _C.PipelineError, match="the link failed on the activation of micro-batch 1"
+    ):
+        ends[0].send(1, [])
+    ends[0].send(2, [])
+    hub.inject(None)
+    ends[0].send(3, [])
+    with pytest.raises(_C.PipelineError, match="expected the activation of micro-batch 2"):
+        ends[1].receive(2).wait()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: _C.LoopbackHub(0), ValueError, "at least 1 is needed"),
+        (lambda: _C.LoopbackHub(2).transport(2), ValueError, "has ranks 0 to 1"),
+        (lambda: _C.StoreExchange(object(), 0), TypeError, "found object"),
+        (lambda: _C.LoopbackHub(2).all_gather(0, "", 0.02), _C.PipelineError, r"rank\(s\) 1 of 2"),
+    ],
+)
+def test_mistakes_are_explained(
+    call: Callable[[], object], error: type[Exception], text: str
+) -> None:
+    """What was found and what is allowed."""
+    with pytest.raises(error, match=text):
+        call()
