@@ -34,6 +34,10 @@ struct BadText {
   const char* part;
 };
 
+std::ostream& operator<<(std::ostream& out, const BadText& bad) {
+  return out << '"' << bad.text << '"';
+}
+
 class BadAction : public ::testing::TestWithParam<BadText> {};
 
 TEST_P(BadAction, NamesTheColumn) {

@@ -15,6 +15,8 @@ struct Golden {
   int num_microbatches;
 };
 
+std::ostream& operator<<(std::ostream& out, const Golden& golden) { return out << golden.name; }
+
 std::string path_of(const Golden& golden) {
   return cat(DUALPIPE_TESTS_DIR, "/golden/", golden.name, "_p", golden.num_ranks, "_n",
              golden.num_microbatches, ".csv");

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <array>
+#include <ostream>
 
 #include "helpers.h"
 
@@ -47,6 +48,10 @@ struct Row {
   std::array<int, 5> counts;
 };
 
+std::ostream& operator<<(std::ostream& out, const Row& row) {
+  return out << "P" << row.num_ranks << "_N" << row.num_microbatches << "_rank" << row.rank;
+}
+
 class DualPipeCounts : public ::testing::TestWithParam<Row> {};
 
 TEST_P(DualPipeCounts, AreThoseOfThePublishedOrder) {
@@ -61,7 +66,8 @@ INSTANTIATE_TEST_SUITE_P(
     ::testing::Values(Row{2, 4, 0, {3, 1, 2, 1, 1}}, Row{4, 8, 0, {5, 3, 2, 3, 3}},
                       Row{4, 8, 1, {5, 3, 3, 2, 2}}, Row{8, 20, 0, {11, 9, 4, 7, 7}},
                       Row{8, 20, 1, {10, 10, 4, 6, 6}}, Row{8, 20, 2, {9, 11, 4, 5, 5}},
-                      Row{8, 20, 3, {9, 11, 5, 4, 4}}));
+                      Row{8, 20, 3, {9, 11, 5, 4, 4}}),
+    ::testing::PrintToStringParamName());
 
 TEST(DualPipe, ForwardsAndBackwardsAddUp) {
   for (int p = 2; p <= 16; p += 2) {
