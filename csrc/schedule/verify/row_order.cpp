@@ -6,16 +6,6 @@
 namespace dualpipe {
 namespace {
 
-enum Bit : std::uint8_t {
-  kDidForward = 1,
-  kDidInput = 2,
-  kDidWeight = 4,
-  kSentForward = 8,
-  kSentBackward = 16,
-  kAskedForward = 32,
-  kAskedBackward = 64,
-};
-
 std::uint8_t message_bit(Op op) {
   switch (op) {
     case Op::kSendForward:
@@ -156,6 +146,7 @@ void RowOrder::check_message(const Action& part) {
   const std::uint8_t done_before = done(part.stage(), part.microbatch());
   if (done_before & message_bit(part.op())) return report("is there twice");
   const bool gradient = message->kind == TransferKind::kGradient;
+  has_backward_ = has_backward_ || gradient;
   const std::uint8_t computed = gradient ? kDidInput : kDidForward;
   if (sends && !(done_before & computed)) report("comes before the action that makes the data");
   if (!sends && (done_before & computed)) report("comes after the action that uses the data");
@@ -192,42 +183,6 @@ void RowOrder::mark(const Action& part) {
       break;
     default:
       bits |= message_bit(part.op());
-  }
-}
-
-void RowOrder::check_complete() {
-  const std::uint8_t compute = has_backward_ ? kDidForward | kDidInput | kDidWeight : kDidForward;
-  for (int s = 0; s < placement_.num_stages() && !findings_.full(); ++s) {
-    for (int m = 0; m < placement_.num_microbatches(); ++m) {
-      check_cell_complete(Stage(s), Microbatch(m), compute);
-    }
-  }
-}
-
-void RowOrder::check_cell_complete(Stage stage, Microbatch microbatch, std::uint8_t needed) {
-  struct Need {
-    std::uint8_t bit;
-    Op op;
-  };
-  const Rank home = placement_.rank_of(stage, microbatch);
-  const auto remote = [&](int other) {
-    return other >= 0 && other < placement_.num_stages() &&
-           placement_.rank_of(Stage(other), microbatch) != home;
-  };
-  if (form_ == Form::kLowered) {
-    const bool backward = (needed & kDidInput) != 0;
-    if (remote(stage.value() - 1)) needed |= kAskedForward | (backward ? kSentBackward : 0);
-    if (remote(stage.value() + 1)) needed |= kSentForward | (backward ? kAskedBackward : 0);
-  }
-  const std::uint8_t missing = needed & static_cast<std::uint8_t>(~done(stage, microbatch));
-  if (missing == 0) return;
-  for (const Need& need :
-       {Need{kDidForward, Op::kForward}, Need{kDidInput, Op::kBackwardInput},
-        Need{kDidWeight, Op::kBackwardWeight}, Need{kSentForward, Op::kSendForward},
-        Need{kSentBackward, Op::kSendBackward}, Need{kAskedForward, Op::kRecvForward},
-        Need{kAskedBackward, Op::kRecvBackward}}) {
-    if (!(missing & need.bit)) continue;
-    findings_.add_row(home, cat(to_string(Action(need.op, stage, microbatch)), " is missing"));
   }
 }
 

@@ -13,6 +13,17 @@ enum class Form : std::uint8_t {
   kLowered,  // with explicit messages: what comes from another rank has been asked for before
 };
 
+// What has been done for a (stage, micro-batch).
+enum Done : std::uint8_t {
+  kDidForward = 1,
+  kDidInput = 2,
+  kDidWeight = 4,
+  kSentForward = 8,
+  kSentBackward = 16,
+  kAskedForward = 32,
+  kAskedBackward = 64,
+};
+
 // What each rank's row can prove alone: actions exist, stand on the right rank, once, after what
 // they need on the same rank, and nothing is missing at the end.
 class RowOrder {
@@ -35,7 +46,8 @@ class RowOrder {
   void require_input(const Action& part, std::uint8_t receive_bit, std::uint8_t producer_bit,
                      int producer_stage);
   void mark(const Action& part);
-  void check_cell_complete(Stage stage, Microbatch microbatch, std::uint8_t needed);
+  void check_cell_complete(Stage stage, Microbatch microbatch);
+  [[nodiscard]] int needed(Stage stage, Microbatch microbatch) const;
 
   [[nodiscard]] std::uint8_t& done(Stage stage, Microbatch microbatch) {
     return done_[placement_.cell(stage, microbatch)];

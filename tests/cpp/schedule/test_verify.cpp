@@ -173,6 +173,12 @@ TEST(Verify, AcceptsInferenceAlone) {
   expect_found(verify_compute(make(kLoop, 2, {"0F0 0F1 0B0", "1F0 1F1 1B0"})), 1, "1I1 is missing");
 }
 
+TEST(Verify, TakesNoGradientsInInference) {
+  Schedule schedule = lower(plan("1f1b", {2, 2, 0}), {.with_backward = false});
+  row_of(schedule, 0).push_back(parse_action("0RECV_B0"));
+  expect_found(verify_lowered(schedule), 1, "1SEND_B0 is missing");
+}
+
 // Any two neighbours in a row of a lowered schedule, swapped: either nothing that matters has
 // changed or the verifier says so; and a dropped or doubled action is always found.
 TEST(Verify, SurvivesRandomMutations) {
