@@ -4,6 +4,8 @@
 
 #include <thread>
 
+#include "comm/framed_transport.h"
+#include "comm/store_control_plane.h"
 #include "schedule/planners/planners.h"
 
 namespace dualpipe::testing {
@@ -17,18 +19,28 @@ std::string Outcome::text() const {
   return "";
 }
 
-LoopbackPipeline::LoopbackPipeline(int num_ranks, const PipelineOptions& options)
+EnginePipeline::EnginePipeline(int num_ranks, const PipelineOptions& options)
     : hub_(LoopbackHub::create(num_ranks, options.link)) {
   for (int i = 0; i < num_ranks; ++i) {
     const Rank rank(i);
-    auto transport = hub_->transport(rank);
+    auto [transport, control] = ends(rank, num_ranks, options.over);
     if (options.wrap) transport = options.wrap(rank, std::move(transport));
-    engines_.push_back(std::make_unique<Engine>(rank, std::move(transport),
-                                                hub_->control_plane(rank), options.watchdog));
+    engines_.push_back(
+        std::make_unique<Engine>(rank, std::move(transport), std::move(control), options.watchdog));
   }
 }
 
-std::vector<Outcome> LoopbackPipeline::on_all(const std::function<void(Engine&)>& body) {
+EnginePipeline::Ends EnginePipeline::ends(Rank rank, int num_ranks, Over over) {
+  if (over == Over::kLoopback) return {hub_->transport(rank), hub_->control_plane(rank)};
+  FramedOptions options{rank, num_ranks, {}, 0};
+  for (int peer = 0; peer < num_ranks; ++peer) {
+    if (peer != rank.value()) options.peers.emplace_back(peer);
+  }
+  return {framed_transport(fabric_.link(rank), std::move(options)),
+          store_control_plane(store_.open(), rank, num_ranks)};
+}
+
+std::vector<Outcome> EnginePipeline::on_all(const std::function<void(Engine&)>& body) {
   std::vector<Outcome> outcomes(engines_.size());
   std::vector<std::thread> threads;
   for (std::size_t rank = 0; rank < engines_.size(); ++rank) {
@@ -44,7 +56,7 @@ std::vector<Outcome> LoopbackPipeline::on_all(const std::function<void(Engine&)>
   return outcomes;
 }
 
-AffineJob::AffineJob(LoopbackPipeline& pipeline, std::string_view planner, int num_microbatches,
+AffineJob::AffineJob(EnginePipeline& pipeline, std::string_view planner, int num_microbatches,
                      const LoweringOptions& options)
     : pipeline_(pipeline),
       lowered_(lower(plan(planner, {pipeline.num_ranks(), num_microbatches}), options)) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <chrono>
+#include <cstdint>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "comm/loopback.h"
+#include "comm/memory_link.h"
 #include "engine/affine_stages.h"
 #include "engine/engine.h"
 #include "schedule/passes/passes.h"
@@ -39,33 +41,46 @@ class Outcome {
   std::exception_ptr error_;
 };
 
+enum class Over : std::uint8_t { kLoopback, kFrames };
+
 struct PipelineOptions {
+  Over over = Over::kLoopback;
   Watchdog::Options watchdog{std::chrono::milliseconds(5), std::chrono::seconds(60)};
-  LinkOptions link;
+  LinkOptions link;  // loopback
   std::function<std::unique_ptr<Transport>(Rank, std::unique_ptr<Transport>)> wrap;
 };
 
-// The engines of all ranks, over loopback.
-class LoopbackPipeline {
+// The engines of all ranks, which are threads; over loopback, or over the transport and the control
+// plane that processes use, on a link and a store in memory.
+class EnginePipeline {
  public:
-  explicit LoopbackPipeline(int num_ranks, const PipelineOptions& options = {});
+  explicit EnginePipeline(int num_ranks, const PipelineOptions& options = {});
 
   [[nodiscard]] int num_ranks() const { return static_cast<int>(engines_.size()); }
   [[nodiscard]] Engine& engine(int rank) { return *engines_[static_cast<std::size_t>(rank)]; }
-  [[nodiscard]] LoopbackHub& hub() { return *hub_; }
+  [[nodiscard]] LoopbackHub& hub() { return *hub_; }      // loopback
+  [[nodiscard]] LinkFabric& fabric() { return fabric_; }  // frames
 
   // Runs the body on one thread a rank.
   std::vector<Outcome> on_all(const std::function<void(Engine&)>& body);
 
  private:
+  struct Ends {
+    std::unique_ptr<Transport> transport;
+    std::unique_ptr<ControlPlane> control;
+  };
+  [[nodiscard]] Ends ends(Rank rank, int num_ranks, Over over);
+
   std::shared_ptr<LoopbackHub> hub_;
+  LinkFabric fabric_;
+  SharedStore store_;
   std::vector<std::unique_ptr<Engine>> engines_;
 };
 
 // A schedule, lowered, with each rank's program and stages.
 class AffineJob {
  public:
-  AffineJob(LoopbackPipeline& pipeline, std::string_view planner, int num_microbatches,
+  AffineJob(EnginePipeline& pipeline, std::string_view planner, int num_microbatches,
             const LoweringOptions& options = {});
 
   // One step on all ranks, from zero gradients.
@@ -84,7 +99,7 @@ class AffineJob {
   [[nodiscard]] std::vector<Action> computations(int rank) const;
 
  private:
-  LoopbackPipeline& pipeline_;
+  EnginePipeline& pipeline_;
   Schedule lowered_;
   std::vector<Program> programs_;
   std::vector<AffineStages> stages_;

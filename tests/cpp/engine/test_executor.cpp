@@ -41,8 +41,10 @@ std::vector<Case> cases() {
 class EveryPlanner : public ::testing::TestWithParam<Case> {
  protected:
   // Two steps: the second shows that the first left nothing behind.
-  void expect_unsplit_results(const LoweringOptions& options) {
-    LoopbackPipeline pipeline(GetParam().num_ranks);
+  void expect_unsplit_results(const LoweringOptions& options, Over over = Over::kLoopback) {
+    PipelineOptions pipeline_options;
+    pipeline_options.over = over;
+    EnginePipeline pipeline(GetParam().num_ranks, pipeline_options);
     AffineJob job(pipeline, GetParam().planner, GetParam().num_microbatches, options);
     for (int step = 0; step < 2; ++step) {
       expect_all_ok(job.step());
@@ -71,6 +73,8 @@ TEST_P(EveryPlanner, AlsoWithPairsInOnePiece) {
   expect_unsplit_results(options);
 }
 
+TEST_P(EveryPlanner, AlsoOverFrames) { expect_unsplit_results({}, Over::kFrames); }
+
 TEST_P(EveryPlanner, AlsoWithoutBackward) {
   LoweringOptions options;
   options.with_backward = false;
@@ -81,7 +85,7 @@ INSTANTIATE_TEST_SUITE_P(All, EveryPlanner, ::testing::ValuesIn(cases()),
                          ::testing::PrintToStringParamName());
 
 TEST(Executor, GivesPairsInOnePieceToTheRunner) {
-  LoopbackPipeline pipeline(4);
+  EnginePipeline pipeline(4);
   LoweringOptions options;
   options.keep_overlap = true;
   AffineJob job(pipeline, "dualpipe", 8, options);
@@ -91,7 +95,7 @@ TEST(Executor, GivesPairsInOnePieceToTheRunner) {
 
 // By the time the next computation starts, nothing that was sent is kept.
 TEST(Executor, LetsGoOfResultsAsSoonAsTheyAreSent) {
-  LoopbackPipeline pipeline(4);
+  EnginePipeline pipeline(4);
   AffineJob job(pipeline, "dualpipe", 8);
   for (int rank = 0; rank < 4; ++rank) {
     AffineStages& stages = job.stages(rank);
@@ -119,7 +123,7 @@ std::vector<std::string> log_of_last_rank(int lookahead) {
     return std::unique_ptr<Transport>(std::make_unique<RecordingTransport>(
         std::move(transport), [&log](const std::string& call) { log.push_back(call); }));
   };
-  LoopbackPipeline pipeline(2, options);
+  EnginePipeline pipeline(2, options);
   LoweringOptions lowering;
   lowering.lookahead = lookahead;
   AffineJob job(pipeline, "1f1b", 6, lowering);
@@ -169,7 +173,7 @@ class CountingReducer final : public GradientReducer {
 };
 
 TEST(Executor, ReducesEachStageOnceItsGradientsAreFinal) {
-  LoopbackPipeline pipeline(4);
+  EnginePipeline pipeline(4);
   LoweringOptions options;
   options.reduce_gradients = true;
   AffineJob job(pipeline, "dualpipe", 8, options);
@@ -198,7 +202,7 @@ TEST(Executor, ReducesEachStageOnceItsGradientsAreFinal) {
 }
 
 TEST(Executor, ExchangesGradientsWithoutComputation) {
-  LoopbackPipeline pipeline(2);
+  EnginePipeline pipeline(2);
   std::vector<CountingReducer> reducers(2);
   expect_all_ok(pipeline.on_all([&](Engine& engine) {
     const Program program = make_reduce_program(engine.rank(), {Stage(0), Stage(1)});
@@ -211,7 +215,7 @@ TEST(Executor, ExchangesGradientsWithoutComputation) {
 }
 
 TEST(Executor, CancelsTheReductionOfAFailedStep) {
-  LoopbackPipeline pipeline(2);
+  EnginePipeline pipeline(2);
   std::vector<CountingReducer> reducers(2);
   reducers[1].throws = true;
   const auto outcomes = pipeline.on_all([&](Engine& engine) {

@@ -10,8 +10,8 @@ namespace {
 using namespace dualpipe::testing;
 
 TEST(SteadyState, TwoPipelinesLiveInOneProcess) {
-  LoopbackPipeline one(4);
-  LoopbackPipeline other(2);
+  EnginePipeline one(4);
+  EnginePipeline other(2);
   AffineJob dual(one, "dualpipe", 8);
   AffineJob linear(other, "zb1p", 6);
   std::thread beside([&] {
@@ -24,8 +24,8 @@ TEST(SteadyState, TwoPipelinesLiveInOneProcess) {
 }
 
 TEST(SteadyState, TwoPipelinesShareTheThreadsOfTheRanks) {
-  LoopbackPipeline one(2);
-  LoopbackPipeline other(2);
+  EnginePipeline one(2);
+  EnginePipeline other(2);
   AffineJob dual(one, "dualpipe", 4);
   AffineJob linear(other, "1f1b", 4);
   expect_all_ok(one.on_all([&](Engine& engine) {
@@ -39,7 +39,7 @@ TEST(SteadyState, TwoPipelinesShareTheThreadsOfTheRanks) {
 }
 
 TEST(SteadyState, OnePipelineRunsSchedulesInTurn) {
-  LoopbackPipeline pipeline(4);
+  EnginePipeline pipeline(4);
   AffineJob training(pipeline, "dualpipe", 8);
   LoweringOptions inference;
   inference.with_backward = false;
@@ -53,7 +53,7 @@ TEST(SteadyState, OnePipelineRunsSchedulesInTurn) {
 }
 
 TEST(SteadyState, AThousandStepsTakeNoMoreMemory) {
-  LoopbackPipeline pipeline(4);
+  EnginePipeline pipeline(4);
   AffineJob job(pipeline, "dualpipe", 8);
   BufferPool::Statistics early;
   for (int hundred = 0; hundred < 10; ++hundred) {

@@ -15,7 +15,7 @@ using namespace std::chrono_literals;
 constexpr std::int64_t kMillisecond = 1'000'000;
 
 TEST(Trace, HoldsEachComputationInOrder) {
-  LoopbackPipeline pipeline(4);
+  EnginePipeline pipeline(4);
   AffineJob job(pipeline, "dualpipe", 12);
   for (int step = 0; step < 2; ++step) expect_all_ok(job.step());
   for (int rank = 0; rank < 4; ++rank) {
@@ -37,7 +37,7 @@ TEST(Trace, HoldsEachComputationInOrder) {
 }
 
 TEST(Trace, TellsWaitingFromComputing) {
-  LoopbackPipeline pipeline(2);
+  EnginePipeline pipeline(2);
   AffineJob job(pipeline, "gpipe", 1);
   job.stages(0).before = [](const Action& action) {
     if (action.op() == Op::kForward) std::this_thread::sleep_for(30ms);
@@ -53,7 +53,7 @@ TEST(Trace, TellsWaitingFromComputing) {
 
 TEST(Trace, CountsThePeakOfDualPipe) {
   for (int num_ranks : {2, 4, 8}) {
-    LoopbackPipeline pipeline(num_ranks);
+    EnginePipeline pipeline(num_ranks);
     AffineJob job(pipeline, "dualpipe", 3 * num_ranks);
     expect_all_ok(job.step());
     for (int rank = 0; rank < num_ranks; ++rank) {
@@ -65,7 +65,7 @@ TEST(Trace, CountsThePeakOfDualPipe) {
 
 TEST(Trace, AgreesWithThePlannedPeak) {
   for (const char* planner : {"1f1b", "zb1p", "gpipe", "zbv", "dualpipev", "interleaved_1f1b"}) {
-    LoopbackPipeline pipeline(4);
+    EnginePipeline pipeline(4);
     AffineJob job(pipeline, planner, 8);
     expect_all_ok(job.step());
     for (int rank = 0; rank < 4; ++rank) {
