@@ -181,10 +181,11 @@ void bind_simulator(py::module_& module) {
 
 }  // namespace
 
+// A class comes before what returns it, so that signatures name it.
 void bind_schedule(py::module_& module) {
-  bind_planners(module);
   bind_simulator(module);
   bind_schedule_class(module);
+  bind_planners(module);
 }
 
 }  // namespace dualpipe

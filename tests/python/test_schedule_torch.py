@@ -21,7 +21,9 @@ SIZES = [
 ]
 
 
-def generated(schedule_class: type, num_ranks: int, num_microbatches: int, **sizes: Any) -> Any:
+def generated(
+    schedule_class: type[Any], num_ranks: int, num_microbatches: int, **sizes: Any
+) -> Any:
     """A torch schedule with the sizes that its generator of one rank's actions reads."""
     schedule = schedule_class.__new__(schedule_class)
     schedule.pp_group_size = num_ranks
@@ -103,7 +105,9 @@ class RecordingStage:
         raise AttributeError(name)
 
 
-def executed(schedule_class: type, num_ranks: int, num_microbatches: int, rank: int) -> list[str]:
+def executed(
+    schedule_class: type[Any], num_ranks: int, num_microbatches: int, rank: int
+) -> list[str]:
     """What one rank of a single-stage torch schedule computes when it is run.
 
     ``Schedule1F1B._get_pipeline_order`` numbers the last rank's micro-batches from 1, which is not
@@ -135,7 +139,7 @@ def executed(schedule_class: type, num_ranks: int, num_microbatches: int, rank: 
     [("1f1b", torch_schedules.Schedule1F1B), ("gpipe", torch_schedules.ScheduleGPipe)],
 )
 def test_single_stage_schedules(
-    name: str, schedule_class: type, num_ranks: int, num_microbatches: int
+    name: str, schedule_class: type[Any], num_ranks: int, num_microbatches: int
 ) -> None:
     ours = plan(name, num_ranks, num_microbatches)
     for rank in range(num_ranks):
