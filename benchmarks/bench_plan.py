@@ -10,7 +10,8 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 from common import JsonOption, Result, show, write_json
-from torch.distributed.pipelining import schedules as torch_schedules
+from torch.distributed.pipelining import schedules
+from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 
 from dualpipe_ext.schedule import plan
 
@@ -67,12 +68,11 @@ def measure(case: Case, repeats: int) -> Result:
 
 def measure_torch(num_ranks: int, num_microbatches: int) -> Result:
     """Time torch's generator and its lowering of DualPipeV; it proves nothing about the result."""
-    schedule: Any = torch_schedules.ScheduleDualPipeV.__new__(torch_schedules.ScheduleDualPipeV)
+    torch_schedules: Any = schedules  # its annotations and its own use of them differ
+    schedule = torch_schedules.ScheduleDualPipeV.__new__(torch_schedules.ScheduleDualPipeV)
     schedule.pp_group_size = num_ranks
     schedule._n_microbatches = num_microbatches
-    stage_to_rank = torch_schedules.generate_stage_to_rank_mapping(
-        num_ranks, 2 * num_ranks, style="v"
-    )
+    stage_to_rank = generate_stage_to_rank_mapping(num_ranks, 2 * num_ranks, style="v")
     start = time.perf_counter()
     actions = {rank: schedule._calculate_single_rank_operations(rank) for rank in range(num_ranks)}
     planned = time.perf_counter()

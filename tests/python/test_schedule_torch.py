@@ -25,7 +25,7 @@ def generated(
     schedule_class: type[Any], num_ranks: int, num_microbatches: int, **sizes: Any
 ) -> Any:
     """A torch schedule with the sizes that its generator of one rank's actions reads."""
-    schedule = schedule_class.__new__(schedule_class)
+    schedule = object.__new__(schedule_class)
     schedule.pp_group_size = num_ranks
     schedule._n_microbatches = num_microbatches
     vars(schedule).update(sizes)
@@ -113,7 +113,7 @@ def executed(
     ``Schedule1F1B._get_pipeline_order`` numbers the last rank's micro-batches from 1, which is not
     what its ``step`` does; ``step`` is what counts.
     """
-    schedule: Any = schedule_class.__new__(schedule_class)
+    schedule: Any = object.__new__(schedule_class)
     stage = RecordingStage(rank)
     vars(schedule).update(
         _stage=stage,
