@@ -10,7 +10,7 @@ from dualpipe_ext._step import Criterion
 from dualpipe_ext.microbatches import Chunk, scatter
 from dualpipe_ext.schedule import Schedule
 
-__all__ = ["RankBatch", "cut_batch"]
+__all__ = ["RankBatch", "check_num_chunks", "cut_batch"]
 
 Given = Sequence[Tensor | None]
 
@@ -60,11 +60,29 @@ class RankBatch:
             raise ValueError(
                 f"criterion is missing {where}; pass criterion=, or use torch.no_grad()"
             )
+        if criterion is not None and not callable(criterion):
+            raise TypeError(
+                f"criterion must be a function of outputs and labels that is called; found "
+                f"{type(criterion).__name__} on rank {self.rank}"
+            )
         if criterion is not None and (labels is None or any(x is None for x in labels)):
             raise ValueError(
                 f"labels are missing {where}; pass labels=(...) there, or labels=() for a "
                 f"criterion that takes outputs alone"
             )
+
+
+def check_num_chunks(num_chunks: int) -> None:
+    """Raises where the number of micro-batches is missing or is not a number."""
+    if not isinstance(num_chunks, int) or isinstance(num_chunks, bool):
+        raise TypeError(
+            f"num_chunks={num_chunks!r}: it must be an int, not {type(num_chunks).__name__}"
+        )
+    if num_chunks < 1:
+        raise ValueError(
+            f"num_chunks={num_chunks}: it must be at least 1; give the number of micro-batches as "
+            f"step(..., num_chunks=N) or once, as DualPipeConfig(num_microbatches=N)"
+        )
 
 
 def cut_batch(tensors: Given, microbatches: list[int], dim: int, what: str) -> dict[int, Chunk]:

@@ -45,7 +45,7 @@ class ScheduleSource:
 
     def smallest(self) -> Schedule:
         """A schedule that shows who holds what: placements do not depend on micro-batches."""
-        return self.plan(2 * self.num_ranks)
+        return self.fixed or self.plan(2 * self.num_ranks)
 
     def plan(self, num_microbatches: int) -> Schedule:
         """The compute actions of a step; verified.
@@ -55,6 +55,11 @@ class ScheduleSource:
         """
         if self.fixed is None:
             return plan(self.name, self.num_ranks, num_microbatches, self.stages_per_rank)
+        if self.fixed.num_microbatches != num_microbatches:
+            raise ValueError(
+                f"num_chunks={num_microbatches}, but the schedule {self.name!r} is one of "
+                f"{self.fixed.num_microbatches} micro-batches; pass that number, or plan another"
+            )
         return self.fixed
 
 

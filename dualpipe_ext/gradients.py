@@ -14,13 +14,13 @@ GatherFloats = Callable[[Sequence[float]], list[list[float]]]
 
 
 def total_norm(parameters: Iterable[Tensor], norm_type: float, gather: GatherFloats) -> Tensor:
-    """The norm over all ranks, each of which gives the parameters that it counts."""
+    """The norm over all ranks, each of which gives the parameters that it counts. In float64."""
     grads = [p.grad for p in parameters if p.grad is not None]
     local = _power_sum(grads, norm_type)
     by_rank = [values[0] for values in gather([local])]
     if math.isinf(norm_type):
-        return torch.tensor(max(by_rank))
-    return torch.tensor(math.fsum(by_rank) ** (1.0 / norm_type))
+        return torch.tensor(max(by_rank), dtype=torch.float64)
+    return torch.tensor(math.fsum(by_rank) ** (1.0 / norm_type), dtype=torch.float64)
 
 
 def clip_local_gradients(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:

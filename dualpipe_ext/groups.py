@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
 from dualpipe_ext import _C
 
-__all__ = ["LoopbackGroup", "PipelineGroup", "resolve_group"]
+__all__ = ["FaultInjector", "LoopbackGroup", "PipelineGroup", "resolve_group"]
+
+FaultInjector = Callable[[int, int, _C.MessageKind, int, int], _C.Fault]
 
 _current = threading.local()
 
@@ -49,9 +51,16 @@ class PipelineGroup(ABC):
 class LoopbackHubs:
     """The hubs that the threads of one process share: one for each pipeline that they make."""
 
-    def __init__(self, num_ranks: int, link_latency: float, link_bandwidth: float) -> None:
+    def __init__(
+        self,
+        num_ranks: int,
+        link_latency: float,
+        link_bandwidth: float,
+        faults: FaultInjector | None = None,
+    ) -> None:
         self.num_ranks = num_ranks
         self._link = (link_latency, link_bandwidth)
+        self._faults = faults
         self._lock = threading.Lock()
         self._hubs: list[_C.LoopbackHub] = []
 
@@ -60,6 +69,7 @@ class LoopbackHubs:
         with self._lock:
             while len(self._hubs) <= index:
                 self._hubs.append(_C.LoopbackHub(self.num_ranks, *self._link))
+                self._hubs[-1].inject(self._faults)
             return self._hubs[index]
 
 

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dualpipe_ext import _C
 from dualpipe_ext._C import InternalError, PipelineError
-from dualpipe_ext._batch import RankBatch, cut_batch
+from dualpipe_ext._batch import RankBatch, check_num_chunks, cut_batch
 from dualpipe_ext._handshake import agree
 from dualpipe_ext._mirrors import MirroredStages, describe_stage
 from dualpipe_ext._overlap import find_overlapped
@@ -164,6 +164,7 @@ class Pipeline(nn.Module):
         training = torch.is_grad_enabled()
         num_chunks = num_chunks or self.config.num_microbatches
         try:
+            check_num_chunks(num_chunks)
             plan = self._plan(num_chunks, training, sync_gradients)
             step = self._make_step(plan, inputs, labels, criterion, training, return_outputs)
         except (ValueError, TypeError) as error:

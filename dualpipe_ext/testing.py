@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dualpipe_ext._C import PipelineError
-from dualpipe_ext.groups import LoopbackGroup, LoopbackHubs
+from dualpipe_ext._C import Fault, MessageKind, PipelineError
+from dualpipe_ext.groups import FaultInjector, LoopbackGroup, LoopbackHubs
 
-__all__ = ["run_ranks"]
+__all__ = ["Fault", "FaultInjector", "MessageKind", "run_ranks"]
 
 RankFunction = Callable[..., Any]
 
@@ -33,6 +33,7 @@ def run_ranks(
     timeout: float = 300.0,
     link_latency: float = 0.0,
     link_bandwidth: float = 0.0,
+    faults: FaultInjector | None = None,
 ) -> list[Any]:
     """Calls ``fn(rank, num_ranks, *args)`` on every rank and returns the results, by rank.
 
@@ -47,6 +48,8 @@ def run_ranks(
         timeout: seconds for everything; then the stacks are printed and TimeoutError is raised.
         link_latency: threads only: seconds that every message takes.
         link_bandwidth: threads only: bytes a second of each channel; 0: unlimited.
+        faults: threads only: ``faults(source, destination, kind, stage, microbatch)`` is asked for
+            every message that is sent; ``Fault.DROP`` loses it, ``Fault.FAIL`` breaks the link.
 
     Raises:
         Exception: the first error of a rank that is not the echo of another rank's.
@@ -54,12 +57,12 @@ def run_ranks(
         ValueError: an unknown kind of ranks, or link options for processes.
     """
     if ranks == "threads":
-        hubs = LoopbackHubs(num_ranks, link_latency, link_bandwidth)
+        hubs = LoopbackHubs(num_ranks, link_latency, link_bandwidth, faults)
         return _run_threads(fn, hubs, args, timeout)
     if ranks != "processes":
         raise ValueError(f"ranks={ranks!r}: choose 'threads' or 'processes'")
-    if link_latency or link_bandwidth:
-        raise ValueError("link_latency and link_bandwidth are for ranks='threads'")
+    if link_latency or link_bandwidth or faults:
+        raise ValueError("link_latency, link_bandwidth and faults are for ranks='threads'")
     return _run_processes(fn, num_ranks, args, timeout)
 
 
@@ -84,9 +87,11 @@ def _run_threads(
     with _single_threaded():
         for thread in threads:
             thread.start()
-        deadline = time.monotonic() + timeout
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        _wait(
+            lambda: any(thread.is_alive() for thread in threads),
+            lambda: bool(errors),
+            timeout,
+        )
     missing = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
     if missing and not errors:
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
@@ -129,7 +134,11 @@ def _run_processes(
         for process in processes:
             process.start()
         try:
-            _join(processes, timeout)
+            _wait(
+                lambda: any(process.is_alive() for process in processes),
+                lambda: any(process.exitcode not in (None, 0) for process in processes),
+                timeout,
+            )
         finally:
             for process in processes:
                 if process.is_alive():
@@ -138,17 +147,19 @@ def _run_processes(
         return _collect(folder, processes)
 
 
-def _join(processes: Sequence[Any], timeout: float) -> None:
-    """Waits for all; once one has failed, the others have a few seconds to notice."""
+def _wait(running: Callable[[], bool], failed: Callable[[], bool], timeout: float) -> None:
+    """Waits for all ranks; once one has failed, the others have some seconds to notice."""
     deadline = time.monotonic() + timeout
     patience = 15.0
-    while any(process.is_alive() for process in processes):
-        if patience and any(process.exitcode not in (None, 0) for process in processes):
+    pause = 0.0002
+    while running():
+        if patience and failed():
             deadline = min(deadline, time.monotonic() + patience)
             patience = 0.0
         if time.monotonic() > deadline:
             return
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.01)
 
 
 def _collect(folder: str, processes: Sequence[Any]) -> list[Any]:

@@ -10,11 +10,14 @@
 namespace dualpipe {
 namespace {
 
-TensorSpec spec_of(const at::Tensor& tensor, bool requires_grad) {
+void check_can_travel(const at::Tensor& tensor) {
   DUALPIPE_USER_CHECK(tensor.layout() == at::kStrided, "stages exchange dense tensors; found ",
                       tensor.layout(), "; convert it with to_dense() in the stage's forward");
   DUALPIPE_USER_CHECK(tensor.dim() <= kMaxDims, "tensors between stages have at most ", kMaxDims,
                       " dimensions; found ", tensor.dim(), "; flatten some in the stage's forward");
+}
+
+TensorSpec spec_of(const at::Tensor& tensor, bool requires_grad) {
   TensorSpec spec;
   spec.dtype = static_cast<std::int8_t>(tensor.scalar_type());
   spec.num_dims = static_cast<std::uint8_t>(tensor.dim());
@@ -42,6 +45,7 @@ Message message_of(const Tensors& tensors) {
       message.data.push_back(nullptr);
       continue;
     }
+    check_can_travel(tensor);
     at::Tensor host = tensor.detach().to(at::kCPU).contiguous();
     message.layout.push_back(spec_of(host, tensor.requires_grad()));
     message.data.push_back(static_cast<std::byte*>(host.mutable_data_ptr()));
