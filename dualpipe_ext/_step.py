@@ -160,7 +160,8 @@ class Step:
                 "the criterion returned a loss without a graph, so nothing can be trained; "
                 "remove detach(), item() or no_grad() from the criterion"
             )
-        return loss.reshape(())
+        # Not a view: an overlapped function of the user may detach the loss in place.
+        return loss if loss.dim() == 0 else loss.sum()
 
     def _user(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls the user's code and remembers what it raised: the engine needs to tell others."""
