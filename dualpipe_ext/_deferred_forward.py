@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ def deferred_forward(self: nn.Module, input: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or _C.current_weight_queue() is None:
         plain: Callable[[nn.Module, Tensor], Tensor] = type(self).forward
         return plain(self, input)
-    weight, bias = self.weight, self.bias
+    weight: Any = self.weight
+    bias: Any = self.bias
     output: Tensor = _C.deferred_linear(
         input,
         weight,
