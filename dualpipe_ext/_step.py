@@ -24,7 +24,7 @@ def microbatch_seed(seed: int, step: int, stage: int, microbatch: int) -> int:
     """The seed for one stage's forward of one micro-batch, under ``DualPipeConfig(seed=...)``.
 
     A mix of its arguments that gives unrelated streams to neighbours (SplitMix64's finalizer;
-    Steele, Lea and Flood, 2014). ``step`` counts from 1.
+    Steele, Lea and Flood, 2014). ``step`` counts the calls of ``step()``, from 1.
     """
     mask = (1 << 64) - 1
     value = seed & mask

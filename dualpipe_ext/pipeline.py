@@ -89,6 +89,7 @@ class Pipeline(nn.Module):
         self._hooks = LossHooks()
         self._plans: dict[tuple[int, bool, bool], _PlannedStep] = {}
         self._last_plan: _PlannedStep | None = None
+        self._num_steps = 0
         self._engine = self.group.make_engine(self._peers(), self.config.timeout)
         self._gradient_exchange = None
         if self._mirrors is not None:
@@ -161,6 +162,7 @@ class Pipeline(nn.Module):
             PipelineError: a stage raised (the cause is chained), or another rank failed. The step
                 failed on every rank; gradients are undefined; the next step works.
         """
+        self._num_steps += 1
         training = torch.is_grad_enabled()
         num_chunks = num_chunks or self.config.num_microbatches
         try:
@@ -358,7 +360,7 @@ class Pipeline(nn.Module):
         return_outputs: bool,
     ) -> Step:
         plan.batch.check(inputs, labels, criterion, training)
-        number = self._engine.num_steps + 1
+        number = self._num_steps
         seed = self.config.seed
         return Step(
             modules=dict(zip(self._stages, self.module, strict=True)),

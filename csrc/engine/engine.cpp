@@ -11,6 +11,20 @@ namespace {
 constexpr std::chrono::milliseconds kReportPatience{1000};
 constexpr std::chrono::milliseconds kReportPoll{10};
 
+// What users look at is the trace of their last step, whatever was exchanged since.
+class KeepsTrace {
+ public:
+  explicit KeepsTrace(Executor& executor)
+      : executor_(executor), kept_(executor.replace_trace({})) {}
+  ~KeepsTrace() { executor_.replace_trace(std::move(kept_)); }
+  KeepsTrace(const KeepsTrace&) = delete;
+  KeepsTrace& operator=(const KeepsTrace&) = delete;
+
+ private:
+  Executor& executor_;
+  Trace kept_;
+};
+
 }  // namespace
 
 Engine::Engine(Rank rank, std::unique_ptr<Transport> transport,
@@ -27,6 +41,7 @@ void Engine::run(const Program& program, StageRunner& runner, GradientReducer* r
 }
 
 void Engine::exchange(const Program& program, GradientReducer& reducer) {
+  const KeepsTrace keeps_trace(executor_);
   run_guarded(program, nullptr, &reducer);
 }
 

@@ -27,7 +27,8 @@ class Engine {
   //   PipelineError           elsewhere, and for dead ranks, broken links and time limits
   void run(const Program& program, StageRunner& runner, GradientReducer* reducer);
 
-  // A step without computation: its program holds REDUCE_GRAD alone. The same contract as run().
+  // A step without computation: its program holds REDUCE_GRAD alone. The same contract as run();
+  // the trace stays that of the last run().
   void exchange(const Program& program, GradientReducer& reducer);
 
   // Fails a step before it begins, for a mistake that only this rank may have made: the others

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "comm/transport.h"
@@ -33,6 +34,8 @@ class Executor final : public Progress {
   void clear();
 
   [[nodiscard]] const Trace& trace() const { return trace_; }
+  // Puts another trace in the place of the last one, which is returned.
+  Trace replace_trace(Trace trace) { return std::exchange(trace_, std::move(trace)); }
 
   // The index of the instruction at work, or of the one that threw.
   [[nodiscard]] int cursor() const { return cursor_.load(std::memory_order_relaxed); }
