@@ -82,7 +82,7 @@ def measure_torch(num_ranks: int, num_microbatches: int) -> Result:
     torch_schedules._add_send_recv(actions, stage_to_rank.__getitem__, 2 * num_ranks)
     end = time.perf_counter()
     facts = {"plan": planned - start, "lower": end - planned, "peak_gib": peak_gib()}
-    return Result(f"torch DualPipeV {num_ranks} x {num_microbatches}", [end - start], facts)
+    return Result(f"torch {num_ranks} x {num_microbatches}", [end - start], facts)
 
 
 def alone(function: Any, *args: Any) -> Result:
@@ -111,7 +111,6 @@ def main(
             "plan": lambda result: f"{result.facts['plan']:.3f}",
             "lower": lambda result: f"{result.facts['lower']:.3f}",
             "verify": lambda result: f"{result.facts.get('verify', float('nan')):.3f}",
-            "limit": lambda result: f"{result.facts.get('limit_seconds', float('nan')):.1f}",
             "GiB": lambda result: f"{result.facts['peak_gib']:.2f}",
             "ratio": lambda result: f"{result.median / results[0].median:.1f}",
         },
