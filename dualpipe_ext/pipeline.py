@@ -27,7 +27,12 @@ from dualpipe_ext.groups import PipelineGroup, resolve_group
 from dualpipe_ext.microbatches import Chunk
 from dualpipe_ext.schedule import CostModel, Schedule
 from dualpipe_ext.stats import StepStatistics, TraceEvent
-from dualpipe_ext.weight_grad import WeightSplitReport, defer_weight_gradients
+from dualpipe_ext.weight_grad import (
+    WeightSplitReport,
+    defer_weight_gradients,
+    undo_defer_weight_gradients,
+    weight_split,
+)
 
 __all__ = ["Pipeline"]
 
@@ -119,7 +124,10 @@ class Pipeline(nn.Module):
 
     @property
     def weight_split(self) -> WeightSplitReport:
-        """Which weight gradients the schedule's W computes, and which ones are computed in I."""
+        """Which weight gradients the schedule's W computes, and which ones are computed in I.
+
+        Empty where the configuration does not split them.
+        """
         return self._weight_split
 
     # Steps
@@ -273,9 +281,11 @@ class Pipeline(nn.Module):
         self._check_modules(modules)
         self.module = nn.ModuleList(modules)
         self._overlapped = find_overlapped(modules if self.config.use_overlapped else [])
-        self._weight_split = defer_weight_gradients(
-            self.module if self.config.split_weight_gradients else nn.ModuleList()
-        )
+        if not self.config.split_weight_gradients:
+            undo_defer_weight_gradients(self.module)
+            self._weight_split = weight_split(nn.ModuleList())
+        else:
+            self._weight_split = defer_weight_gradients(self.module)
         mirrored = layout.mirror_of(self.rank) is not None
         self._mirrors = (
             MirroredStages(self.rank, self.num_ranks, self._stages, modules) if mirrored else None
@@ -386,12 +396,12 @@ class Pipeline(nn.Module):
                 device=str(self._device()),
                 reducer=reducer,
             )
-        except PipelineError as error:
-            raise PipelineError(f"{error}\n\n{self._where(plan)}") from None
         except BaseException as error:
             if _is_the_stages(error, step):
                 text = f"{self._engine.failure}\n\n{self._where(plan)}"
                 raise PipelineError(text) from error
+            if isinstance(error, PipelineError):
+                raise PipelineError(f"{error}\n\n{self._where(plan)}") from None
             raise
 
     def _where(self, plan: _PlannedStep) -> str:
@@ -408,7 +418,7 @@ def _is_the_stages(error: BaseException, step: Step) -> bool:
     """Whether a stage failed, rather than the caller or this library."""
     if not isinstance(error, Exception) or isinstance(error, InternalError):
         return False
-    return error is step.error or not isinstance(error, (ValueError, TypeError))
+    return error is step.error or not isinstance(error, (ValueError, TypeError, PipelineError))
 
 
 def _register(hooks: dict[int, Any], hook: Callable[..., Any]) -> RemovableHandle:

@@ -2,9 +2,12 @@
 
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/ones_like.h>
+#include <c10/util/Exception.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/variable.h>
+
+#include <typeinfo>
 
 #include "common/error.h"
 #include "torch/deferred_linear.h"
@@ -38,6 +41,18 @@ at::Tensor hollow(const at::Tensor& tensor) {
   return shell;
 }
 
+// Calls torch. Its errors lose the C++ stack that they carry in what(): every rank gets to read
+// them. Their subclasses have Python types of their own and stay as they are.
+template <typename Function>
+void without_stack(const Function& function) {
+  try {
+    function();
+  } catch (const c10::Error& error) {
+    if (typeid(error) != typeid(c10::Error)) throw;
+    throw c10::Error(error.what_without_backtrace());
+  }
+}
+
 }  // namespace
 
 TorchStageRunner::TorchStageRunner(StageFunctions& functions,
@@ -64,7 +79,7 @@ Message TorchStageRunner::backward(Stage stage, Microbatch microbatch, Message o
 }
 
 void TorchStageRunner::backward_weight(Stage stage, Microbatch microbatch) {
-  run_weight_gradients(*weight_queue_, stage, microbatch);
+  without_stack([&] { run_weight_gradients(*weight_queue_, stage, microbatch); });
 }
 
 std::pair<Message, Message> TorchStageRunner::overlapped(Half forward, Half backward) {
@@ -120,8 +135,10 @@ void TorchStageRunner::run_autograd(const Live& live, const Tensors& output_grad
     grads.push_back(output_grads[i]);
   }
   if (roots.empty()) return;
-  autograd::Engine::get_default_engine().execute(roots, grads, /*keep_graph=*/false,
-                                                 /*create_graph=*/false, /*accumulate_grad=*/true);
+  without_stack([&] {
+    autograd::Engine::get_default_engine().execute(
+        roots, grads, /*keep_graph=*/false, /*create_graph=*/false, /*accumulate_grad=*/true);
+  });
 }
 
 Message TorchStageRunner::input_grads(const Live& live) {

@@ -244,10 +244,10 @@ def make_mistake(rank: int, num_ranks: int, name: str) -> tuple[Outcome, bool]:
     outcome = attempt(spoiled.run)
     for module in pipeline.module:
         module._forward_hooks.clear()
-    return outcome, _is_right(job, rank, good_call())
+    return outcome, is_right(job, rank, good_call())
 
 
-def _is_right(job: Job, rank: int, call: Call) -> bool:
+def is_right(job: Job, rank: int, call: Call) -> bool:
     """Runs a step that is as it should be, and compares losses and gradients."""
     call.pipeline.zero_grad()
     loss = call.run()
