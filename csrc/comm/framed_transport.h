@@ -26,8 +26,8 @@ struct FramedOptions {
 // an epoch that recover() counts up: what was in flight in a failed step matches nothing later.
 // Every step begins with a greeting to and from each peer; frames leave for a peer only after its
 // greeting agreed, so that nobody sends what the other has not posted memory for. It ends with a
-// dissemination barrier, in which no rank finishes before all have entered. Two threads stand by:
-// one reads greetings, one waits for large sends and gives their memory back.
+// dissemination barrier, which no rank leaves before all have entered. Two threads stand by: see
+// comm/frame_sender.h.
 [[nodiscard]] std::unique_ptr<Transport> framed_transport(std::unique_ptr<ByteLink> link,
                                                           FramedOptions options);
 

@@ -1,8 +1,11 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <vector>
+
+#include "comm/transport.h"
 
 namespace dualpipe {
 
@@ -39,6 +42,36 @@ class Lane {
   std::size_t next_ = 0;
   std::vector<std::size_t> capacities_;
   std::vector<std::size_t> seen_;
+};
+
+// The lanes of one rank in one program. Each lane is used by one thread at a time.
+class Lanes {
+ public:
+  explicit Lanes(int num_ranks) : out_(static_cast<std::size_t>(num_ranks)), in_(out_.size()) {}
+
+  [[nodiscard]] Lane& out(Rank to, MessageKind kind) {
+    return out_[to.index()][static_cast<std::size_t>(kind)];
+  }
+  [[nodiscard]] Lane& in(Rank from, MessageKind kind) {
+    return in_[from.index()][static_cast<std::size_t>(kind)];
+  }
+  void restart() {
+    for_each([](Lane& lane) { lane.restart(); });
+  }
+  void commit() {
+    for_each([](Lane& lane) { lane.commit(); });
+  }
+
+ private:
+  template <typename Function>
+  void for_each(Function function) {
+    for (auto* side : {&out_, &in_}) {
+      for (auto& kinds : *side) std::for_each(kinds.begin(), kinds.end(), function);
+    }
+  }
+  using Kinds = std::array<Lane, kNumMessageKinds>;
+  std::vector<Kinds> out_;  // by peer
+  std::vector<Kinds> in_;
 };
 
 }  // namespace dualpipe

@@ -98,6 +98,20 @@ TEST(FramedTransport, SendsDoNotWaitForAPeerThatIsLate) {
   EXPECT_TRUE(has_pattern(message, {bytes_spec(8)}, 4));
 }
 
+TEST(FramedTransport, SmallFramesDoNotOvertakeLargeOnes) {
+  LinkFabric fabric;
+  auto transports = make_transports(fabric, 2);
+  for (auto& transport : transports) transport->begin_step(step_info());
+  for (int i = 0; i < 20; ++i) {
+    const Layout layout = {bytes_spec(i % 2 == 0 ? 1'000'000 : 10)};
+    transports[0]->send(Rank(1), activation(i), make_message(layout, i), nullptr);
+  }
+  for (int i = 0; i < 20; ++i) {
+    const Layout layout = {bytes_spec(i % 2 == 0 ? 1'000'000 : 10)};
+    EXPECT_TRUE(has_pattern(transports[1]->receive(Rank(0), activation(i))->wait(), layout, i));
+  }
+}
+
 TEST(FramedTransport, PipelinesOnOneLinkDoNotMix) {
   LinkFabric fabric;
   auto first = make_transports(fabric, 2, 0);

@@ -108,6 +108,29 @@ TEST(Watchdog, ALostMessageEndsInATimeoutThatNamesEverybody) {
   }
 }
 
+TEST(Watchdog, ADroppedMessageIsNamedWithItsChannel) {
+  Ranks ranks(2);
+  ranks.hub->inject([](Rank, Rank, const MessageId& id) {
+    return id.microbatch == Microbatch(4) ? Fault::kDrop : Fault::kNone;
+  });
+  for (auto& transport : ranks.transports) transport->begin_step(step_info());
+  ranks.transports[0]->send(Rank(1), activation(4), make_message({bytes_spec(8)}, 0), nullptr);
+  ranks.controls[0]->publish_position("action 9 of 9: done, waits for the other ranks");
+  Watchdog watchdog(Rank(1), *ranks.transports[1], *ranks.controls[1], kFast);
+  const FixedProgress progress(
+      cat("action 3 of 9: 1F4, waits for the ", to_string(activation(4)), " from rank 0"), 200ms);
+  watchdog.arm(progress, 1);
+  const std::string text = ranks.blocked(1, Rank(0), activation(4));
+  watchdog.disarm();
+  for (const char* part :
+       {"rank 1 has waited longer than 0.1 s: action 3 of 9: 1F4, waits for the activation of "
+        "micro-batch 4 for stage 1 from rank 0",
+        "rank 0: action 9 of 9: done"}) {
+    EXPECT_NE(text.find(part), std::string::npos) << text;
+  }
+  EXPECT_EQ(ranks.controls[0]->poll()->text, text);
+}
+
 TEST(Watchdog, PatienceWhileTheRankComputes) {
   Ranks ranks(1);
   Watchdog watchdog(Rank(0), *ranks.transports[0], *ranks.controls[0], {1ms, 5ms});
