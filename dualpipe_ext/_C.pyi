@@ -488,7 +488,7 @@ class Engine:
         training: bool,
         keep_outputs: bool,
         device: str,
-        reducer: MirrorExchange,
+        reducer: MirrorExchange | None,
     ) -> None: ...
     @property
     def busy_ns(self) -> int: ...

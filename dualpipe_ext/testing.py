@@ -94,7 +94,7 @@ def _run_threads(
         )
     missing = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
     if missing and not errors:
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(file=2, all_threads=True)  # past any capturing of stderr
         raise TimeoutError(f"ranks {missing} did not finish within {timeout} s")
     if errors:
         raise _first_cause(errors)

@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "bindings.h"
@@ -43,13 +44,13 @@ std::unique_ptr<Engine> process_group_engine(c10d::ProcessGroup& group, int rank
 }
 
 void run(Engine& engine, const Program& program, py::object functions, bool training,
-         bool keep_outputs, const std::string& device, MirrorExchange* reducer) {
+         bool keep_outputs, const std::string& device, std::optional<MirrorExchange*> reducer) {
   PyStageFunctions stages(std::move(functions));
   TorchStageRunner runner(
       stages, engine.weight_queue(),
       {.training = training, .keep_outputs = keep_outputs, .device = at::Device(device)});
   const py::gil_scoped_release unlocked;
-  engine.run(program, runner, reducer);
+  engine.run(program, runner, reducer.value_or(nullptr));
 }
 
 void exchange(Engine& engine, MirrorExchange& reducer, const std::vector<int>& stages) {
@@ -100,7 +101,7 @@ void bind_engine(py::module_& module) {
       .def_static("process_group", &process_group_engine, py::arg("group"), py::arg("rank"),
                   py::arg("group_ranks"), py::arg("peers"), py::arg("timeout_seconds"))
       .def("run", &run, py::arg("program"), py::arg("functions"), py::arg("training"),
-           py::arg("keep_outputs"), py::arg("device"), py::arg("reducer").none(true))
+           py::arg("keep_outputs"), py::arg("device"), py::arg("reducer"))
       .def("exchange", &exchange, py::arg("reducer"), py::arg("stages"),
            py::call_guard<py::gil_scoped_release>())
       .def("fail", &Engine::fail, py::arg("text"), py::call_guard<py::gil_scoped_release>())
