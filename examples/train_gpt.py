@@ -102,7 +102,7 @@ def main(
         Path | None,
         typer.Option(exists=True, file_okay=False, help="Python files to read, not the stdlib."),
     ] = None,
-    log: Annotated[Path | None, typer.Option(help="Write one JSON line a step.")] = None,
+    losses: Annotated[Path | None, typer.Option(help="Write a line of JSON a step.")] = None,
     sample_bytes: Annotated[int, typer.Option(min=0, help="Text to write at the end.")] = 240,
     reference: Annotated[
         bool, typer.Option("--reference", help="Train unsplit too, and compare the losses.")
@@ -126,7 +126,7 @@ def main(
         checkpoint=checkpoint,
         resume=resume,
         data=data,
-        log=log,
+        losses=losses,
         sample_bytes=sample_bytes,
     )
     try:

@@ -32,7 +32,7 @@ class Options:
         checkpoint: File that holds the run.
         resume: Go on from it.
         data: Folder of text files; the Python standard library by default.
-        log: File that gets one line of JSON a step, if any.
+        losses: File that gets a line of JSON a step, if any.
         sample_bytes: Length of the text to write at the end.
     """
 
@@ -53,7 +53,7 @@ class Options:
     checkpoint: Path = Path("checkpoints/gpt.pt")
     resume: bool = False
     data: Path | None = None
-    log: Path | None = None
+    losses: Path | None = None
     sample_bytes: int = 240
 
     def plan(self) -> Schedule:

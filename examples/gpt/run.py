@@ -75,9 +75,9 @@ class Session:
         with ExitStack() as stack:
             bar = stack.enter_context(self._progress_bar(stop))
             log = None
-            if options.log is not None and self.is_speaker:
-                options.log.parent.mkdir(parents=True, exist_ok=True)
-                log = stack.enter_context(options.log.open("a" if options.resume else "w"))
+            if options.losses is not None and self.is_speaker:
+                options.losses.parent.mkdir(parents=True, exist_ok=True)
+                log = stack.enter_context(options.losses.open("a" if options.resume else "w"))
             self._say_held_out(bar, FINAL_BATCHES)
             records = []
             while training.step_count < stop:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "examples" / "train_gpt.py"
@@ -30,29 +33,28 @@ SIZES = [
 ]
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of text to learn from; some of its files are held out by the hash of their name."""
-    folder = tmp_path / "text"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("text")
     for index in range(80):
-        lines = (f"value_{i} = compute({i % 7}, {index % 5})\n" for i in range(120))
+        lines = (f"value_{i} = compute({i % 7}, {index % 5})\n" for i in range(200))
         (folder / f"{index}.py").write_text("".join(lines))
     return folder
 
 
-def run(*arguments: object, launcher: tuple[str, ...] = (), ok: bool = True) -> str:
+def run(*arguments: object, launcher: tuple[str, ...] = ()) -> str:
     """Run Python with the arguments; return what it wrote."""
     command = [sys.executable, *launcher, *(str(argument) for argument in arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     output = done.stdout + done.stderr
-    assert (done.returncode == 0) is ok, output
+    assert done.returncode == 0, output
     return output
 
 
-def losses(log: Path) -> dict[int, list[float]]:
-    """The micro-batch losses of each step in a log."""
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+def read_losses(path: Path) -> dict[int, list[float]]:
+    """The micro-batch losses of each step."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
     return {record["step"]: record["losses"] for record in records}
 
 
@@ -61,64 +63,94 @@ def mean(values: list[float]) -> float:
 
 
 def test_gpt_learns_as_the_unsplit_model_does(tmp_path: Path, data: Path) -> None:
-    log, checkpoint = tmp_path / "log.jsonl", tmp_path / "gpt.pt"
+    losses, checkpoint = tmp_path / "losses.jsonl", tmp_path / "gpt.pt"
     output = run(
-        *(TRAIN, *SIZES, "--data", data, "--log", log, "--checkpoint", checkpoint),
+        *(TRAIN, *SIZES, "--data", data, "--losses", losses, "--checkpoint", checkpoint),
         *("--steps", 30, "--evaluate-every", 10, "--reference"),
     )
-    curve = losses(log)
+    curve = read_losses(losses)
     assert sorted(curve) == list(range(1, 31))
     assert mean(curve[1]) == pytest.approx(5.5, abs=0.15)
     assert mean(curve[30]) < 3.5
     held_out = [float(value) for value in re.findall(r"held-out loss ([\d.]+)", output)]
     assert len(held_out) == 4 and held_out[-1] < 3.5 < held_out[0]
     assert "a sample:" in output and checkpoint.is_file()
+    # The first step must give the same bits. From then on gradients are summed in another order
+    # (per copy of a stage, then over both), and what that rounds differently, training amplifies.
     assert "first step bit-equal" in output
     difference = re.search(r"unsplit model over 30 steps: (\S+) nats", output)
-    assert difference is not None and float(difference[1]) < 1e-4
+    assert difference is not None and float(difference[1]) < 2e-5
+
+
+class Run:
+    """A run of 8 steps on two ranks, kept below a folder."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.checkpoint, self.losses = folder / "gpt.pt", folder / "losses.jsonl"
+        self.arguments = [
+            *(TRAIN, *SIZES, "--data", data, "--steps", 8, "--ranks", 2),
+            *("--checkpoint", self.checkpoint, "--losses", self.losses),
+        ]
+
+    def start(self, *options: object) -> dict[int, list[float]]:
+        run(*self.arguments, *options)
+        return read_losses(self.losses)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[int, list[float]]:
+    """The losses of the run when nothing interrupts it."""
+    return Run(tmp_path_factory.mktemp("whole"), data).start()
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """A folder with the first 4 steps of the run."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    assert sorted(Run(folder, data).start("--stop-after", 4)) == [1, 2, 3, 4]
+    return folder
 
 
 @pytest.fixture
-def interrupted(tmp_path: Path, data: Path) -> list[object]:
-    """The arguments of a run of 8 steps of which 4 were made, and its log."""
-    arguments: list[object] = [TRAIN, *SIZES, "--data", data, "--steps", 8]
-    arguments += ["--checkpoint", tmp_path / "gpt.pt"]
-    run(*arguments, "--log", tmp_path / "part.jsonl", "--stop-after", 4)
-    return arguments
+def half(tmp_path: Path, interrupted: Path, data: Path) -> Run:
+    """A copy of the first 4 steps of the run, to go on from."""
+    for file in interrupted.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return Run(tmp_path, data)
 
 
 def test_resumed_losses_are_those_of_an_uninterrupted_run(
-    tmp_path: Path, interrupted: list[object]
+    half: Run, whole: dict[int, list[float]]
 ) -> None:
-    run(*interrupted, "--log", tmp_path / "part.jsonl", "--resume")
-    run(*interrupted, "--log", tmp_path / "whole.jsonl", "--checkpoint", tmp_path / "other.pt")
-    whole = losses(tmp_path / "whole.jsonl")
-    assert sorted(whole) == list(range(1, 9))
-    assert losses(tmp_path / "part.jsonl") == whole
+    assert half.start("--resume") == whole
 
 
-def test_resumes_on_other_ranks_under_another_schedule(
-    tmp_path: Path, interrupted: list[object]
-) -> None:
-    logs = [tmp_path / "here.jsonl", tmp_path / "there.jsonl"]
-    shape = ["--ranks", 2, "--schedule", "1f1b", "--stop-after", 5]
-    (tmp_path / "copy.pt").write_bytes((tmp_path / "gpt.pt").read_bytes())
-    run(*interrupted, "--log", logs[0], "--resume", "--stop-after", 5)
-    run(*interrupted, "--log", logs[1], "--resume", "--checkpoint", tmp_path / "copy.pt", *shape)
-    assert list(losses(logs[0])) == [5]
-    assert losses(logs[0]) == losses(logs[1])
+def test_resumes_under_another_schedule(half: Run, whole: dict[int, list[float]]) -> None:
+    resumed = half.start("--resume", "--schedule", "1f1b", "--stop-after", 5)
+    assert resumed == {step: whole[step] for step in range(1, 6)}
 
 
-@pytest.mark.parametrize("schedule", ["dualpipev", "zb1p", "zbv"])
-def test_gpt_trains_under_torchrun(tmp_path: Path, data: Path, schedule: str) -> None:
-    log = tmp_path / "log.jsonl"
+def test_gpt_trains_under_torchrun(tmp_path: Path, data: Path) -> None:
+    losses = tmp_path / "losses.jsonl"
     run(
-        *(TRAIN, *SIZES, "--data", data, "--log", log, "--checkpoint", tmp_path / "gpt.pt"),
-        *("--steps", 4, "--schedule", schedule),
+        *(TRAIN, *SIZES, "--data", data, "--losses", losses, "--checkpoint", tmp_path / "gpt.pt"),
+        *("--steps", 4, "--schedule", "dualpipev"),
         launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
     )
-    curve = losses(log)
+    curve = read_losses(losses)
     assert mean(curve[4]) < mean(curve[1])
+
+
+@pytest.fixture(scope="module")
+def app() -> typer.Typer:
+    """The command of train_gpt.py in this process."""
+    spec = importlib.util.spec_from_file_location("train_gpt", TRAIN)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    command = typer.Typer()
+    command.command()(module.main)
+    return command
 
 
 @pytest.mark.parametrize(
@@ -126,22 +158,31 @@ def test_gpt_trains_under_torchrun(tmp_path: Path, data: Path, schedule: str) ->
     [
         (["--schedule", "dualpip"], "dualpipe"),
         (["--ranks", "3"], "even"),
-        (["--microbatches", "6"], "8"),
+        (["--microbatches", "6"], "use 8"),
         (["--layers", "3"], "--layers 4 or more"),
-        (["--width", "33"], "--heads"),
-        (["--resume", "--checkpoint", "nowhere.pt"], "without --resume"),
+        (["--width", "33"], "multiple of --heads 4: choose a width such as 36"),
+        (["--resume", "--checkpoint", "nowhere.pt"], "start without --resume"),
+        (["--resume", "--reference"], "leave out --resume"),
     ],
 )
-def test_impossible_options_say_what_to_change(arguments: list[str], remedy: str) -> None:
-    output = run(TRAIN, *arguments, ok=False)
-    assert "Traceback" not in output
-    assert remedy in " ".join(output.split())
+def test_impossible_options_say_what_to_change(
+    app: typer.Typer, arguments: list[str], remedy: str
+) -> None:
+    assert remedy in refusal(app, arguments)
 
 
-def test_resuming_another_shape_is_an_error(interrupted: list[object]) -> None:
-    output = run(*interrupted, "--resume", "--width", 64, ok=False)
-    assert "holds a model with width=32, not 64" in output
-    assert "give --width 32, or start without --resume" in output
+def test_resuming_another_shape_is_an_error(app: typer.Typer, interrupted: Path) -> None:
+    checkpoint = str(interrupted / "gpt.pt")
+    text = refusal(app, [*SIZES, "--checkpoint", checkpoint, "--resume", "--width", "64"])
+    assert "holds a model with width=32, not 64" in text
+    assert "give --width 32, or start without --resume" in text
+
+
+def refusal(app: typer.Typer, arguments: list[str]) -> str:
+    """What the command says when it refuses its options, on one line."""
+    result = CliRunner().invoke(app, arguments, env={"TERMINAL_WIDTH": "200", "NO_COLOR": "1"})
+    assert result.exit_code == 2
+    return " ".join(re.sub(r"[^\x20-\x7e]", " ", result.output).split())
 
 
 def test_own_model_learns() -> None:
