@@ -1,0 +1,58 @@
+"""The examples of deepseek-ai/DualPipe run on this engine. Needs a checkout: see CONTRIBUTING.md.
+
+Their text is changed where it names the package, the backend and the device, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHANGES = [
+    ("from dualpipe import", "from dualpipe_ext import"),
+    ("from dualpipe.utils import", "from dualpipe_ext.utils import"),
+    ("backend='nccl'", "backend='gloo'"),
+    ("torch.cuda.set_device(rank)", "torch.set_num_threads(1)"),
+    ('torch.set_default_device(f"cuda:{rank}")', 'torch.set_default_device("cpu")'),
+]
+DEVICES = "torch.cuda.device_count()"
+NUM_DEVICES = 4
+
+
+def upstream() -> Path:
+    folder = os.environ.get("DUALPIPE_UPSTREAM", "")
+    if not folder:
+        pytest.fail("set DUALPIPE_UPSTREAM to a checkout of deepseek-ai/DualPipe")
+    return Path(folder)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.mark.upstream
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["example_dualpipe.py", "example_dualpipev.py"])
+def test_example(name: str, tmp_path: Path) -> None:
+    """Losses equal, gradients within 1e-13: the example's own assertions."""
+    text = (upstream() / "examples" / name).read_text()
+    for before, after in [*CHANGES, (DEVICES, str(NUM_DEVICES))]:
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    script = tmp_path / name
+    script.write_text(text)
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=580
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for num_ranks in (NUM_DEVICES, 2):
+        assert f"pp_size={num_ranks}," in done.stdout
