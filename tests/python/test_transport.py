@@ -9,9 +9,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 from transport_checks import CHECKS, Ends, outcome_of, tensor
 
 from dualpipe_ext import _C
@@ -122,7 +124,7 @@ def survive(ends: Ends, folder: Path) -> None:
 
 def run_to_death(rank: int, port: int, folder: Path) -> None:
     """A process of the test below."""
-    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", port, 2, is_master=rank == 0, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     transport, control = _C.process_group_ends(dist.group.WORLD, rank, [0, 1], [1 - rank])
     ends = Ends(rank, transport, control, lambda: None)
@@ -138,7 +140,7 @@ def run_to_death(rank: int, port: int, folder: Path) -> None:
 
 def free_port() -> int:
     """A port that nobody listens on."""
-    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    store = TCPStore("127.0.0.1", 0, 1, is_master=True)
     return int(store.port)
 
 
@@ -166,7 +168,7 @@ def test_injected_faults() -> None:
     ends = [Ends(r, hub.transport(r), hub.control_plane(r), lambda: None) for r in range(2)]
     faults = {1: _C.Fault.FAIL, 2: _C.Fault.DROP}
 
-    def choose(source: int, to: int, kind: _C.MessageKind, stage: int, number: int) -> _C.Fault:
+    def choose(source: Any, to: Any, kind: _C.MessageKind, stage: Any, number: Any) -> _C.Fault:
         assert (source, to, kind, stage) == (0, 1, _C.MessageKind.ACTIVATION, 1)
         return faults.get(number, _C.Fault.NONE)
 
