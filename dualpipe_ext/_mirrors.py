@@ -28,20 +28,45 @@ class MirroredStages:
         self._num_ranks = num_ranks
         self._modules = sorted(zip(stages, modules, strict=True), key=lambda pair: pair[0])
         self._tied = bool(_shared(modules))
+        self._parameters = self._tensors(with_buffers=False)
+        self._main_grads: list[list[Tensor]] = []
+        self._sum: _C.MirrorExchange | None = None
 
-    def exchange(self, engine: _C.Engine, bucket_bytes: int, *, copy: bool) -> _C.MirrorExchange:
-        """What sums gradients, or with ``copy`` overwrites the second copies' state."""
+    def gradient_sum(self, engine: _C.Engine, bucket_bytes: int) -> _C.MirrorExchange:
+        """What sums gradients: those in ``.grad``, and those in ``main_grad``."""
+        main_grads = [_main_grads(own) for _, own in self._parameters]
+        if self._sum is None or _identities(main_grads) != _identities(self._main_grads):
+            tensors = [
+                (stage, own + [_bearer(grad) for grad in grads])
+                for (stage, own), grads in zip(self._parameters, main_grads, strict=True)
+            ]
+            self._sum = self._exchange(engine, tensors, bucket_bytes, copy=False)
+            self._main_grads = main_grads
+        return self._sum
+
+    def copy(self, engine: _C.Engine, bucket_bytes: int) -> _C.MirrorExchange:
+        """What overwrites parameters and buffers of the second copies with those of the first."""
+        return self._exchange(engine, self._tensors(with_buffers=True), bucket_bytes, copy=True)
+
+    def counted_parameters(self) -> list[Tensor]:
+        """The parameters that this rank adds to a norm: each one on one rank alone."""
+        return next(own for stage, own in self._parameters if stage == self._rank)
+
+    def _exchange(
+        self,
+        engine: _C.Engine,
+        tensors: list[tuple[int, list[Tensor]]],
+        bucket_bytes: int,
+        *,
+        copy: bool,
+    ) -> _C.MirrorExchange:
         return engine.mirror_exchange(
             num_ranks=self._num_ranks,
-            stages=[(stage, own) for stage, own in self._tensors(with_buffers=copy)],
+            stages=tensors,
             bucket_bytes=bucket_bytes,
             copy=copy,
             together=self._tied,
         )
-
-    def counted_parameters(self) -> list[Tensor]:
-        """The parameters that this rank adds to a norm: each one on one rank alone."""
-        return next(own for stage, own in self._tensors(False) if stage == self._rank)
 
     def _tensors(self, with_buffers: bool) -> list[tuple[int, list[Tensor]]]:
         seen: set[Tensor] = set()
@@ -64,6 +89,23 @@ def describe_stage(module: nn.Module, *, with_values: bool) -> list[Any]:
     if with_values:
         described.append(_digest(module))
     return described
+
+
+def _main_grads(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The ``main_grad`` of each parameter that has one, unless it is its ``.grad`` as well."""
+    found = [(p, getattr(p, "main_grad", None)) for p in parameters]
+    return [grad for p, grad in found if grad is not None and grad is not p.grad]
+
+
+def _identities(tensors: Sequence[Sequence[Tensor]]) -> list[list[int]]:
+    return [[id(tensor) for tensor in some] for some in tensors]
+
+
+def _bearer(grad: Tensor) -> Tensor:
+    """A tensor whose ``.grad`` is this one."""
+    bearer = grad.detach()
+    bearer.grad = grad
+    return bearer
 
 
 def _digest(module: nn.Module) -> str:

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["clip_local_gradients", "total_norm"]
+__all__ = ["clip_local_gradients", "gradients_of", "total_norm"]
 
 GatherFloats = Callable[[Sequence[float]], list[list[float]]]
 
 
 def total_norm(parameters: Iterable[Tensor], norm_type: float, gather: GatherFloats) -> Tensor:
     """The norm over all ranks, each of which gives the parameters that it counts. In float64."""
-    grads = [p.grad for p in parameters if p.grad is not None]
+    grads = gradients_of(parameters)
     local = _power_sum(grads, norm_type)
     by_rank = [values[0] for values in gather([local])]
     if math.isinf(norm_type):
@@ -26,9 +26,15 @@ def total_norm(parameters: Iterable[Tensor], norm_type: float, gather: GatherFlo
 def clip_local_gradients(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scales gradients in place by ``min(1, max_norm / (norm + 1e-6))``, as torch does."""
     scale = max_norm / (float(norm) + 1e-6)
-    grads = [p.grad for p in parameters if p.grad is not None]
+    grads = gradients_of(parameters)
     if scale < 1.0 and grads:
         torch._foreach_mul_(grads, scale)
+
+
+def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Each parameter's ``.grad``; its ``main_grad``, if that is where its gradient is kept."""
+    grads = (p.grad if p.grad is not None else getattr(p, "main_grad", None) for p in parameters)
+    return [grad for grad in grads if grad is not None]
 
 
 def _power_sum(grads: Sequence[Tensor], norm_type: float) -> float:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dualpipe_ext import _C
-from dualpipe_ext._C import InternalError, PipelineError
 from dualpipe_ext._batch import RankBatch, check_num_chunks, cut_batch
+from dualpipe_ext._C import InternalError, PipelineError
 from dualpipe_ext._handshake import agree
 from dualpipe_ext._mirrors import MirroredStages, describe_stage
 from dualpipe_ext._overlap import find_overlapped
@@ -96,11 +96,6 @@ class Pipeline(nn.Module):
         self._last_plan: _PlannedStep | None = None
         self._num_steps = 0
         self._engine = self.group.make_engine(self._peers(), self.config.timeout)
-        self._gradient_exchange = None
-        if self._mirrors is not None:
-            self._gradient_exchange = self._mirrors.exchange(
-                self._engine, self.config.bucket_bytes, copy=False
-            )
         self._warn_of_fallback()
         if self.config.mirror_init == "broadcast":
             self.sync_parameters()
@@ -181,7 +176,7 @@ class Pipeline(nn.Module):
             self._engine.fail(f"{type(error).__name__}: {error}")
             raise
         self._last_plan = plan
-        reducer = self._gradient_exchange if sync_gradients and training else None
+        reducer = self._gradient_sum() if sync_gradients and training else None
         self._run(plan, step, reducer)
         return step.loss(), step.gathered_outputs()
 
@@ -191,8 +186,9 @@ class Pipeline(nn.Module):
         Call it after the last :meth:`step` of an accumulation, on every rank. Nothing happens
         where stages have one copy. A gradient that is ``None`` on both copies stays so.
         """
-        if self._gradient_exchange is not None:
-            self._engine.exchange(self._gradient_exchange, sorted(self._stages))
+        exchange = self._gradient_sum()
+        if exchange is not None:
+            self._engine.exchange(exchange, sorted(self._stages))
 
     def sync_parameters(self) -> None:
         """Overwrites parameters and buffers of each stage's second copy with those of the first.
@@ -200,7 +196,7 @@ class Pipeline(nn.Module):
         The first copy of stage s is that on rank s. Called at construction by default.
         """
         if self._mirrors is not None:
-            exchange = self._mirrors.exchange(self._engine, self.config.bucket_bytes, copy=True)
+            exchange = self._mirrors.copy(self._engine, self.config.bucket_bytes)
             self._engine.exchange(exchange, sorted(self._stages))
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -407,6 +403,11 @@ class Pipeline(nn.Module):
     def _where(self, plan: _PlannedStep) -> str:
         """The schedule around the action at which this rank stopped."""
         return plan.lowered.grid(self.rank, self._engine.cursor)
+
+    def _gradient_sum(self) -> _C.MirrorExchange | None:
+        if self._mirrors is None:
+            return None
+        return self._mirrors.gradient_sum(self._engine, self.config.bucket_bytes)
 
     def _device(self) -> torch.device:
         for parameter in self.parameters():

@@ -115,7 +115,7 @@ def _single_threaded() -> Iterator[None]:
 def _first_cause(errors: dict[int, BaseException]) -> BaseException:
     """The error that started it: not one that only repeats what happened on another rank."""
     by_rank = [errors[rank] for rank in sorted(errors)]
-    causes = [error for error in by_rank if not isinstance(error, PipelineError)]
+    causes = [e for e in by_rank if not isinstance(e, (PipelineError, TimeoutError))]
     origins = [e for e in by_rank if e.__cause__ is not None or getattr(e, "is_origin", False)]
     return (causes or origins or by_rank)[0]
 
@@ -140,11 +140,11 @@ def _run_processes(
                 timeout,
             )
         finally:
+            late = [rank for rank, process in enumerate(processes) if process.is_alive()]
             for process in processes:
-                if process.is_alive():
-                    process.kill()
+                process.kill()
                 process.join()
-        return _collect(folder, processes)
+        return _collect(folder, processes, late)
 
 
 def _wait(running: Callable[[], bool], failed: Callable[[], bool], timeout: float) -> None:
@@ -162,7 +162,7 @@ def _wait(running: Callable[[], bool], failed: Callable[[], bool], timeout: floa
         pause = min(2 * pause, 0.01)
 
 
-def _collect(folder: str, processes: Sequence[Any]) -> list[Any]:
+def _collect(folder: str, processes: Sequence[Any], late: Sequence[int]) -> list[Any]:
     results: list[Any] = []
     errors: dict[int, BaseException] = {}
     for rank, process in enumerate(processes):
@@ -173,7 +173,7 @@ def _collect(folder: str, processes: Sequence[Any]) -> list[Any]:
                 results.append(value)
             else:
                 errors[rank] = value
-        elif process.exitcode == -9:
+        elif rank in late:
             errors[rank] = TimeoutError(f"rank {rank} did not finish in time and was killed")
         else:
             errors[rank] = RuntimeError(f"rank {rank} died with exit code {process.exitcode}")

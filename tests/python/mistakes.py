@@ -268,3 +268,23 @@ def _close(module: nn.Module, gradients: dict[str, Tensor | None]) -> bool:
         p.grad is not None and torch.allclose(p.grad, gradients[name], rtol=1e-5, atol=1e-7)  # type: ignore[arg-type]
         for name, p in module.named_parameters()
     )
+
+
+def check_mistake(name: str, results: list[Outcome]) -> None:
+    """Every rank was told, within seconds, and was right in the next step."""
+    mistake = MISTAKES[name]
+    culprits = range(len(results)) if mistake.culprits is None else mistake.culprits
+    for rank, result in enumerate(results):
+        assert not result.error, f"rank {rank}: {result.error}: {result.text}"
+        outcome, next_is_right = result.value
+        assert outcome.error, f"rank {rank} did not raise"
+        assert outcome.seconds < 5.0, f"rank {rank} took {outcome.seconds} s"
+        if rank in culprits:
+            assert outcome.is_a(mistake.error), f"rank {rank}: {outcome.error}: {outcome.text}"
+            assert outcome.cause == mistake.cause, f"rank {rank}: {outcome.cause}"
+        else:
+            assert outcome.error == "PipelineError", f"rank {rank}: {outcome.error}"
+            assert f"rank {culprits[0]}" in outcome.text
+        for part in mistake.parts:
+            assert part in outcome.text, f"rank {rank}: no {part!r} in: {outcome.text}"
+        assert next_is_right, f"rank {rank}: the step after the mistake is wrong"

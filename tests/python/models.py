@@ -93,7 +93,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.out(mixed.transpose(1, 2).flatten(-2))
+        y: Tensor = self.out(mixed.transpose(1, 2).flatten(-2))
+        return y
 
 
 class Block(nn.Module):
@@ -110,7 +111,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        y: Tensor = x + self.mlp(self.norm2(x))
+        return y
 
 
 class Checkpointed(nn.Module):
@@ -123,7 +125,8 @@ class Checkpointed(nn.Module):
         self.block = Block(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.block, self.outside(x), use_reentrant=self.use_reentrant)
+        y: Tensor = checkpoint(self.block, self.outside(x), use_reentrant=self.use_reentrant)
+        return y
 
 
 class TokensIn(nn.Module):
@@ -134,7 +137,8 @@ class TokensIn(nn.Module):
         self.block = Block()
 
     def forward(self, text: Tensor) -> Tensor:
-        return self.block(self.token(text) + self.position(torch.arange(text.shape[1])))
+        y: Tensor = self.block(self.token(text) + self.position(torch.arange(text.shape[1])))
+        return y
 
 
 class LogitsOut(nn.Module):
@@ -144,7 +148,8 @@ class LogitsOut(nn.Module):
         self.logits = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.logits(self.norm(x))
+        y: Tensor = self.logits(self.norm(x))
+        return y
 
 
 def gpt_stage(i: int, num_stages: int) -> nn.Module:
@@ -167,7 +172,8 @@ class AutocastInside(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return self.block(x).float()
+            y: Tensor = self.block(x).float()
+        return y
 
 
 class Frozen(nn.Module):
@@ -263,7 +269,8 @@ class Cut(nn.Module):
         self.linear = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x).detach()
+        y: Tensor = self.linear(x).detach()
+        return y
 
 
 def mlp(bias: bool) -> nn.Module:

@@ -31,7 +31,7 @@ def attempt(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome:
     start = time.monotonic()
     try:
         return Outcome(fn(*args, **kwargs), seconds=time.monotonic() - start)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the caller looks at it
         cause = error.__cause__
         return Outcome(
             error=type(error).__name__,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import Job, gradients_of, own_batch, own_stages, run_unsplit
+from parity import Job, check_equal, gradients_of, own_batch, own_stages, run_unsplit
 from torch import Tensor, nn
 
 from dualpipe_ext import Pipeline
@@ -47,8 +47,7 @@ def test_before_backward_scales_what_is_differentiated(schedule: str) -> None:
         pipeline.register_before_backward_hook(lambda loss, microbatch: loss / 8)
         pipeline.register_before_backward_hook(lambda loss, microbatch: None)
         loss = step(pipeline, rank, job)
-        assert (plain is None) == (loss is None)
-        assert plain is None or torch.equal(plain, loss)  # the criterion's, not the scaled one
+        check_equal((plain,), (loss,), "losses")  # the criterion's, not the scaled ones
         return dict(zip(pipeline.stages, map(gradients_of, pipeline.module), strict=True))
 
     expected = scaled_gradients(job, 0.5)
@@ -135,7 +134,7 @@ def test_hooks_of_parameters_fire_once_for_each_microbatch(schedule: str) -> Non
                 with lock:
                     counts[name] += 1
 
-            parameter.register_post_accumulate_grad_hook(count)  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(count)
         step(pipeline, rank, job)
         gradients = dict(zip(pipeline.stages, map(gradients_of, pipeline.module), strict=True))
         return counts, [name for name, _ in pipeline.named_parameters()], gradients

@@ -196,6 +196,9 @@ def test_a_small_norm_changes_nothing() -> None:
 class Counting(nn.Module):
     """A stage with buffers that differ between copies."""
 
+    count: Tensor
+    scratch: Tensor
+
     def __init__(self, value: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full((WIDTH,), float(value)))
@@ -301,7 +304,10 @@ def test_sums_of_main_grad() -> None:
         inputs, labels = own_batch(job.plan(), rank, job.microbatches())
         pipeline.step(*inputs, num_chunks=4, criterion=case.criterion, labels=labels)
         pipeline.sync_gradients()
-        sums = [[p.main_grad.clone() for p in m.parameters()] for m in pipeline.module]
+        sums = [
+            [p.main_grad.clone() for p in m.parameters()]  # type: ignore[attr-defined]
+            for m in pipeline.module
+        ]
         assert all(p.grad is None for p in pipeline.parameters())
         return [sums, float(pipeline.clip_grad_norm_(float("inf")))]
 

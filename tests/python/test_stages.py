@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from models import WIDTH, Case, regression, squared_error
 from outcomes import outcomes
 from parity import (
-    Job,
     as_tuple,
     check_equal,
     check_gradients,
@@ -65,7 +64,7 @@ class OverlappingStage(nn.Module):
     """A stage with an overlapped_forward_backward that counts its calls."""
 
     lock = threading.Lock()
-    calls: Counter[str] = Counter()
+    calls: ClassVar[Counter[str]] = Counter()
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +96,7 @@ class OverlappingStage(nn.Module):
             assert labels0 is not None
             loss0 = criterion0(*outputs0, *labels0)
         if loss1 is not None:
-            loss1.backward()  # type: ignore[no-untyped-call]
+            loss1.backward()
             loss1.detach_()
         else:
             assert all(o.requires_grad for o in outputs1) and len(outputs1) == len(output_grads1)

@@ -133,7 +133,7 @@ def test_activations_are_really_gone() -> None:
         rank_name = ""
 
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = Watch.apply(super().forward(x), self.rank_name)
+            y: Tensor = Watch.apply(super().forward(x), self.rank_name)  # type: ignore[no-untyped-call]
             return y
 
     num_ranks, num_chunks = 4, 16

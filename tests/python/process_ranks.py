@@ -1,0 +1,98 @@
+"""What ranks do that are processes: sent to them by name, so they live in a module of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from faults import fail_at
+from mistakes import Call, make_mistake
+from models import squared_error
+from outcomes import Outcome, attempt
+from parity import Job, own_batch, own_stages, run_rank
+from torch import nn
+
+from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline
+
+SEED = {"seed": 7}
+JOBS = {
+    "attention": Job("attention", "dualpipe", 4, 10),
+    "tied": Job("tied", "dualpipe", 4, 8, dtype=torch.float64, sync="within"),
+    "many": Job("many", "dualpipe", 4, 8),
+    "mixed": Job("mixed", "dualpipev", 4, 8),
+    "autocast": Job("autocast", "dualpipe", 4, 8, sync="within"),
+    "odd": Job("odd", "1f1b", 4, 8),
+    "checkpoint": Job("checkpoint_reentrant", "zbv", 4, 8),
+    "dropout": Job("dropout", "dualpipe", 4, 8, config=SEED),
+    "dropout, summed within": Job("dropout", "dualpipe", 4, 10, sync="within", config=SEED),
+    "dropout in a V": Job("dropout", "dualpipev", 4, 8, config=SEED),
+    "dropout under 1f1b": Job("dropout", "1f1b", 4, 8, config=SEED),
+    "dropout in checkpoints": Job("checkpoint_dropout", "dualpipe", 4, 8, config=SEED),
+}
+MISTAKES = [
+    "odd number of micro-batches",
+    "numbers of micro-batches that differ",
+    "fewer rows than micro-batches",
+    "no criterion",
+    "labels on the wrong rank",
+    "a criterion that does not reduce",
+    "a shape that another rank cannot take",
+]
+PLACES = ["forward", "backward", "weight", "criterion"]
+
+
+def unequal_modules(rank: int, num_ranks: int) -> Outcome:
+    return attempt(DualPipe, [nn.Linear(3, 3), nn.Linear(3 + rank, 3)])
+
+
+def mapped(rank: int, num_ranks: int, job: Job) -> tuple[int, torch.Tensor | None]:
+    """The job with the ranks of the group the other way round."""
+    place = num_ranks - 1 - rank
+    mapping = [num_ranks - 1 - r for r in range(num_ranks)]
+    pipeline = Pipeline(own_stages(job, place), job.schedule, rank_mapping=mapping)
+    inputs, labels = own_batch(job.plan(), place, job.microbatches())
+    loss, _ = pipeline.step(
+        *inputs, num_chunks=job.num_chunks, criterion=squared_error, labels=labels
+    )
+    return pipeline.rank, loss
+
+
+def everything(rank: int, num_ranks: int) -> dict[str, Any]:
+    found: dict[str, Any] = {name: run_rank(rank, num_ranks, job) for name, job in JOBS.items()}
+    for name in MISTAKES:
+        found[name] = attempt(make_mistake, rank, num_ranks, name)
+    for place in PLACES:
+        found[f"fails in {place}"] = attempt(fail_at, rank, num_ranks, place, 2)
+    found["unequal modules"] = unequal_modules(rank, num_ranks)
+    found["mapped"] = mapped(rank, num_ranks, Job("bias", "dualpipev", num_ranks, 8))
+    found["wrong mapping"] = attempt(DualPipe, [nn.Tanh(), nn.ReLU()], rank_mapping=[0, 0, 1, 2])
+    return found
+
+
+class Dying(nn.Linear):
+    """Kills its process in the n-th forward."""
+
+    countdown = 3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        Dying.countdown -= 1
+        if Dying.countdown == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        y: torch.Tensor = super().forward(x)
+        return y
+
+
+def die_in_a_step(rank: int, num_ranks: int, folder: str) -> None:
+    """Rank 2 dies; the others write how their step went, and the one after it."""
+    kind = Dying if rank == 2 else nn.Linear
+    pipeline = DualPipe([kind(4, 4), kind(4, 4)], config=DualPipeConfig(timeout=5.0))
+    ends = rank in (0, num_ranks - 1)
+    x = torch.ones(8, 4) if ends else None
+    keywords = {"num_chunks": 16, "criterion": squared_error, "labels": (x,) if ends else None}
+    first = attempt(Call(rank, pipeline, (x,), keywords).run)
+    second = attempt(Call(rank, pipeline, (x,), keywords).run)
+    torch.save([dataclasses.asdict(first), dataclasses.asdict(second)], Path(folder, str(rank)))

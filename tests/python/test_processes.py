@@ -1,0 +1,83 @@
+"""The same promises where ranks are processes over gloo. One start of the ranks, many checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faults import check_failure
+from mistakes import check_mistake
+from parity import Job, check_results, unsplit
+from process_ranks import JOBS, MISTAKES, PLACES, die_in_a_step, everything
+
+from dualpipe_ext.testing import run_ranks
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict[str, Any]]:
+    """What four processes came to, by rank."""
+    return run_ranks(everything, 4, "processes", timeout=150.0)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_parity(found: list[dict[str, Any]], name: str) -> None:
+    check_results(JOBS[name], [result[name] for result in found], unsplit(JOBS[name]))
+
+
+def test_dropout_does_drop() -> None:
+    """Or the parity of the dropout cases would say nothing."""
+    job = JOBS["dropout"]
+    losses = unsplit(job).losses
+    other = unsplit(dataclasses.replace(job, config={"seed": 8})).losses
+    assert not any(torch.equal(a, b) for a, b in zip(losses, other, strict=True))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(found: list[dict[str, Any]], name: str) -> None:
+    check_mistake(name, [result[name] for result in found])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_failures(found: list[dict[str, Any]], place: str) -> None:
+    check_failure(place, [result[f"fails in {place}"] for result in found])
+
+
+def test_unequal_modules(found: list[dict[str, Any]]) -> None:
+    for result in found:
+        outcome = result["unequal modules"]
+        assert outcome.is_a("ValueError") and "differs between its copies" in outcome.text
+
+
+def test_mapped_ranks(found: list[dict[str, Any]]) -> None:
+    losses = unsplit(Job("bias", "dualpipev", 4, 8)).losses
+    for rank, result in enumerate(found):
+        place, loss = result["mapped"]
+        assert place == 3 - rank
+        assert (loss is None) == (place != 0)
+        assert loss is None or torch.equal(loss, torch.stack(losses))
+
+
+def test_a_wrong_mapping(found: list[dict[str, Any]]) -> None:
+    for result in found:
+        outcome = result["wrong mapping"]
+        assert outcome.is_a("ValueError")
+        assert "rank_mapping=[0, 0, 1, 2]" in outcome.text and "0 to 3 once" in outcome.text
+
+
+def test_a_rank_that_is_killed(tmp_path: Path) -> None:
+    """The others raise within seconds, in this step and in any later one, and end."""
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 2 died with exit code -9"):
+        run_ranks(die_in_a_step, 4, "processes", args=(str(tmp_path),), timeout=100.0)
+    assert time.monotonic() - start < 60.0
+    for rank in (0, 1, 3):
+        first, second = torch.load(tmp_path / str(rank))
+        assert first["error"] == "PipelineError", first
+        assert first["seconds"] < 5.0, first["seconds"]
+        assert "rank 2" in first["text"], first["text"]
+        assert second["error"] == "PipelineError", second
+        assert second["seconds"] < 12.0, second["seconds"]
