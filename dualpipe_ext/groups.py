@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import final
 
 import torch
 import torch.distributed as dist
@@ -74,6 +75,7 @@ class LoopbackHubs:
             return self._hubs[index]
 
 
+@final
 class LoopbackGroup(PipelineGroup):
     """Ranks that are threads of one process; made by :func:`dualpipe_ext.testing.run_ranks`."""
 
@@ -85,10 +87,12 @@ class LoopbackGroup(PipelineGroup):
         self._num_engines = 0
 
     def make_engine(self, peers: Sequence[int], timeout: float) -> _C.Engine:
+        """Makes this rank's engine on the next hub; every thread must, in the same order."""
         self._num_engines += 1
         return _C.Engine.loopback(self._hubs.hub(self._num_engines), self.rank, timeout)
 
     def all_gather(self, text: str, timeout: float) -> list[str]:
+        """The texts of all ranks, by rank; waits for them at most ``timeout`` seconds."""
         return self._talk.all_gather(self.rank, text, timeout)
 
     def __enter__(self) -> LoopbackGroup:

@@ -13,10 +13,14 @@ Chunk = tuple[Tensor | None, ...]
 
 
 def scatter(tensors: Sequence[Tensor | None], num_chunks: int, dim: int, what: str) -> list[Chunk]:
-    """Cuts every tensor along ``dim`` into ``num_chunks`` pieces, the first ones larger by one row
-    where it does not come out even. ``None`` stays ``None`` in every chunk.
+    """Cuts every tensor along one dimension into chunks.
+
+    Where that does not come out even, the first ones have one row more. ``None`` stays ``None``.
 
     Args:
+        tensors: What to cut.
+        num_chunks: Into how many pieces.
+        dim: The dimension to cut.
         what: "inputs" or "labels", for messages.
 
     Raises:

@@ -227,8 +227,10 @@ class Pipeline(nn.Module):
     def register_before_backward_hook(
         self, hook: Callable[[Tensor, int], Tensor | None]
     ) -> RemovableHandle:
-        """``hook(loss, microbatch)`` may return another loss to differentiate: scaled, or with an
-        auxiliary loss added. The losses that :meth:`step` returns stay the criterion's.
+        """``hook(loss, microbatch)`` may return another loss to differentiate.
+
+        One that is scaled, say, or has an auxiliary loss added. The losses that :meth:`step`
+        returns stay the criterion's.
         """
         return _register(self._hooks.before_backward, hook)
 

@@ -101,7 +101,7 @@ class UnsplitGPT:
         for microbatch, target in pairs:
             loss = loss_fn(self.modules[0](microbatch), target)
             if torch.is_grad_enabled():
-                (loss / self.num_chunks).backward()  # type: ignore[no-untyped-call]
+                (loss / self.num_chunks).backward()
             losses.append(loss.detach())
         return torch.stack(losses)
 
