@@ -41,6 +41,8 @@ class Call:
 class Mistake:
     """``spoil`` changes the arguments. ``culprits``: the ranks that get ``error``; None: all.
 
+    ``mutual``: ranks contradict one another; those that notice it get ``error``.
+
     ``parts`` must all be found in the message: what was found, what is allowed, what to do.
     """
 
@@ -50,6 +52,7 @@ class Mistake:
     error: str = "ValueError"
     schedule: str = "dualpipe"
     num_ranks: int = 4
+    mutual: bool = False
     cause: str = field(default="")
 
 
@@ -117,12 +120,17 @@ MISTAKES = {
         _set("num_chunks", 8.0, None), ("num_chunks", "8.0", "int"), None, "TypeError"
     ),
     "numbers of micro-batches that differ": Mistake(
-        _set("num_chunks", 10, (2,)), ("8 micro-batches", "10 micro-batches", "rank 2"), None
+        _set("num_chunks", 10, (2,)),
+        ("8 micro-batches", "10 micro-batches", "rank 2"),
+        None,
+        mutual=True,
     ),
     "gradient sums on one rank alone": Mistake(
-        _set("sync_gradients", True, (1,)), ("rank 1", "summing gradients"), None
+        _set("sync_gradients", True, (1,)), ("rank 1", "summing gradients"), None, mutual=True
     ),
-    "inference on one rank alone": Mistake(_no_grad, ("rank 0", "training", "inference"), None),
+    "inference on one rank alone": Mistake(
+        _no_grad, ("rank 0", "training", "inference"), None, mutual=True
+    ),
     "fewer rows than micro-batches": Mistake(
         _inputs(lambda x: x[:3]), ("inputs", "3 rows", "4 micro-batches", "larger batch")
     ),
@@ -279,7 +287,9 @@ def check_mistake(name: str, results: list[Outcome]) -> None:
         outcome, next_is_right = result.value
         assert outcome.error, f"rank {rank} did not raise"
         assert outcome.seconds < 5.0, f"rank {rank} took {outcome.seconds} s"
-        if rank in culprits:
+        if mistake.mutual:
+            assert outcome.is_a(mistake.error, "PipelineError"), f"rank {rank}: {outcome.error}"
+        elif rank in culprits:
             assert outcome.is_a(mistake.error), f"rank {rank}: {outcome.error}: {outcome.text}"
             assert outcome.cause == mistake.cause, f"rank {rank}: {outcome.cause}"
         else:
@@ -288,3 +298,4 @@ def check_mistake(name: str, results: list[Outcome]) -> None:
         for part in mistake.parts:
             assert part in outcome.text, f"rank {rank}: no {part!r} in: {outcome.text}"
         assert next_is_right, f"rank {rank}: the step after the mistake is wrong"
+    assert any(result.value[0].is_a(mistake.error) for result in results)

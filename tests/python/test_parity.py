@@ -100,3 +100,9 @@ def test_without_deferred_weight_gradients(schedule: str) -> None:
 def test_any_bucket_gives_the_same(bucket_bytes: int) -> None:
     job = Job("tied", "dualpipe", 4, 8, sync="within", config={"bucket_bytes": bucket_bytes})
     check_job(job)
+
+
+@pytest.mark.parametrize("schedule", ["dualpipev", "1f1b", "gpipe", "interleaved_1f1b"])
+def test_a_single_rank(schedule: str) -> None:
+    stages = 2 if schedule == "interleaved_1f1b" else 0
+    check_job(Job("attention", schedule, 1, 4, stages))

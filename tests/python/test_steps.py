@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -203,3 +204,89 @@ def test_a_pipeline_is_not_called() -> None:
 
     for text in run_ranks(rank_fn, 2):
         assert "step()" in text and "no_grad" in text
+
+
+def test_several_inputs_and_labels_with_none_among_them() -> None:
+    """Integers, None and another type enter at both ends, and two labels where they leave."""
+
+    class Enter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(5, WIDTH)
+
+        def forward(self, ids: Tensor, missing: None, weight: Tensor) -> Tensor:
+            assert missing is None and ids.dtype == torch.int64 and weight.dtype == torch.float64
+            y: Tensor = self.table(ids) * weight.float()[:, None]
+            return y
+
+    def criterion(y: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        return ((y - target).square().mean(-1) * weight).sum()
+
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (
+            torch.randint(5, (4,), generator=generator),
+            torch.rand(4, dtype=torch.float64, generator=generator),
+            torch.randn(4, WIDTH, generator=generator),
+            torch.rand(4, generator=generator),
+        )
+        for _ in range(2)  # those that enter at the first and at the last rank
+    ]
+    enter, leave = Enter(), nn.Linear(WIDTH, WIDTH)
+    made = [[copy.deepcopy(m) for m in pair] for pair in ((enter, leave), (leave, enter))]
+
+    def rank_fn(rank: int, num_ranks: int) -> Tensor:
+        pipeline = DualPipe(made[rank])
+        ids, weight, _, _ = batches[rank]
+        _, _, target, scale = batches[1 - rank]
+        loss, _ = pipeline.step(
+            ids, None, weight, num_chunks=4, criterion=criterion, labels=(target, scale)
+        )
+        pipeline.sync_gradients()
+        assert loss is not None
+        return loss
+
+    losses = []
+    for ids, weight, target, scale in batches:
+        for half in (slice(0, 2), slice(2, 4)):
+            output = leave(enter(ids[half], None, weight[half]))
+            losses.append(criterion(output, target[half], scale[half]))
+    torch.stack(losses).sum().backward()
+    down, up = torch.stack(losses).detach().chunk(2)
+    results = run_ranks(rank_fn, 2)
+    assert torch.equal(results[1], down) and torch.equal(results[0], up)
+    assert enter.table.weight.grad is not None
+    for rank, pair in enumerate(made):
+        (grad,) = gradients_of(pair[rank]).values()
+        torch.testing.assert_close(grad, enter.table.weight.grad)
+
+
+def test_step_may_be_called_with_inputs_that_need_gradients() -> None:
+    """As in a model whose embedding lies outside of the pipeline: the caller's tensor is a leaf."""
+    job = Job("bias", "dualpipev", 2, 4, dtype=torch.float64)
+    microbatches = job.microbatches()
+
+    def rank_fn(rank: int, num_ranks: int) -> Tensor | None:
+        pipeline = Pipeline(own_stages(job, rank), "dualpipev")
+        inputs, labels = own_batch(job.plan(), rank, microbatches)
+        (x,) = inputs
+        if x is not None:
+            x.requires_grad_()
+        pipeline.step(x, num_chunks=4, criterion=squared_error, labels=labels)
+        return None if x is None else x.grad
+
+    grad = run_ranks(rank_fn, 2)[0]
+    whole = job.stages()
+    expected = []
+    for microbatch in microbatches:
+        (x,) = microbatch.inputs
+        assert x is not None
+        values = x.clone().requires_grad_()
+        y = values
+        for stage in whole:
+            y = stage(y)
+        squared_error(y, microbatch.labels[0]).backward()  # type: ignore[arg-type]
+        assert values.grad is not None
+        expected.append(values.grad)
+    assert grad is not None
+    torch.testing.assert_close(grad, torch.cat(expected), rtol=1e-12, atol=1e-16)
