@@ -110,8 +110,7 @@ def show(
         table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         table.add_row(result.name, *(cell(result) for cell in columns.values()))
-    console = Console()
-    console.print(table, width=max(console.width, 100))
+    Console(width=100).print(table)
 
 
 def write_json(path: Path | None, benchmark: str, cases: Mapping[str, Sequence[Result]]) -> None:
