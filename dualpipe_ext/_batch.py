@@ -30,7 +30,9 @@ class RankBatch:
     def check(
         self, inputs: Given, labels: Given | None, criterion: Criterion | None, training: bool
     ) -> None:
-        """Raises ValueError where something is missing, or was given to the wrong rank."""
+        """Raises ValueError where something is missing or on the wrong rank; TypeError for no tuple."""
+        if isinstance(labels, Tensor):
+            raise TypeError("labels must be a tuple of tensors; found a tensor; pass labels=(y,)")
         self._check_inputs(any(x is not None for x in inputs))
         if any(x is not None for x in labels or ()) and not self.leaving:
             raise ValueError(

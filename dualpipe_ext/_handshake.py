@@ -24,7 +24,7 @@ def agree(group: PipelineGroup, timeout: float, describe: Callable[[], dict[str,
     """
     try:
         own: dict[str, Any] = {"facts": describe()}
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
         group.all_gather(json.dumps({"error": f"{type(error).__name__}: {error}"}), timeout)
         raise
     answers = [json.loads(text) for text in group.all_gather(json.dumps(own), timeout)]

@@ -28,20 +28,21 @@ class MirroredStages:
         self._num_ranks = num_ranks
         self._modules = sorted(zip(stages, modules, strict=True), key=lambda pair: pair[0])
         self._tied = bool(_shared(modules))
-        self._parameters = self._tensors(with_buffers=False)
-        self._main_grads: list[list[Tensor]] = []
         self._sum: _C.MirrorExchange | None = None
+        self._summed: list[list[int]] = []  # the identities of what it sums
 
     def gradient_sum(self, engine: _C.Engine, bucket_bytes: int) -> _C.MirrorExchange:
         """What sums gradients: those in ``.grad``, and those in ``main_grad``."""
-        main_grads = [_main_grads(own) for _, own in self._parameters]
-        if self._sum is None or _identities(main_grads) != _identities(self._main_grads):
+        parameters = self._tensors(with_buffers=False)
+        main_grads = [_main_grads(own) for _, own in parameters]
+        present = _identities([own for _, own in parameters] + main_grads)
+        if self._sum is None or present != self._summed:  # parameters may be replaced
             tensors = [
                 (stage, own + [_bearer(grad) for grad in grads])
-                for (stage, own), grads in zip(self._parameters, main_grads, strict=True)
+                for (stage, own), grads in zip(parameters, main_grads, strict=True)
             ]
             self._sum = self._exchange(engine, tensors, bucket_bytes, copy=False)
-            self._main_grads = main_grads
+            self._summed = present
         return self._sum
 
     def copy(self, engine: _C.Engine, bucket_bytes: int) -> _C.MirrorExchange:
@@ -50,7 +51,7 @@ class MirroredStages:
 
     def counted_parameters(self) -> list[Tensor]:
         """The parameters that this rank adds to a norm: each one on one rank alone."""
-        return next(own for stage, own in self._parameters if stage == self._rank)
+        return next(own for stage, own in self._tensors(False) if stage == self._rank)
 
     def _exchange(
         self,
@@ -81,10 +82,14 @@ class MirroredStages:
 
 
 def describe_stage(module: nn.Module, *, with_values: bool) -> list[Any]:
-    """Names, shapes and dtypes of a stage's parameters; with a digest of their values on demand."""
+    """Names, shapes, dtypes of parameters and buffers; with a digest of their values on demand."""
     described: list[Any] = [
-        [name, list(parameter.shape), str(parameter.dtype)]
-        for name, parameter in module.named_parameters()
+        [name, list(p.shape), f"{p.dtype}{'' if p.requires_grad else ', frozen'}"]
+        for name, p in module.named_parameters()
+    ]
+    described += [
+        [f"buffer {name}", list(buffer.shape), str(buffer.dtype)]
+        for name, buffer in module.named_buffers()
     ]
     if with_values:
         described.append(_digest(module))
@@ -110,7 +115,8 @@ def _bearer(grad: Tensor) -> Tensor:
 
 def _digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
-    for tensor in module.state_dict().values():
+    state = module.state_dict()
+    for tensor in (value for value in state.values() if isinstance(value, Tensor)):
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

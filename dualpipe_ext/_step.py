@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from dualpipe_ext.microbatches import Chunk, gather
+from dualpipe_ext.microbatches import Chunk, Joined, gather
 
 __all__ = ["LossHooks", "Step", "microbatch_seed"]
 
 Outputs = list[Tensor | None]
 Criterion = Callable[..., Tensor]
+Method = TypeVar("Method", bound=Callable[..., Any])
 BeforeBackward = Callable[[Tensor, int], "Tensor | None"]
 AfterForward = Callable[[Tensor, "Sequence[Tensor | None]", int], None]
 
@@ -45,6 +47,21 @@ class LossHooks:
     after_forward: OrderedDict[int, AfterForward] = field(default_factory=OrderedDict)
 
 
+def _notes_mistakes(method: Method) -> Method:
+    """Notes what a method of :class:`Step` raises by itself, apart from the user's code."""
+
+    @wraps(method)
+    def noting(self: Step, *arguments: Any) -> Any:
+        try:
+            return method(self, *arguments)
+        except (ValueError, TypeError) as error:
+            if error is not self.error:
+                self.mistake = error
+            raise
+
+    return cast(Method, noting)
+
+
 @dataclass(kw_only=True)
 class Step:
     """One step of one rank. ``forward`` and ``overlapped`` are called by the engine."""
@@ -64,7 +81,9 @@ class Step:
     losses: dict[int, Tensor] = field(default_factory=dict)
     outputs: dict[int, Outputs] = field(default_factory=dict)
     error: BaseException | None = None  # what the user's code raised
+    mistake: BaseException | None = None  # what this class raised: the caller is at fault
 
+    @_notes_mistakes
     def forward(
         self, stage: int, microbatch: int, inputs: list[Tensor | None]
     ) -> tuple[Outputs, Tensor | None]:
@@ -78,6 +97,7 @@ class Step:
         loss = self._loss(microbatch, outputs)
         return [], self._leave(microbatch, outputs, loss)
 
+    @_notes_mistakes
     def overlapped(
         self,
         forward: tuple[int, int, list[Tensor | None]],
@@ -89,6 +109,8 @@ class Step:
         stage1, _, loss1, outputs1, output_grads1 = backward
         inputs0 = self.inputs[microbatch0] if stage0 == 0 else received
         last = stage0 == self.last_stage
+        if self.seed is not None:
+            torch.manual_seed(self.seed(stage0, microbatch0))
         pairs = [
             (output, grad)
             for output, grad in zip(outputs1, output_grads1, strict=True)
@@ -116,7 +138,7 @@ class Step:
             return None
         return torch.stack([self.losses[i] for i in sorted(self.losses)])
 
-    def gathered_outputs(self) -> Tensor | Chunk | None:
+    def gathered_outputs(self) -> Joined | tuple[Joined, ...]:
         """The outputs of this rank's micro-batches; ``None`` where none leave here."""
         if not self.outputs:
             return None
@@ -134,7 +156,7 @@ class Step:
             self.outputs[microbatch] = [None if x is None else x.detach() for x in outputs]
         if loss is None:
             return None
-        self.losses[microbatch] = loss.detach()
+        self.losses[microbatch] = loss.detach().clone()  # hooks may change the loss in place
         for log in self.hooks.after_forward.values():
             self._user(log, loss.detach(), outputs, microbatch)
         if not self.training:

@@ -30,6 +30,7 @@ class DualPipeConfig:
         seed: reseeds torch before every stage's forward from (seed, step, stage, micro-batch), so
             that dropout does not depend on the number of ranks or the schedule
             (:func:`dualpipe_ext.microbatch_seed`). ``None``: random numbers are the caller's.
+            For ranks that are processes: threads share torch's one generator and disturb it.
     """
 
     num_microbatches: int = 0

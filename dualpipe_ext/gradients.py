@@ -27,7 +27,7 @@ def clip_local_gradients(parameters: Iterable[Tensor], norm: Tensor, max_norm: f
     """Scales gradients in place by ``min(1, max_norm / (norm + 1e-6))``, as torch does."""
     scale = max_norm / (float(norm) + 1e-6)
     grads = gradients_of(parameters)
-    if scale < 1.0 and grads:
+    if not scale >= 1.0 and grads:  # a norm that is NaN spreads
         torch._foreach_mul_(grads, scale)
 
 

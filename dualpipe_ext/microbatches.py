@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["gather", "scatter"]
+__all__ = ["Chunk", "Joined", "gather", "scatter"]
 
 Chunk = tuple[Tensor | None, ...]
+Joined = Tensor | list[Any] | None
 
 
 def scatter(tensors: Sequence[Tensor | None], num_chunks: int, dim: int, what: str) -> list[Chunk]:
@@ -43,20 +45,32 @@ def scatter(tensors: Sequence[Tensor | None], num_chunks: int, dim: int, what: s
     return [tuple(column[i] for column in columns) for i in range(num_chunks)]
 
 
-def gather(chunks: Sequence[Sequence[Tensor | None]], dim: int) -> Tensor | Chunk | None:
-    """Puts the outputs of micro-batches together along ``dim``; a single tensor comes bare."""
-    columns = zip(*chunks, strict=True)
-    outputs = tuple(_concatenate(column, dim) for column in columns)
+def gather(chunks: Sequence[Sequence[Tensor | None]], dim: int) -> Joined | tuple[Joined, ...]:
+    """Puts the outputs of micro-batches together along ``dim``; a single output comes bare.
+
+    An output that cannot be put together (``None`` in some micro-batches, or of different sizes in
+    another dimension) comes as the list of its pieces.
+    """
+    if len({len(chunk) for chunk in chunks}) > 1:
+        return [tuple(chunk) for chunk in chunks]
+    outputs = tuple(_join(column, dim) for column in zip(*chunks, strict=True))
     return outputs[0] if len(outputs) == 1 else outputs
 
 
-def _concatenate(column: Sequence[Tensor | None], dim: int) -> Tensor | None:
+def _join(column: Sequence[Tensor | None], dim: int) -> Joined:
     present = [tensor for tensor in column if tensor is not None]
     if not present:
         return None
-    if len(present) < len(column):
-        raise ValueError("an output is None in some micro-batches and a tensor in others")
-    return torch.cat(present, dim=dim)
+    if len(present) < len(column) or len({_other_sizes(x, dim) for x in present}) > 1:
+        return list(column)
+    return torch.stack(present) if present[0].dim() == 0 else torch.cat(present, dim=dim)
+
+
+def _other_sizes(tensor: Tensor, dim: int) -> tuple[int, ...]:
+    sizes = list(tensor.shape)
+    if -tensor.dim() <= dim < tensor.dim():
+        del sizes[dim]
+    return (tensor.dim(), *sizes)
 
 
 def _rows(tensor: Tensor, dim: int, what: str) -> int:

@@ -24,7 +24,7 @@ from dualpipe_ext._step import Criterion, LossHooks, Step, microbatch_seed
 from dualpipe_ext.config import DualPipeConfig
 from dualpipe_ext.gradients import clip_local_gradients, total_norm
 from dualpipe_ext.groups import PipelineGroup, resolve_group
-from dualpipe_ext.microbatches import Chunk
+from dualpipe_ext.microbatches import Joined
 from dualpipe_ext.schedule import CostModel, Schedule
 from dualpipe_ext.stats import StepStatistics, TraceEvent
 from dualpipe_ext.weight_grad import (
@@ -95,6 +95,7 @@ class Pipeline(nn.Module):
         self._plans: dict[tuple[int, bool, bool], _PlannedStep] = {}
         self._last_plan: _PlannedStep | None = None
         self._num_steps = 0
+        self._running = False
         self._engine = self.group.make_engine(self._peers(), self.config.timeout)
         self._warn_of_fallback()
         if self.config.mirror_init == "broadcast":
@@ -135,7 +136,7 @@ class Pipeline(nn.Module):
         labels: Sequence[Tensor | None] | None = None,
         return_outputs: bool = False,
         sync_gradients: bool = False,
-    ) -> tuple[Tensor | None, Tensor | Chunk | None]:
+    ) -> tuple[Tensor | None, Joined | tuple[Joined, ...]]:
         """Runs one batch forward and backward; under ``torch.no_grad()`` forward alone.
 
         All ranks call it with the same ``num_chunks``, ``return_outputs`` and ``sync_gradients``.
@@ -158,13 +159,19 @@ class Pipeline(nn.Module):
         Returns:
             ``(loss, outputs)``. ``loss`` holds the losses of the micro-batches that leave on this
             rank, shape ``[number of these]``; ``None`` on other ranks and without a criterion.
-            ``outputs`` has the whole of them along ``batch_dim``, or is ``None``.
+            ``outputs`` has the whole of them along ``batch_dim`` (as a list of pieces where they do
+            not fit together), a tuple where there are several, or is ``None``.
 
         Raises:
             ValueError, TypeError: a mistake on this rank: sizes, inputs, labels, criterion.
             PipelineError: a stage raised (the cause is chained), or another rank failed. The step
                 failed on every rank; gradients are undefined; the next step works.
         """
+        if self._running:
+            raise ValueError(
+                "step() was called within a step, from a stage, criterion or hook; call it after "
+                "the step has returned"
+            )
         self._num_steps += 1
         training = torch.is_grad_enabled()
         num_chunks = num_chunks or self.config.num_microbatches
@@ -172,11 +179,11 @@ class Pipeline(nn.Module):
             check_num_chunks(num_chunks)
             plan = self._plan(num_chunks, training, sync_gradients)
             step = self._make_step(plan, inputs, labels, criterion, training, return_outputs)
-        except (ValueError, TypeError) as error:
+            reducer = self._gradient_sum() if sync_gradients and training else None
+        except BaseException as error:  # whatever it is, the other ranks must not wait for this one
             self._engine.fail(f"{type(error).__name__}: {error}")
             raise
         self._last_plan = plan
-        reducer = self._gradient_sum() if sync_gradients and training else None
         self._run(plan, step, reducer)
         return step.loss(), step.gathered_outputs()
 
@@ -297,7 +304,8 @@ class Pipeline(nn.Module):
             "version": _C.version,
             "torch": torch.__version__,
             "ranks": self.num_ranks,
-            "schedule": layout.digest(),
+            "schedule": f"{layout.placement} placement, {layout.num_stages} stages, "
+            f"digest {layout.digest():016x}",
             "config": repr(self.config),
             "batch_dim": self.batch_dim,
             "overlapped": self._overlapped.function is not None,
@@ -385,6 +393,7 @@ class Pipeline(nn.Module):
         )
 
     def _run(self, plan: _PlannedStep, step: Step, reducer: _C.MirrorExchange | None) -> None:
+        self._running = True
         try:
             self._engine.run(
                 plan.program,
@@ -401,6 +410,8 @@ class Pipeline(nn.Module):
             if isinstance(error, PipelineError):
                 raise PipelineError(f"{error}\n\n{self._where(plan)}") from None
             raise
+        finally:
+            self._running = False
 
     def _where(self, plan: _PlannedStep) -> str:
         """The schedule around the action at which this rank stopped."""
@@ -421,7 +432,18 @@ def _is_the_stages(error: BaseException, step: Step) -> bool:
     """Whether a stage failed, rather than the caller or this library."""
     if not isinstance(error, Exception) or isinstance(error, InternalError):
         return False
-    return error is step.error or not isinstance(error, (ValueError, TypeError, PipelineError))
+    if error is step.mistake:
+        return False
+    ours = isinstance(error, (ValueError, TypeError, PipelineError))
+    return error is step.error or not ours or _was_raised_in_python(error)
+
+
+def _was_raised_in_python(error: BaseException) -> bool:
+    """Whether code of the user's raised it below the engine: in a backward or a hook of torch's.
+
+    What the engine itself raises has the frame that called it, and no other.
+    """
+    return error.__traceback__ is not None and error.__traceback__.tb_next is not None
 
 
 def _register(hooks: dict[int, Any], hook: Callable[..., Any]) -> RemovableHandle:

@@ -7,31 +7,21 @@ from dualpipe_ext import DualPipe
 from dualpipe_ext.testing import run_ranks
 
 
-def make_stage() -> nn.Module:
-    """Return a stage: any module whose output the next stage takes as its input."""
-    return nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
-
-
-def train(rank: int, num_ranks: int) -> None:
-    """Train on one rank: it holds stages ``rank`` and ``num_ranks - 1 - rank``."""
-    model = DualPipe([make_stage(), make_stage()])
+def train(rank: int, size: int) -> None:
+    """Train on one of `size` ranks."""
+    stages = [nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)) for _ in range(2)]
+    model = DualPipe(stages)  # stages rank and size-1-rank; copies are made equal
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    data = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0))
-    inputs = {0: data[0], num_ranks - 1: data[1]}  # half the batch enters at each end
-    labels = {0: data[1].sin(), num_ranks - 1: data[0].sin()}  # and leaves at the other
-    for step in range(1, 101):
-        loss, _ = model.step(
-            inputs.get(rank),
-            num_chunks=16,
-            criterion=nn.functional.mse_loss,
-            labels=(labels.get(rank),),
-            sync_gradients=True,
-        )
+    x = {0: torch.randn(64, 32), size - 1: torch.randn(64, 32)}.get(rank)  # half the batch each
+    y = torch.zeros(64, 32) if x is not None else None  # of the inputs at the other end
+    for step in range(100):
+        loss, _ = model.step(x, num_chunks=16, criterion=nn.functional.mse_loss, labels=(y,))
+        model.sync_gradients()
         model.clip_grad_norm_(1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if rank == 0 and loss is not None and step % 20 == 0:
-            print(f"step {step}: loss {loss.mean():.4f}", flush=True)
+        if rank == 0 and loss is not None and step % 20 == 19:
+            print(f"step {step + 1}: loss {loss.mean():.4f}", flush=True)
 
 
 if __name__ == "__main__":
