@@ -92,11 +92,19 @@ def _stage_returns(value: Any) -> Callable[[Call], None]:
     return spoil
 
 
+def _bare_labels(call: Call) -> None:
+    if call.is_first:
+        call.keywords["labels"] = call.keywords["labels"][0]
+
+
 def _no_grad(call: Call) -> None:
     call.grad = call.rank != 0
 
 
 MISTAKES = {
+    "labels that are no tuple": Mistake(
+        _bare_labels, ("labels must be a tuple", "found a tensor", "labels=(y,)"), error="TypeError"
+    ),
     "odd number of micro-batches": Mistake(
         _set("num_chunks", 9, None),
         ("dualpipe", "num_microbatches is 9", "even", "at least 2 * num_ranks = 8", "use 10"),

@@ -13,7 +13,7 @@ DTYPES = pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"]
 SIZES = [
     (ranks, chunks) for ranks in (2, 4, 8) for chunks in sorted({2 * ranks, 2 * ranks + 2, 20, 32})
 ]
-# Random numbers belong to a process: see test_parity_processes.py.
+# Random numbers belong to a process: see test_processes.py.
 THREAD_CASES = [name for name in CASES if "dropout" not in name]
 TIED = {"dualpipe", "dualpipev", "zbv"}  # the first and the last stage are on one rank
 
