@@ -33,7 +33,6 @@ class Digest {
 
 std::uint64_t digest(const Schedule& schedule) {
   Digest digest;
-  digest.add(schedule.name);
   digest.add(to_string(schedule.placement.kind()));
   for (int size : {schedule.num_ranks(), schedule.num_stages(), schedule.num_microbatches()}) {
     digest.add(static_cast<std::uint64_t>(size));

@@ -33,7 +33,8 @@ struct Schedule {
 // column (both from 1). kind and num_stages say where stages live: the text does not.
 [[nodiscard]] Schedule schedule_from_csv(std::string_view text, PlacementKind kind, int num_stages);
 
-// A stable 64-bit digest of everything in the schedule, the same on every machine.
+// A stable 64-bit digest of everything in the schedule but its name (a file's, for a CSV): the same
+// on every machine.
 [[nodiscard]] std::uint64_t digest(const Schedule& schedule);
 
 }  // namespace dualpipe

@@ -54,9 +54,6 @@ TEST(Csv, NamesLineAndColumn) {
 TEST(Digest, ChangesWithAnyPartOfTheSchedule) {
   const Schedule schedule = plan("dualpipe", {4, 8, 0});
   Schedule other = schedule;
-  other.name = "mine";
-  EXPECT_NE(digest(other), digest(schedule));
-  other = schedule;
   std::swap(test::row_of(other, 1)[0], test::row_of(other, 1)[1]);
   EXPECT_NE(digest(other), digest(schedule));
   other = schedule;
@@ -67,9 +64,16 @@ TEST(Digest, ChangesWithAnyPartOfTheSchedule) {
   EXPECT_NE(digest(other), digest(schedule));
 }
 
+TEST(Digest, LeavesTheNameOut) {
+  const Schedule schedule = plan("dualpipe", {4, 8, 0});
+  Schedule other = schedule;
+  other.name = "mine";
+  EXPECT_EQ(digest(other), digest(schedule));
+}
+
 // Ranks on different machines compare digests: the value is part of the contract.
 TEST(Digest, IsTheSameEverywhere) {
-  EXPECT_EQ(digest(plan("dualpipe", {4, 8, 0})), 8803782810123534242ULL);
+  EXPECT_EQ(digest(plan("dualpipe", {4, 8, 0})), 17891416482164529365ULL);
 }
 
 }  // namespace
