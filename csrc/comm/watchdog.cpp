@@ -1,6 +1,7 @@
 #include "comm/watchdog.h"
 
 #include <pthread.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <condition_variable>
@@ -73,6 +74,7 @@ struct Watchdog::State {
   bool asleep = false;
   bool stopping = false;
   std::thread thread;
+  const pid_t process = getpid();  // the thread's
 };
 
 void Watchdog::State::run() {
@@ -143,11 +145,17 @@ void Watchdog::State::report_timeout(std::unique_lock<std::mutex>& lock) {
   cv.wait_for(lock, 2 * options.poll_interval, [this] { return stopping; });
   if (!still_in(arming) || !timed_out()) return;
   lock.unlock();
-  control.report(
-      {rank, failed_step, describe_timeout(rank, options.timeout, position, control.positions())});
+  const Failure own{rank, failed_step,
+                    describe_timeout(rank, options.timeout, position, control.positions())};
+  control.report(own);
   const std::optional<Failure> first = control.poll();
   lock.lock();
-  if (first && still_in(arming) && first->step <= failed_step) abort(*first);
+  if (!first || !still_in(arming)) return;
+  if (first->step <= failed_step) {
+    abort(*first);
+  } else if (timed_out()) {
+    abort(own);  // a report of a later step came first and took the place of this one
+  }
 }
 
 void Watchdog::State::abort(const Failure& failure) {
@@ -162,6 +170,10 @@ Watchdog::Watchdog(Rank rank, Transport& transport, ControlPlane& control, Optio
 }
 
 Watchdog::~Watchdog() {
+  if (getpid() != state_->process) {
+    (void)state_.release();
+    return;
+  }
   {
     const std::lock_guard lock(state_->mutex);
     state_->stopping = true;

@@ -32,7 +32,7 @@ class Watchdog {
   };
 
   Watchdog(Rank rank, Transport& transport, ControlPlane& control, Options options);
-  ~Watchdog();  // joins its thread; never throws
+  ~Watchdog();  // joins its thread; leaks in a forked child, which lacks it; never throws
 
   // At the start of a step. A failure of a later step does not end this one: the rank that failed
   // has already committed this step, and so will everybody.

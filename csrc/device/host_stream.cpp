@@ -1,6 +1,7 @@
 #include "device/host_stream.h"
 
 #include <pthread.h>
+#include <unistd.h>
 
 #include <condition_variable>
 #include <cstdint>
@@ -26,6 +27,7 @@ struct HostStream::State {
   bool idle = false;  // the worker sleeps
   bool stopping = false;
   std::thread worker;
+  const pid_t process = getpid();  // the worker's
 };
 
 void HostStream::State::work() {
@@ -63,6 +65,10 @@ HostStream::HostStream(const char* name) : state_(std::make_unique<State>()) {
 }
 
 HostStream::~HostStream() {
+  if (getpid() != state_->process) {
+    (void)state_.release();
+    return;
+  }
   {
     const std::lock_guard lock(state_->mutex);
     state_->stopping = true;

@@ -8,7 +8,7 @@ namespace dualpipe {
 // The host's counterpart of a CUDA stream: one worker thread that runs tasks in order. A task that
 // throws stops the stream: later tasks are dropped until synchronize() has rethrown the error.
 // Thread-safe. The destructor drops what has not begun, waits for the task at work and never
-// throws.
+// throws. In a forked child, which lacks the worker, it leaks.
 class HostStream {
  public:
   explicit HostStream(const char* name);  // at most 15 characters, shown by debuggers

@@ -1,7 +1,10 @@
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
+#include <optional>
 #include <thread>
 
 #include "comm/harness.h"
@@ -131,6 +134,20 @@ TEST(Watchdog, ADroppedMessageIsNamedWithItsChannel) {
   EXPECT_EQ(ranks.controls[0]->poll()->text, text);
 }
 
+TEST(Watchdog, AFailureOfALaterStepDoesNotSilenceATimeout) {
+  Ranks ranks(2);
+  Watchdog watchdog(Rank(0), *ranks.transports[0], *ranks.controls[0], kFast);
+  ranks.transports[0]->begin_step(step_info(1));
+  ranks.controls[1]->report({Rank(1), 2, "in the next step"});
+  const FixedProgress progress("waits for what was lost", 200ms);
+  watchdog.arm(progress, 1);
+  const std::string text = ranks.blocked(0, Rank(1), gradient(2));
+  watchdog.disarm();
+  EXPECT_NE(text.find("rank 0 has waited longer than 0.1 s: waits for what was lost"),
+            std::string::npos)
+      << text;
+}
+
 TEST(Watchdog, PatienceWhileTheRankComputes) {
   Ranks ranks(1);
   Watchdog watchdog(Rank(0), *ranks.transports[0], *ranks.controls[0], {1ms, 5ms});
@@ -155,6 +172,21 @@ TEST(Watchdog, ABrokenControlPlaneEndsTheStep) {
             std::string::npos)
       << text;
   watchdog.disarm();
+}
+
+TEST(Watchdog, AForkedChildDoesNotWaitForAThreadThatItLacks) {
+  Ranks ranks(1);
+  std::optional<Watchdog> watchdog;
+  watchdog.emplace(Rank(0), *ranks.transports[0], *ranks.controls[0], kFast);
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(10);  // ends the child should it hang
+    watchdog.reset();
+    _exit(0);
+  }
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
 }
 
 TEST(Watchdog, ProgressIsNotUsedAfterDisarm) {

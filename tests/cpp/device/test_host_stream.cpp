@@ -1,7 +1,10 @@
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
+#include <optional>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -67,6 +70,19 @@ TEST(HostStream, DestructionDropsWhatHasNotBegun) {
   }
   EXPECT_EQ(ran, 1);
   EXPECT_TRUE(watch.expired());
+}
+
+TEST(HostStream, AForkedChildDoesNotWaitForAThreadThatItLacks) {
+  std::optional<HostStream> stream("test");
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(10);  // ends the child should it hang
+    stream.reset();
+    _exit(0);
+  }
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
 }
 
 TEST(HostStream, ManyThreadsEnqueue) {
