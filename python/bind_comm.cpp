@@ -23,10 +23,6 @@ using Unlocked = py::call_guard<py::gil_scoped_release>;
 using RawTensor = std::tuple<int, bool, std::vector<std::int64_t>, py::bytes>;
 using RawMessage = std::vector<std::optional<RawTensor>>;
 
-std::chrono::milliseconds milliseconds(double seconds) {
-  return std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1000));
-}
-
 // By type alone: torch's headers would cost half a minute of the user's first build.
 c10d::ProcessGroup& process_group(const py::handle& object) {
   py::detail::type_caster_generic caster(process_group_type());
@@ -101,6 +97,7 @@ RawMessage wait(PendingReceive& receive) {
 
 using Injector = std::function<Fault(int from, int to, MessageKind, int stage, int microbatch)>;
 
+// Without the interpreter lock: pybind11 takes it to copy, call and destroy a function of Python.
 void inject(LoopbackHub& hub, const std::optional<Injector>& injector) {
   if (!injector) return hub.inject(nullptr);
   hub.inject([call = *injector](Rank from, Rank to, const MessageId& id) {
@@ -199,17 +196,17 @@ void bind_loopback(py::module_& module) {
            py::arg("bandwidth") = 0.0, "Latency in seconds, bandwidth in bytes a second (0: any).")
       .def(
           "transport", [](LoopbackHub& hub, int rank) { return hub.transport(Rank(rank)); },
-          py::arg("rank"))
+          py::arg("rank"), Unlocked())
       .def(
           "control_plane", [](LoopbackHub& hub, int rank) { return hub.control_plane(Rank(rank)); },
-          py::arg("rank"))
-      .def("inject", &inject, py::arg("injector").none(true),
+          py::arg("rank"), Unlocked())
+      .def("inject", &inject, py::arg("injector").none(true), Unlocked(),
            "Asks injector(source, destination, kind, stage, microbatch) what happens to each "
            "message that is sent.")
       .def(
           "all_gather",
           [](LoopbackHub& hub, int rank, const std::string& text, double timeout) {
-            return hub.all_gather(Rank(rank), text, milliseconds(timeout));
+            return hub.all_gather(Rank(rank), text, milliseconds_of(timeout));
           },
           py::arg("rank"), py::arg("text"), py::arg("timeout"), Unlocked())
       .def_property_readonly("memory", &LoopbackHub::memory);
@@ -229,7 +226,7 @@ void bind_process_group(py::module_& module) {
       .def(
           "all_gather",
           [](StoreExchange& exchange, const std::string& text, double timeout) {
-            return exchange.all_gather(text, milliseconds(timeout));
+            return exchange.all_gather(text, milliseconds_of(timeout));
           },
           py::arg("text"), py::arg("timeout"), Unlocked());
 }

@@ -19,7 +19,7 @@ namespace {
 
 Watchdog::Options watchdog_options(double timeout_seconds) {
   Watchdog::Options options;
-  options.timeout = std::chrono::milliseconds(static_cast<std::int64_t>(timeout_seconds * 1000));
+  options.timeout = milliseconds_of(timeout_seconds);
   return options;
 }
 
@@ -97,7 +97,7 @@ void bind_engine(py::module_& module) {
 
   py::class_<Engine>(module, "Engine", "One rank of one pipeline.")
       .def_static("loopback", &loopback_engine, py::arg("hub"), py::arg("rank"),
-                  py::arg("timeout_seconds"))
+                  py::arg("timeout_seconds"), py::call_guard<py::gil_scoped_release>())
       .def_static("process_group", &process_group_engine, py::arg("group"), py::arg("rank"),
                   py::arg("group_ranks"), py::arg("peers"), py::arg("timeout_seconds"))
       .def("run", &run, py::arg("program"), py::arg("functions"), py::arg("training"),

@@ -2,6 +2,10 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+
 namespace dualpipe {
 
 // One function for each part of the core, in bind_<part>.cpp: it adds that part's classes and
@@ -12,5 +16,13 @@ void bind_schedule(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
 void bind_weight_grad(pybind11::module_& module);
 void bind_comm(pybind11::module_& module);
+
+// A duration that the user gave in seconds. At most 1e9 s (30 years), also for infinity: adding it
+// to the time of day, in nanoseconds, cannot overflow.
+inline std::chrono::milliseconds milliseconds_of(double seconds) {
+  constexpr double kLongest = 1e9;
+  const double limited = seconds < kLongest ? std::max(seconds, 0.0) : kLongest;
+  return std::chrono::milliseconds(static_cast<std::int64_t>(limited * 1000));
+}
 
 }  // namespace dualpipe

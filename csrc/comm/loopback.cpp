@@ -58,19 +58,23 @@ void Hub::leave(Rank rank) {
 }
 
 void Hub::inject(FaultInjector injector) {
-  const std::lock_guard lock(mutex_);
-  has_injector_ = static_cast<bool>(injector);
-  injector_ = std::move(injector);
+  auto shared = injector ? std::make_shared<const FaultInjector>(std::move(injector)) : nullptr;
+  {
+    const std::lock_guard lock(mutex_);
+    has_injector_ = shared != nullptr;
+    injector_.swap(shared);
+  }
+  // What was injected before is let go here, without the lock: that may run the user's code.
 }
 
 Fault Hub::fault_of(Rank from, Rank to, const MessageId& id) {
   if (!has_injector_.load(std::memory_order_acquire)) return Fault::kNone;
-  FaultInjector injector;
+  std::shared_ptr<const FaultInjector> injector;
   {
     const std::lock_guard lock(mutex_);
     injector = injector_;
   }
-  return injector ? injector(from, to, id) : Fault::kNone;
+  return injector ? (*injector)(from, to, id) : Fault::kNone;
 }
 
 Mailbox& Hub::mailbox(Rank from, Rank to, MessageKind kind) {

@@ -50,10 +50,10 @@ class Hub final : public LoopbackHub {
  private:
   const int num_ranks_;
   FailureBoard failures_;
-  std::mutex mutex_;
+  std::mutex mutex_;  // an injector is neither copied, called nor destroyed under it
   std::vector<Endpoint*> endpoints_;  // by rank
   std::atomic<bool> has_injector_{false};
-  FaultInjector injector_;
+  std::shared_ptr<const FaultInjector> injector_;  // null: none
   std::vector<Mailbox> mailboxes_;
 };
 

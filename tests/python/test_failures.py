@@ -200,6 +200,23 @@ def test_a_rank_that_does_not_come() -> None:
         assert f"rank {rank} waited 500 ms for rank(s) 1 of 4" in texts[rank]
 
 
+@pytest.mark.parametrize("timeout", [float("inf"), 1e10])
+def test_patience_without_end(timeout: float) -> None:
+    """A limit that no clock can count up to is none; 0.3 s is more than the watchdog's period."""
+
+    def rank_fn(rank: int, num_ranks: int) -> None:
+        time.sleep(0.3 * rank)
+        pipeline = DualPipe(
+            [nn.Linear(3, 3), nn.Linear(3, 3)], config=DualPipeConfig(timeout=timeout)
+        )
+        x = torch.ones(4, 3)
+        time.sleep(0.3 * rank)
+        pipeline.step(x, num_chunks=4, criterion=squared_error, labels=(x,))
+
+    for outcome in outcomes(rank_fn, 2):
+        assert not outcome.error, outcome.text
+
+
 def test_a_rank_that_stays_away_from_a_step() -> None:
     def rank_fn(rank: int, num_ranks: int) -> Outcome:
         pipeline = DualPipe(own_stages(JOB, rank), config=DualPipeConfig(timeout=1.0))

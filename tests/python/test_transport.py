@@ -70,6 +70,24 @@ def test_processes(name: str, process_outcomes: list[Outcomes]) -> None:
     assert [outcomes[name] for outcomes in process_outcomes] == ["", ""]
 
 
+def test_a_function_that_decides_on_faults_holds_nobody_up() -> None:
+    """It needs the interpreter lock, which a rank holds that comes or goes meanwhile."""
+    hub = _C.LoopbackHub(2)
+    hub.inject(lambda *_: _C.Fault.DROP)
+    sender = hub.transport(0)
+    sender.begin_step(1, 1, "a step")
+
+    def send() -> None:
+        for _ in range(5000):
+            sender.send(1, _C.MessageKind.ACTIVATION, 1, 0, [])
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    while thread.is_alive():
+        hub.transport(1)  # gone at once
+    thread.join()
+
+
 def mapped_ring(rank: int, num_ranks: int) -> list[str]:
     """Rank r of the pipeline is rank 2 - r of the group; every rank sends to the next one."""
     pipeline_rank = num_ranks - 1 - rank
