@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +12,45 @@ from torch import Tensor, nn
 
 from dualpipe_ext import _C
 
-__all__ = ["deferred_forward"]
+__all__ = ["DeferredForward"]
 
 
-def deferred_forward(self: nn.Module, input: Tensor) -> Tensor:
-    """Map (..., in) to (..., out) as the layer's class does, deferring weight gradients."""
+class DeferredForward:
+    """The forward of one layer, which owns it: a bound method would make a cycle of the two."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        """Stand in for the forward of the class of ``layer``."""
+        self._layer = weakref.ref(layer)
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer whose forward this is.
+
+        Raises:
+            ReferenceError: It is gone.
+        """
+        layer = self._layer()
+        if layer is None:
+            raise ReferenceError(
+                "the forward of a linear layer was used after the layer itself was freed; keep the "
+                "layer and call that"
+            )
+        return layer
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """Map (..., in) to (..., out) as the layer's class does, deferring weight gradients."""
+        return _deferred_forward(self.layer, input)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeferredForward:
+        """Stand in for the forward of the layer's copy."""
+        return DeferredForward(copy.deepcopy(self.layer, memo))
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[nn.Module, str]]:
+        """Load as the forward of the layer's class."""
+        return getattr, (self.layer, "forward")
+
+
+def _deferred_forward(self: nn.Module, input: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or _C.current_weight_queue() is None:
         plain: Callable[[nn.Module, Tensor], Tensor] = type(self).forward
         return plain(self, input)
@@ -29,7 +65,3 @@ def deferred_forward(self: nn.Module, input: Tensor) -> Tensor:
         bias_main_grad=getattr(bias, "main_grad", None),
     )
     return output
-
-
-# A bound method is pickled as the name of its function: what is loaded is the class's own forward.
-deferred_forward.__name__ = "forward"

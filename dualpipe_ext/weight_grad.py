@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import MethodType
 
 import torch
 from torch import nn
 
 from dualpipe_ext import _C
-from dualpipe_ext._deferred_forward import deferred_forward
+from dualpipe_ext._deferred_forward import DeferredForward
 from dualpipe_ext.weight_report import WeightSplitReport, can_defer_natively, weight_split
 
 __all__ = [
@@ -41,15 +40,14 @@ def defer_weight_gradients(module: nn.Module) -> WeightSplitReport:
     """
     for layer in module.modules():
         if can_defer_natively(layer):
-            layer.__dict__["forward"] = MethodType(deferred_forward, layer)
+            layer.__dict__["forward"] = DeferredForward(layer)
     return weight_split(module)
 
 
 def undo_defer_weight_gradients(module: nn.Module) -> None:
     """Give every layer that :func:`defer_weight_gradients` changed its own ``forward`` back."""
     for layer in module.modules():
-        own = layer.__dict__.get("forward")
-        if getattr(own, "__func__", None) is deferred_forward:
+        if isinstance(layer.__dict__.get("forward"), DeferredForward):
             del layer.__dict__["forward"]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from dualpipe_ext._deferred_forward import deferred_forward
+from dualpipe_ext._deferred_forward import DeferredForward
 
 TRANSFORMERS_MODULES = ("transformers.pytorch_utils", "transformers.modeling_utils")
 
@@ -89,10 +89,11 @@ class WeightSplitReport:
 def weight_split(module: nn.Module) -> WeightSplitReport:
     """Report which weights of a module can be deferred, without changing it."""
     functional = {id(layer) for layer in _used_as_functions(module)}
+    compiled = {id(layer) for layer in _compiled(module)}
     found: list[tuple[str, nn.Module, WeightSplit, str]] = []
     for name, layer in module.named_modules():
         if any(True for _ in layer.parameters(recurse=False)):
-            split, reason = _classify(layer, called=id(layer) not in functional)
+            split, reason = _classify(layer, id(layer) not in functional, id(layer) in compiled)
             found.append((name, layer, split, reason))
     counts = _count_weights([(layer, split) for _, layer, split, _ in found])
     return WeightSplitReport(
@@ -120,10 +121,10 @@ def _linear_class(layer: nn.Module) -> type[nn.Module] | None:
 def _own_forward(layer: nn.Module, kind: type[nn.Module]) -> str:
     if type(layer).forward is not kind.forward:
         return f"{type(layer).__name__} has a forward of its own"
-    function = getattr(layer.__dict__.get("forward"), "__func__", None)
-    if "forward" in layer.__dict__ and function not in (deferred_forward, kind.forward):
-        return "its forward was replaced"
-    return ""
+    own = layer.__dict__.get("forward")
+    if own is None or isinstance(own, DeferredForward):
+        return ""
+    return "" if getattr(own, "__func__", None) is kind.forward else "its forward was replaced"
 
 
 def _unusable_weight(layer: nn.Module) -> str:
@@ -134,10 +135,12 @@ def _unusable_weight(layer: nn.Module) -> str:
         return "it has no weight yet; run it once first"
     if type(weight) not in (nn.Parameter, Tensor):
         return f"its weight is a {type(weight).__name__}"
+    if weight.is_complex():
+        return "its weight is complex"
     return ""
 
 
-def _classify(layer: nn.Module, called: bool) -> tuple[WeightSplit, str]:
+def _classify(layer: nn.Module, called: bool, compiled: bool) -> tuple[WeightSplit, str]:
     type_name = type(layer).__name__
     if not any(p.requires_grad for p in layer.parameters(recurse=False)):
         return WeightSplit.NONE, "frozen"
@@ -152,6 +155,8 @@ def _classify(layer: nn.Module, called: bool) -> tuple[WeightSplit, str]:
         return WeightSplit.STORE, reason
     if reason := _unusable_weight(layer):
         return WeightSplit.NONE, reason
+    if compiled:
+        return WeightSplit.NONE, "torch.compile computes it, and its gradients at once"
     return WeightSplit.NATIVE, ""
 
 
@@ -159,6 +164,14 @@ def _used_as_functions(module: nn.Module) -> Iterator[nn.Module]:
     for layer in module.modules():
         if isinstance(layer, nn.MultiheadAttention):
             yield layer.out_proj
+
+
+def _compiled(module: nn.Module) -> Iterator[nn.Module]:
+    for layer in module.modules():
+        kind = type(layer)
+        wrapper = kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch._dynamo")
+        if wrapper or getattr(layer, "_compiled_call_impl", None) is not None:
+            yield from layer.modules()
 
 
 def _count_weights(layers: list[tuple[nn.Module, WeightSplit]]) -> dict[int, int]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import pickle
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +32,7 @@ from torch.nn.utils import parametrizations
 
 from dualpipe_ext import _C
 from dualpipe_ext.weight_grad import defer_weight_gradients, undo_defer_weight_gradients
-from dualpipe_ext.weight_report import WeightSplit
+from dualpipe_ext.weight_report import WeightSplit, weight_split
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +57,7 @@ def test_names_and_module_hooks_stay_and_twice_is_harmless() -> None:
     calls: list[int] = []
     model.up.register_forward_hook(lambda *_: calls.append(1))
     defer_weight_gradients(model)
-    forward = model.up.forward
     defer_weight_gradients(model)
-    assert model.up.forward == forward
     queue = _C.WeightQueue()
     split_step(queue, model, leaf(BATCH, WIDTH))
     assert list(model.state_dict()) == names
@@ -85,6 +86,20 @@ def test_deep_copy_defers_for_its_own_parameters() -> None:
     queue.run(0, 0)
     assert not has_no_grads(copied)
     assert has_no_grads(model)
+
+
+def test_a_layer_is_freed_with_its_last_reference() -> None:
+    layer, _ = pair(nn.Linear(WIDTH, HIDDEN))
+    weight = weakref.ref(layer.weight)
+    forward = layer.forward
+    gc.disable()
+    try:
+        del layer
+        assert weight() is None
+    finally:
+        gc.enable()
+    with pytest.raises(ReferenceError, match="keep the layer"):
+        forward(torch.randn(BATCH, WIDTH))
 
 
 def test_unpickled_module_is_plain_and_can_defer_again() -> None:
@@ -163,6 +178,18 @@ def test_weight_tied_to_an_embedding_counts_as_deferred() -> None:
     vars(model["head"])["_parameters"]["weight"] = model["embedding"].weight
     report = defer_weight_gradients(model)
     assert [m.num_weights for m in report.modules] == [0, 36]
+
+
+def test_compiled_layers_count_as_computed_at_once() -> None:
+    within = nn.Sequential(nn.Linear(4, 4))
+    within.compile(backend="eager")
+    wrapped: Any = torch.compile(MLP(), backend="eager")
+    report = weight_split(nn.ModuleList([within, wrapped, nn.Linear(4, 4)]))
+    found = {m.name: (m.split, m.reason) for m in report.modules}
+    compiled = (WeightSplit.NONE, "torch.compile computes it, and its gradients at once")
+    assert found.pop("2") == (WeightSplit.NATIVE, "")
+    assert list(found) == ["0.0", "1._orig_mod.up", "1._orig_mod.down"]
+    assert set(found.values()) == {compiled}
 
 
 def test_report_is_a_table_and_data() -> None:
