@@ -7,6 +7,7 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 
 #include <optional>
 #include <string_view>
@@ -65,31 +66,61 @@ at::Tensor plain_linear(const at::Tensor& input, const at::Tensor& weight, const
   return with_leading_sizes(output, input);
 }
 
+// Which of its parameters a call computes gradients of.
+struct Wanted {
+  bool weight;
+  bool bias;
+};
+
+using NodePtr = decltype(autograd::Edge::function);
+
+NodePtr accumulator_of(const at::Tensor& parameter) {
+  if (!parameter.defined()) return nullptr;
+  return autograd::impl::grad_accumulator(parameter);
+}
+
+// Whether the backward pass at work adds to the gradient behind an accumulator: not
+// torch.autograd.grad, and with `inputs` given only for those.
+bool pass_accumulates(const NodePtr& accumulator) {
+  const auto* asked_for = autograd::get_current_graph_task_exec_info();
+  if (asked_for == nullptr || asked_for->empty()) return true;
+  const auto found = asked_for->find(accumulator.get());
+  return found != asked_for->end() && found->second.needed_;
+}
+
 // What one call leaves to its backward beside the saved tensors.
 struct DeferredCall final : torch::CustomClassHolder {
   DeferredCall(std::weak_ptr<WeightQueue> to, LinearParameters used)
       : queue(std::move(to)),
         parameters(std::move(used)),
-        weight_wanted(parameters.weight.requires_grad()),
-        bias_wanted(parameters.bias.defined() && parameters.bias.requires_grad()) {}
+        weight_accumulator(accumulator_of(parameters.weight)),
+        bias_accumulator(accumulator_of(parameters.bias)),
+        wanted{parameters.weight.requires_grad(),
+               parameters.bias.defined() && parameters.bias.requires_grad()} {}
 
-  void accumulate_grads(const at::Tensor& output_grad, const at::Tensor& input) const {
+  [[nodiscard]] Wanted wanted_by_pass() const {
+    return {wanted.weight && pass_accumulates(weight_accumulator),
+            wanted.bias && pass_accumulates(bias_accumulator)};
+  }
+
+  void accumulate_grads(const at::Tensor& output_grad, const at::Tensor& input, Wanted now) const {
     const at::NoGradGuard no_grad;
     const NoAutocast no_autocast;
     const at::Tensor grads = rows(output_grad);
-    if (weight_wanted) {
+    if (now.weight) {
       const GradTarget weight{parameters.weight, parameters.weight_main_grad};
       const at::Tensor inputs = rows(input);
       parameters.transposed ? accumulate_product(weight, inputs.t(), grads)
                             : accumulate_product(weight, grads.t(), inputs);
     }
-    if (bias_wanted) accumulate({parameters.bias, parameters.bias_main_grad}, grads.sum(0));
+    if (now.bias) accumulate({parameters.bias, parameters.bias_main_grad}, grads.sum(0));
   }
 
   std::weak_ptr<WeightQueue> queue;  // an engine may be gone before a graph it made
   LinearParameters parameters;
-  bool weight_wanted;
-  bool bias_wanted;
+  NodePtr weight_accumulator;  // kept, as an edge would: a pass finds no input without it
+  NodePtr bias_accumulator;
+  Wanted wanted;
 };
 
 using CallPtr = c10::intrusive_ptr<DeferredCall>;
@@ -128,7 +159,7 @@ class DeferredLinear : public autograd::Function<DeferredLinear> {
     const at::Tensor output =
         plain_linear(operands.input, operands.weight, operands.bias, call->parameters.transposed);
     // The weight is saved as it is: a cast copy for each micro-batch in flight would cost memory.
-    context->save_for_backward({call->weight_wanted ? operands.input : at::Tensor(),
+    context->save_for_backward({call->wanted.weight ? operands.input : at::Tensor(),
                                 input.requires_grad() ? call->parameters.weight : at::Tensor()});
     context->set_materialize_grads(false);
     context->saved_data["call"] = c10::IValue::make_capsule(call);
@@ -156,13 +187,17 @@ class DeferredLinear : public autograd::Function<DeferredLinear> {
  private:
   static void defer_or_accumulate(const CallPtr& call, const at::Tensor& output_grad,
                                   const at::Tensor& saved_input) {
+    const Wanted wanted = call->wanted_by_pass();
+    if (!wanted.weight && !wanted.bias) return;
     // Without its history: a task keeps no graph alive.
     const at::Tensor input = saved_input.defined() ? saved_input.detach() : saved_input;
     const std::shared_ptr<WeightQueue> queue = call->queue.lock();
     if (queue && queue->deferring()) {
-      queue->put([call, output_grad, input] { call->accumulate_grads(output_grad, input); });
+      queue->put([call, output_grad, input, wanted] {
+        call->accumulate_grads(output_grad, input, wanted);
+      });
     } else {
-      call->accumulate_grads(output_grad, input);
+      call->accumulate_grads(output_grad, input, wanted);
     }
   }
 
@@ -185,7 +220,8 @@ bool can_defer(const LinearParameters& parameters) {
   const bool wanted = parameters.weight.requires_grad() ||
                       (parameters.bias.defined() && parameters.bias.requires_grad());
   return wanted && at::GradMode::is_enabled() && parameters.weight.dim() == 2 &&
-         can_own_grad(parameters.weight) && can_own_grad(parameters.bias);
+         !parameters.weight.is_complex() && can_own_grad(parameters.weight) &&
+         can_own_grad(parameters.bias);
 }
 
 }  // namespace

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dualpipe_ext import _C
+from dualpipe_ext.weight_report import weight_split
 
 
 @pytest.fixture(autouse=True)
@@ -172,3 +173,53 @@ def test_compiled_model_is_left_to_the_compiler() -> None:
         loss_of(output).backward()
     assert queue.num_pending == 0
     assert model.up.weight.grad is not None
+
+
+@pytest.mark.parametrize("defer", [True, False])
+def test_gradients_asked_for_alone_leave_the_weights_alone(defer: bool) -> None:
+    queue = _C.WeightQueue()
+    model, reference = pair(MLP())
+    x = leaf(BATCH, WIDTH)
+    y = twin(x)
+    with queue.scope():
+        loss = loss_of(model(x))
+    with backward_pass(queue, defer=defer):
+        (found,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (wanted,) = torch.autograd.grad(loss_of(reference(y)), y)
+    assert_equal(found, wanted)
+    assert queue.num_pending == 0 and has_no_grads(model)
+    with backward_pass(queue, defer=defer):
+        loss.backward()
+    queue.run(0, 0)
+    plain_step(reference, y)
+    assert_same_grads(model, reference)
+
+
+def test_backward_for_some_inputs_accumulates_those_alone() -> None:
+    queue = _C.WeightQueue()
+    model, reference = pair(MLP())
+    x = leaf(BATCH, WIDTH)
+    y = twin(x)
+    with queue.scope():
+        loss = loss_of(model(x))
+    with backward_pass(queue):
+        loss.backward(inputs=[x, model.up.weight, model.down.bias])
+    queue.run(0, 0)
+    loss_of(reference(y)).backward(inputs=[y, reference.up.weight, reference.down.bias])
+    assert_equal(x.grad, y.grad)
+    assert model.up.weight.grad is not None and model.up.bias.grad is None
+    assert_same_grads(model, reference)
+
+
+def test_complex_weights_are_left_to_autograd() -> None:
+    queue = _C.WeightQueue()
+    layer, reference = pair(nn.Linear(WIDTH, HIDDEN, dtype=torch.complex64))
+    x = leaf(BATCH, WIDTH, dtype=torch.complex64)
+    with queue.scope():
+        output = _C.deferred_linear(x, layer.weight, layer.bias)
+    with backward_pass(queue):
+        output.abs().sum().backward()
+    assert queue.num_pending == 0
+    reference(twin(x)).abs().sum().backward()
+    assert_same_grads(layer, reference)
+    assert [m.reason for m in weight_split(layer).modules] == ["its weight is complex"]
