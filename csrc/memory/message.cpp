@@ -75,6 +75,7 @@ void repoint(Message& message, std::byte* from, std::shared_ptr<void> owner) {
     from += align_up(spec.num_bytes);
   }
   message.owner = std::move(owner);
+  message.shared = false;
 }
 
 Message unpack(Layout layout, std::byte* from, std::shared_ptr<void> owner) {

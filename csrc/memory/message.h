@@ -41,6 +41,7 @@ struct Message {
   Layout layout;
   std::vector<std::byte*> data;  // one a tensor, contiguous; nullptr where absent
   std::shared_ptr<void> owner;
+  bool shared = false;  // the bytes are those of the sender's tensors, no copy made by a transport
 
   [[nodiscard]] std::size_t num_tensors() const { return layout.size(); }
 };

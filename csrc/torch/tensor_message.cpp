@@ -46,12 +46,13 @@ Message message_of(const Tensors& tensors) {
       continue;
     }
     check_can_travel(tensor);
-    at::Tensor host = tensor.detach().to(at::kCPU).contiguous();
+    at::Tensor host = tensor.detach().resolve_conj().resolve_neg().to(at::kCPU).contiguous();
     message.layout.push_back(spec_of(host, tensor.requires_grad()));
     message.data.push_back(static_cast<std::byte*>(host.mutable_data_ptr()));
     owner->push_back(std::move(host));
   }
   message.owner = std::move(owner);
+  message.shared = true;
   return message;
 }
 
@@ -63,6 +64,7 @@ Tensors tensors_of(Message message, at::Device device, bool with_grad) {
     at::Tensor tensor = tensor_of(spec, message.data[i], message.owner);
     if (!device.is_cpu()) tensor = tensor.to(device);
     if (with_grad && spec.requires_grad) tensor.set_requires_grad(true);
+    if (with_grad && !spec.requires_grad && message.shared) tensor = tensor.clone();
     tensors[i] = std::move(tensor);
   }
   return tensors;

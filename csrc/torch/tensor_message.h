@@ -16,7 +16,9 @@ using Tensors = std::vector<at::Tensor>;  // undefined: None
 [[nodiscard]] Message message_of(const Tensors& tensors);
 
 // The tensors of a message on `device`, as leaves; with_grad: those whose sender asked for a
-// gradient require one. On the host they share the message's memory and keep its owner alive.
+// gradient require one. On the host they share the message's memory and keep its owner alive, but
+// for those without a gradient in a message that shares its sender's: a stage may change them in
+// place, and autograd, which counts versions of tensors, would not see that the sender saved them.
 [[nodiscard]] Tensors tensors_of(Message message, at::Device device, bool with_grad);
 
 }  // namespace dualpipe

@@ -290,3 +290,69 @@ def test_step_may_be_called_with_inputs_that_need_gradients() -> None:
         expected.append(values.grad)
     assert grad is not None
     torch.testing.assert_close(grad, torch.cat(expected), rtol=1e-12, atol=1e-16)
+
+
+def test_a_stage_may_change_a_mask_that_another_one_of_its_rank_saved() -> None:
+    """In the turn of the V both stages are on one rank, as far apart as on two."""
+
+    class Mask(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            mask = (x > 0).to(x.dtype)
+            return x * mask, mask
+
+    class Flip(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return x * mask.sub_(1)
+
+    class Scaled(nn.Module):
+        def __init__(self, stage: nn.Module) -> None:
+            super().__init__()
+            self.stage = stage
+            self.scale = nn.Parameter(torch.full((1,), 2.0))
+
+        def forward(self, x: Tensor, *rest: Tensor) -> Any:
+            return self.stage(x * self.scale, *rest)
+
+    x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0))
+
+    def rank_fn(rank: int, num_ranks: int) -> list[Tensor | None]:
+        stages = [Scaled(Mask()), Scaled(Flip())]
+        pipeline = Pipeline(stages, "dualpipev")
+        pipeline.step(
+            x.clone(), num_chunks=2, criterion=squared_error, labels=(torch.ones(4, WIDTH),)
+        )
+        return [stage.scale.grad for stage in stages]
+
+    whole = [Scaled(Mask()), Scaled(Flip())]
+    for part in x.chunk(2):
+        y, mask = whole[0](part)
+        squared_error(whole[1](y, mask.clone()), torch.ones(2, WIDTH)).backward()
+    (found,) = run_ranks(rank_fn, 1)
+    for grad, stage in zip(found, whole, strict=True):
+        assert grad is not None and stage.scale.grad is not None
+        torch.testing.assert_close(grad, stage.scale.grad)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_conjugated_and_negated_views_travel_as_what_they_are(num_ranks: int) -> None:
+    class Views(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            z = torch.complex(x, x + 1)
+            assert z.conj().is_conj() and z.conj().imag.is_neg()
+            return z.conj(), z.conj().imag
+
+    class Sum(nn.Module):
+        def forward(self, conjugate: Tensor, negated: Tensor) -> Tensor:
+            return conjugate.real + 10 * conjugate.imag + 100 * negated
+
+    x = torch.randn(2, WIDTH)
+
+    def rank_fn(rank: int, num_ranks: int) -> Any:
+        stages: list[nn.Module] = [Views(), Sum()]
+        kind = "dualpipev" if num_ranks == 1 else "1f1b"
+        pipeline = Pipeline(stages if num_ranks == 1 else stages[rank : rank + 1], kind)
+        with torch.no_grad():
+            inputs = (x,) if rank == 0 else ()
+            return pipeline.step(*inputs, num_chunks=2, return_outputs=True)[1]
+
+    torch.testing.assert_close(run_ranks(rank_fn, num_ranks)[-1], x + 110 * (-x - 1))
