@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,18 +12,19 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dualpipe_ext import _C
-from dualpipe_ext._batch import RankBatch, check_num_chunks, cut_batch
+from dualpipe_ext._batch import check_num_chunks, cut_batch
 from dualpipe_ext._C import InternalError, PipelineError
 from dualpipe_ext._handshake import agree
 from dualpipe_ext._mirrors import MirroredStages, describe_stage
 from dualpipe_ext._overlap import find_overlapped
+from dualpipe_ext._plans import PlannedStep, StepPlanner
 from dualpipe_ext._source import ScheduleSource
 from dualpipe_ext._step import Criterion, LossHooks, Step, microbatch_seed
 from dualpipe_ext.config import DualPipeConfig
 from dualpipe_ext.gradients import clip_local_gradients, total_norm
 from dualpipe_ext.groups import PipelineGroup, resolve_group
 from dualpipe_ext.microbatches import Joined
-from dualpipe_ext.schedule import CostModel, Schedule
+from dualpipe_ext.schedule import Schedule
 from dualpipe_ext.stats import StepStatistics, TraceEvent
 from dualpipe_ext.weight_grad import (
     WeightSplitReport,
@@ -35,22 +34,6 @@ from dualpipe_ext.weight_grad import (
 )
 
 __all__ = ["Pipeline"]
-
-
-@dataclass(frozen=True)
-class _PlannedStep:
-    """A schedule, resolved for this rank and one way of running it."""
-
-    schedule: Schedule  # compute actions
-    lowered: Schedule
-    program: _C.Program
-    batch: RankBatch
-
-    @cached_property
-    def planned_bubble(self) -> float:
-        """The share of the step in which this rank idles, with F = I = W and instant messages."""
-        timeline = self.schedule.simulate(CostModel(), sends="early")
-        return timeline.bubble(self.batch.rank) / timeline.makespan
 
 
 class Pipeline(nn.Module):
@@ -92,8 +75,10 @@ class Pipeline(nn.Module):
         self.num_ranks = self.group.size
         agree(self.group, self.config.timeout, lambda: self._adopt(list(modules), schedule))
         self._hooks = LossHooks()
-        self._plans: dict[tuple[int, bool, bool], _PlannedStep] = {}
-        self._last_plan: _PlannedStep | None = None
+        self._planner = StepPlanner(
+            self._source, self.rank, self.config.lookahead, self._overlapped.function is not None
+        )
+        self._last_plan: PlannedStep | None = None
         self._num_steps = 0
         self._running = False
         self._engine = self.group.make_engine(self._peers(), self.config.timeout)
@@ -177,7 +162,7 @@ class Pipeline(nn.Module):
         num_chunks = num_chunks or self.config.num_microbatches
         try:
             check_num_chunks(num_chunks)
-            plan = self._plan(num_chunks, training, sync_gradients)
+            plan = self._planner.plan(num_chunks, training, sync_gradients)
             step = self._make_step(plan, inputs, labels, criterion, training, return_outputs)
             reducer = self._gradient_sum() if sync_gradients and training else None
         except BaseException as error:  # whatever it is, the other ranks must not wait for this one
@@ -343,32 +328,9 @@ class Pipeline(nn.Module):
 
     # One step
 
-    def _plan(self, num_chunks: int, training: bool, sync_gradients: bool) -> _PlannedStep:
-        key = (num_chunks, training, sync_gradients)
-        if key not in self._plans:
-            self._plans[key] = self._make_plan(*key)
-        return self._plans[key]
-
-    def _make_plan(self, num_chunks: int, training: bool, sync_gradients: bool) -> _PlannedStep:
-        schedule = self._source.plan(num_chunks)
-        lowered = schedule.lower(
-            lookahead=self.config.lookahead,
-            keep_overlap=self._overlapped.function is not None and training,
-            with_backward=training,
-            reduce_gradients=sync_gradients and training,
-        )
-        lowered.verify()
-        description = (
-            f"{self._source.name}, {self.num_ranks} ranks, {num_chunks} micro-batches, "
-            f"{'training' if training else 'inference'}"
-            f"{', summing gradients' if sync_gradients and training else ''}"
-        )
-        program = _C.Program(lowered.native, self.rank, description)
-        return _PlannedStep(schedule, lowered, program, RankBatch(schedule, self.rank))
-
     def _make_step(
         self,
-        plan: _PlannedStep,
+        plan: PlannedStep,
         inputs: Sequence[Tensor | None],
         labels: Sequence[Tensor | None] | None,
         criterion: Criterion | None,
@@ -392,7 +354,7 @@ class Pipeline(nn.Module):
             overlapped_function=self._overlapped.function,
         )
 
-    def _run(self, plan: _PlannedStep, step: Step, reducer: _C.MirrorExchange | None) -> None:
+    def _run(self, plan: PlannedStep, step: Step, reducer: _C.MirrorExchange | None) -> None:
         self._running = True
         try:
             self._engine.run(
@@ -413,7 +375,7 @@ class Pipeline(nn.Module):
         finally:
             self._running = False
 
-    def _where(self, plan: _PlannedStep) -> str:
+    def _where(self, plan: PlannedStep) -> str:
         """The schedule around the action at which this rank stopped."""
         return plan.lowered.grid(self.rank, self._engine.cursor)
 
