@@ -12,8 +12,9 @@ def train(rank: int, size: int) -> None:
     stages = [nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)) for _ in range(2)]
     model = DualPipe(stages)  # stages rank and size-1-rank; copies are made equal
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    x = {0: torch.randn(64, 32), size - 1: torch.randn(64, 32)}.get(rank)  # half the batch each
-    y = torch.zeros(64, 32) if x is not None else None  # of the inputs at the other end
+    data = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0))
+    x = {0: data[0], size - 1: data[1]}.get(rank)  # half of the batch enters at each end
+    y = {0: data[1].sin(), size - 1: data[0].sin()}.get(rank)  # and leaves at the other
     for step in range(100):
         loss, _ = model.step(x, num_chunks=16, criterion=nn.functional.mse_loss, labels=(y,))
         model.sync_gradients()
