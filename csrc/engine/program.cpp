@@ -1,7 +1,6 @@
 #include "engine/program.h"
 
 #include <map>
-#include <set>
 #include <tuple>
 
 #include "common/error.h"
@@ -151,16 +150,6 @@ Program make_reduce_program(Rank rank, const std::vector<Stage>& stages) {
                                     .peer = Rank()});
   }
   return program;
-}
-
-std::vector<Rank> peers_of(const Schedule& lowered, Rank rank) {
-  std::set<Rank> peers;
-  Resolver resolver(lowered.placement, rank);
-  for (const Action& action : lowered.row(rank)) {
-    const Instruction instruction = resolver.resolve(action);
-    if (instruction.peer.valid()) peers.insert(instruction.peer);
-  }
-  return {peers.begin(), peers.end()};
 }
 
 }  // namespace dualpipe

@@ -50,7 +50,4 @@ struct Program {
 // A step that only sums the gradients of the stages that the rank holds.
 [[nodiscard]] Program make_reduce_program(Rank rank, const std::vector<Stage>& stages);
 
-// The ranks that a rank exchanges messages with, ascending.
-[[nodiscard]] std::vector<Rank> peers_of(const Schedule& lowered, Rank rank);
-
 }  // namespace dualpipe

@@ -157,12 +157,5 @@ TEST(Program, ReducesTheStagesItIsGiven) {
   EXPECT_NE(program.digest, 0u);
 }
 
-TEST(Program, KnowsThePeers) {
-  EXPECT_EQ(peers_of(lowered("1f1b", 4, 8), Rank(0)), (std::vector{Rank(1)}));
-  EXPECT_EQ(peers_of(lowered("dualpipe", 4, 8), Rank(2)), (std::vector{Rank(1), Rank(3)}));
-  EXPECT_EQ(peers_of(lowered("interleaved_1f1b", 4, 8), Rank(0)), (std::vector{Rank(1), Rank(3)}));
-  EXPECT_TRUE(peers_of(lowered("1f1b", 1, 8), Rank(0)).empty());
-}
-
 }  // namespace
 }  // namespace dualpipe
