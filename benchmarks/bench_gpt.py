@@ -103,7 +103,7 @@ def ours(rank: int) -> Contender:
             x, num_chunks=NUM_CHUNKS, criterion=loss_fn, labels=(labels,), sync_gradients=True
         )
 
-    return Contender("dualpipe_ext DualPipe", step)
+    return Contender("dualpipe_ext DualPipe", step, is_ours=True)
 
 
 def upstream(rank: int, package: ModuleType) -> Contender:

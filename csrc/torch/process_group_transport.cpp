@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "comm/framed_transport.h"
+#include "comm/thread_policy.h"
 #include "common/error.h"
 
 namespace dualpipe {
@@ -82,6 +83,11 @@ class BackendLink final : public ByteLink {
   const std::vector<int> group_ranks_;  // by rank of the pipeline
 };
 
+// gloo's event loop never blocks on the lock of a connection: it polls the socket until the lock is
+// free. If it takes the core from the thread that holds the lock, in the middle of a send, it polls
+// for a whole time slice, and nothing moves: three quarters of a step of short actions.
+constexpr const char* kGlooLoop = "gloo_tcp_loop";
+
 template <typename Function>
 auto call(Function function) {
   return or_pipeline_error("the rank that hosts the process group's store is gone", function);
@@ -139,6 +145,7 @@ ProcessGroupEnds process_group_ends(c10d::ProcessGroup& group, Rank rank,
                                     std::vector<int> group_ranks, std::vector<Rank> peers) {
   const int num_ranks = static_cast<int>(group_ranks.size());
   auto backend = cpu_backend(group);
+  never_preempt(kGlooLoop);
   const auto store = store_of(group);
   C10dStore counters("dualpipe_ext", store);
   const std::int64_t instance = counters.add(cat("pipelines/", rank), 1) - 1;
