@@ -2,7 +2,8 @@
 
 Every contender trains on the same micro-batches from the same weights, one torch thread a rank,
 with the gradients of both copies of a stage summed where there are two. The unsplit model runs
-on rank 0 while rank 1 waits in a barrier, which costs no processor time.
+on rank 0 while rank 1 waits in a barrier, which costs no processor time. Two copies of it that never
+talk show what two processes can reach at all: they share caches and memory.
 """
 
 import sys
@@ -65,7 +66,7 @@ def message() -> Tensor:
 
 def contenders(rank: int, num_ranks: int, peer_dualpipe: Path | None) -> list[Contender]:
     """Build every contender on this rank."""
-    built = [unsplit(rank), ours(rank)]
+    built = [unsplit(rank), both_halves(rank), ours(rank)]
     if peer_dualpipe is not None:
         built.append(upstream(rank, load_upstream(peer_dualpipe)))
     return [*built, torch_dualpipev(rank, num_ranks), torch_1f1b(rank, num_ranks)]
@@ -89,6 +90,19 @@ def unsplit(rank: int) -> Contender:
             loss_fn(model(x), y).backward()
 
     return Contender("one process, unsplit", step)
+
+
+def both_halves(rank: int) -> Contender:
+    """Run half of the micro-batches on each rank, which never talk: what the machine can do."""
+    model = GPTStage(CONFIG, range(CONFIG.layers))
+    tokens, targets = (side.chunk(NUM_CHUNKS)[rank::2] for side in batch())
+
+    def step() -> None:
+        clear(model)
+        for x, y in zip(tokens, targets, strict=True):
+            loss_fn(model(x), y).backward()
+
+    return Contender("two processes, nothing between them", step)
 
 
 def ours(rank: int) -> Contender:

@@ -68,9 +68,7 @@ def ours(rank: int, num_ranks: int, work: Work) -> Contender:
     """Build our DualPipe."""
     model = DualPipe([SleepStage(work.times, WeightGradStore) for _ in range(2)])
     step = bidirectional_step(model.step, rank, num_ranks, work)
-    return Contender(
-        "dualpipe_ext DualPipe", step, work.paper("dualpipe", num_ranks), is_ours=True
-    )
+    return Contender("dualpipe_ext DualPipe", step, work.paper("dualpipe", num_ranks), is_ours=True)
 
 
 def upstream(rank: int, num_ranks: int, work: Work, checkout: Path) -> Contender:

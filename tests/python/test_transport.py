@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -12,7 +13,13 @@ from typing import Any
 import pytest
 from torch._C._distributed_c10d import TCPStore
 from transport_checks import CHECKS, Ends, outcome_of, tensor
-from transport_processes import Outcomes, mapped_ring, run_all_in_a_process, run_to_death
+from transport_processes import (
+    Outcomes,
+    gloo_loop_policies,
+    mapped_ring,
+    run_all_in_a_process,
+    run_to_death,
+)
 
 from dualpipe_ext import _C
 from dualpipe_ext.testing import run_ranks
@@ -70,6 +77,12 @@ def test_a_function_that_decides_on_faults_holds_nobody_up() -> None:
     while thread.is_alive():
         hub.transport(1)  # gone at once
     thread.join()
+
+
+def test_gloo_does_not_preempt() -> None:
+    """Its loop would poll for a lock that the thread it took the core from holds."""
+    policies = [[os.SCHED_OTHER], [os.SCHED_BATCH]]
+    assert run_ranks(gloo_loop_policies, 2, "processes") == [policies, policies]
 
 
 def test_pipeline_ranks_may_differ_from_group_ranks() -> None:

@@ -48,6 +48,19 @@ def mapped_ring(rank: int, num_ranks: int) -> list[str]:
     return [str(received[0]), *texts]
 
 
+def gloo_loop_policies(rank: int, num_ranks: int) -> list[list[int]]:
+    """The scheduling policies of gloo's event loops, before and after a transport is made."""
+
+    def policies() -> list[int]:
+        tasks = Path("/proc/self/task").iterdir()
+        loops = [t for t in tasks if (t / "comm").read_text().strip() == "gloo_tcp_loop"]
+        return sorted({os.sched_getscheduler(int(task.name)) for task in loops})
+
+    before = policies()
+    _C.process_group_ends(dist.group.WORLD, rank, [0, 1], [1 - rank])
+    return [before, policies()]
+
+
 def blocked(ends: Ends, microbatch: int) -> tuple[str, float]:
     """What a wait for a message that never comes throws, and when (Unix time)."""
     with pytest.raises(_C.PipelineError) as caught:
