@@ -1,5 +1,7 @@
 #include "comm/framed_transport.h"
 
+#include <algorithm>
+#include <cstring>
 #include <map>
 #include <utility>
 
@@ -13,9 +15,17 @@
 namespace dualpipe {
 namespace {
 
-constexpr std::size_t kCommitBytes = 8;
+constexpr std::size_t kExtremesBytes = sizeof(HostTransport::Extremes);
 
-class FramedTransport final : public Transport {
+HostTransport::Extremes merge(HostTransport::Extremes known, const std::byte* bytes) {
+  HostTransport::Extremes other;
+  std::memcpy(&other, bytes, sizeof(other));
+  if (known.largest == 0) return other;
+  if (other.largest == 0) return known;
+  return {std::min(known.smallest, other.smallest), std::max(known.largest, other.largest)};
+}
+
+class FramedTransport final : public HostTransport {
  public:
   FramedTransport(std::unique_ptr<ByteLink> link, FramedOptions options)
       : options_(std::move(options)),
@@ -33,11 +43,14 @@ class FramedTransport final : public Transport {
     session_.fail(FailureFlag::Kind::kPipeline, failure.text);
   }
   void recover() override;
+  Extremes agree(std::uint64_t value) override {
+    return disseminate(Traffic::kAgree, value, "to agree on the step's shapes");
+  }
 
  private:
   void greet(Rank peer, const StepInfo& info);
   void read_greeting(Rank peer, Operations::Handle handle, const StepInfo& own);
-  void commit();
+  Extremes disseminate(Traffic traffic, std::uint64_t value, const char* purpose);
   void stop(const char* why) noexcept;
   void check_peer(Rank peer, const MessageId& id) const;
 
@@ -105,34 +118,39 @@ void FramedTransport::end_step() {
   session_.throw_if_failed();
   DUALPIPE_CHECK(lanes_ != nullptr, "end_step outside of a step");
   sender_.finish();
-  commit();
+  (void)disseminate(Traffic::kCommit, 0, "to end the step");
   lanes_->commit();
   lanes_ = nullptr;
 }
 
-// In round k everybody tells the rank 2^k behind it; after the last round each has heard, by way of
-// others, from all.
-void FramedTransport::commit() {
+// In round k everybody tells the rank 2^k behind it what it knows; after the last round each has
+// heard, by way of others, from all. Some are heard of twice, which extremes do not mind.
+HostTransport::Extremes FramedTransport::disseminate(Traffic traffic, std::uint64_t value,
+                                                     const char* purpose) {
   const int num_ranks = options_.num_ranks;
-  const std::uint32_t tag = step_.tags(step_.epoch, Traffic::kCommit);
+  const std::uint32_t tag = step_.tags(step_.epoch, traffic);
   const auto at = [&](int offset) {
     return Rank((options_.rank.value() + offset + num_ranks) % num_ranks);
   };
   std::vector<Operations::Handle> incoming;
   for (int distance = 1; distance < num_ranks; distance *= 2) {
-    incoming.push_back(session_.receive(at(-distance), tag, kCommitBytes));
+    incoming.push_back(session_.receive(at(-distance), tag, kExtremesBytes));
   }
   std::vector<Operations::Handle> outgoing;
+  Extremes known{value, value};
   int distance = 1;
   for (const auto handle : incoming) {
-    outgoing.push_back(
-        session_.send(at(distance), tag, session_.acquire(kCommitBytes), 0, kCommitBytes));
-    session_.await(handle, [from = at(-distance)] {
-      return cat("waits for rank ", from, " to end the step");
-    });
+    auto own = session_.acquire(kExtremesBytes);
+    std::memcpy(own->data(), &known, kExtremesBytes);
+    outgoing.push_back(session_.send(at(distance), tag, std::move(own), 0, kExtremesBytes));
+    const auto theirs = session_.await(
+        handle, [&, from = at(-distance)] { return cat("waits for rank ", from, " ", purpose); });
+    known = merge(known, theirs->data());
     distance *= 2;
   }
-  for (const auto handle : outgoing) session_.await(handle, [] { return "ends the step"; });
+  for (const auto handle : outgoing)
+    session_.await(handle, [&] { return cat("waits for its sends ", purpose); });
+  return known;
 }
 
 void FramedTransport::recover() {
@@ -157,7 +175,8 @@ void FramedTransport::check_peer(Rank peer, const MessageId& id) const {
 
 }  // namespace
 
-std::unique_ptr<Transport> framed_transport(std::unique_ptr<ByteLink> link, FramedOptions options) {
+std::unique_ptr<HostTransport> framed_transport(std::unique_ptr<ByteLink> link,
+                                                FramedOptions options) {
   return std::make_unique<FramedTransport>(std::move(link), std::move(options));
 }
 

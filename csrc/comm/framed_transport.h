@@ -28,7 +28,7 @@ struct FramedOptions {
 // greeting agreed, so that nobody sends what the other has not posted memory for. It ends with a
 // dissemination barrier, which no rank leaves before all have entered. Two threads stand by: see
 // comm/frame_sender.h.
-[[nodiscard]] std::unique_ptr<Transport> framed_transport(std::unique_ptr<ByteLink> link,
-                                                          FramedOptions options);
+[[nodiscard]] std::unique_ptr<HostTransport> framed_transport(std::unique_ptr<ByteLink> link,
+                                                              FramedOptions options);
 
 }  // namespace dualpipe

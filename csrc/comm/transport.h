@@ -3,6 +3,7 @@
 #include <compare>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "common/ids.h"
@@ -33,6 +34,7 @@ struct StepInfo {
   std::int64_t step = 0;
   std::uint64_t program_digest = 0;  // 0 is not a program
   std::string description;           // "dualpipe, 8 ranks, 20 micro-batches, training"
+  std::uint64_t shapes = 0;          // a digest of this rank's own inputs; 0: it has none
 };
 
 // Whether two ranks mean the same step of the same program.
@@ -68,9 +70,13 @@ class Transport {
  public:
   virtual ~Transport() = default;
 
+  // Meets the peers before the first step, where a transport has to. Blocks for them; all ranks
+  // call it, or none.
+  virtual void connect() {}
+
   // Announces the step to the neighbours and, before the first message to or from each, checks
   // that they agree (a mismatch is a UserError on every rank, with both descriptions). Does not
-  // block for them.
+  // block for them, unless a class says when it does.
   virtual void begin_step(const StepInfo& info) = 0;
 
   // Returns at once. The message is kept until it has left, not longer; `ready` says when its
@@ -90,6 +96,23 @@ class Transport {
 
   // Forgets the failed step: what was in flight reaches nobody. All ranks must do it.
   virtual void recover() = 0;
+
+  // What went wrong behind the back of every caller, also between steps: a device that waits for a
+  // rank that is gone. Any thread.
+  [[nodiscard]] virtual std::optional<std::string> fault() { return std::nullopt; }
+};
+
+// A transport of host memory, on which those of devices are built.
+class HostTransport : public Transport {
+ public:
+  // The smallest and the largest of all ranks' values, without zeros (two zeros: all are). Within a
+  // step; blocks for all ranks, which must call it equally often.
+  struct Extremes {
+    std::uint64_t smallest;
+    std::uint64_t largest;
+    bool operator==(const Extremes&) const = default;
+  };
+  [[nodiscard]] virtual Extremes agree(std::uint64_t value) = 0;
 };
 
 }  // namespace dualpipe

@@ -1,14 +1,18 @@
 #include "device/device.h"
 
+#include "common/error.h"
+
 namespace dualpipe {
 namespace {
 
 class HostDevice final : public Device {
  public:
-  std::shared_ptr<Event> record() override { return nullptr; }
-  void wait(const std::shared_ptr<Event>& event) override {
+  EventPtr record() override { return nullptr; }
+  void wait(const EventPtr& event) override {
     if (event) event->synchronize();
   }
+  std::unique_ptr<Stream> new_stream() override { throw InternalError("the host has no streams"); }
+  std::shared_ptr<Allocator> allocator() override { return host_allocator(); }
 };
 
 }  // namespace

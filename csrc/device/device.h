@@ -2,6 +2,8 @@
 
 #include <memory>
 
+#include "memory/buffer_pool.h"
+
 namespace dualpipe {
 
 // A point in the work of a stream. Immutable once recorded; any thread may ask.
@@ -11,17 +13,33 @@ class Event {
   [[nodiscard]] virtual bool done() const = 0;
   virtual void synchronize() const = 0;  // blocks the host
 };
+using EventPtr = std::shared_ptr<Event>;  // null: what it stands for is done already
 
-// The compute stream of one rank, as far as the engine must know it. On the host computation is
-// over when the call returns, so events are null and nothing waits; csrc/device/cuda_* gives real
-// ones. One thread at a time.
+// A queue of work that a device does in order, beside that of other streams. Any thread.
+class Stream {
+ public:
+  virtual ~Stream() = default;
+  // All work issued so far.
+  [[nodiscard]] virtual EventPtr record() = 0;
+  // Work issued from now on starts after the event.
+  virtual void wait(const EventPtr& event) = 0;
+  // What libraries call the stream: a cudaStream_t.
+  [[nodiscard]] virtual void* handle() const = 0;
+};
+
+// What one rank computes on, as far as the engine must know it. On the host computation is over
+// when the call returns, so events are null, nothing waits and there are no streams;
+// csrc/device/cuda_* gives real ones. Any thread.
 class Device {
  public:
   virtual ~Device() = default;
-  // All work issued to the compute stream so far. Null: already done.
-  [[nodiscard]] virtual std::shared_ptr<Event> record() = 0;
-  // Work issued from now on starts after the event. Null: no wait.
-  virtual void wait(const std::shared_ptr<Event>& event) = 0;
+  // The compute stream, as Stream.
+  [[nodiscard]] virtual EventPtr record() = 0;
+  virtual void wait(const EventPtr& event) = 0;
+  // A stream for messages, ahead of computation where the device lets one be.
+  [[nodiscard]] virtual std::unique_ptr<Stream> new_stream() = 0;
+  // Memory that streams may use.
+  [[nodiscard]] virtual std::shared_ptr<Allocator> allocator() = 0;
 };
 
 [[nodiscard]] std::unique_ptr<Device> host_device();

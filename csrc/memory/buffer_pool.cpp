@@ -155,9 +155,11 @@ BufferPool::BufferPool(std::shared_ptr<Allocator> allocator)
 BufferPool::~BufferPool() { state_->trim(); }
 
 std::shared_ptr<Buffer> BufferPool::acquire(std::size_t num_bytes) {
-  Block* block = state_->take(round_to_class(num_bytes));
+  Block* block = state_->take(capacity_for(num_bytes));
   return {&block->buffer, KeepBuffer{}, ControlAllocator<Buffer, State, Block>(state_, block)};
 }
+
+std::size_t BufferPool::capacity_for(std::size_t num_bytes) { return round_to_class(num_bytes); }
 
 void BufferPool::trim() { state_->trim(); }
 

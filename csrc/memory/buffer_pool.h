@@ -36,6 +36,9 @@ class BufferPool {
 
   [[nodiscard]] std::shared_ptr<Buffer> acquire(std::size_t num_bytes);
 
+  // The capacity of the buffer that acquire() gives for so many bytes.
+  [[nodiscard]] static std::size_t capacity_for(std::size_t num_bytes);
+
   // Frees what is not in use.
   void trim();
 

@@ -42,6 +42,7 @@ struct Message {
   std::vector<std::byte*> data;  // one a tensor, contiguous; nullptr where absent
   std::shared_ptr<void> owner;
   bool shared = false;  // the bytes are those of the sender's tensors, no copy made by a transport
+  bool on_device = false;  // the bytes are in device memory: only streams may touch them
 
   [[nodiscard]] std::size_t num_tensors() const { return layout.size(); }
 };

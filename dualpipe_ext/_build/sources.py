@@ -14,7 +14,7 @@ SOURCE_DIRS = ("csrc", "python")
 
 COMPILED_SUFFIXES = (".cpp",)
 HEADER_SUFFIXES = (".h",)
-CUDA_PREFIXES = ("cuda_", "nccl_")
+CUDA_PREFIX = "cuda_"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class SourceTree:
 
 def is_cuda_file(name: str) -> bool:
     """Whether a source belongs to the CUDA build alone."""
-    return name.rsplit("/", 1)[-1].removeprefix("bind_").startswith(CUDA_PREFIXES)
+    return name.rsplit("/", 1)[-1].removeprefix("bind_").startswith(CUDA_PREFIX)
 
 
 def find_sources() -> SourceTree:

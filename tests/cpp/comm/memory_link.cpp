@@ -39,6 +39,7 @@ struct LinkFabric::State {
   std::condition_variable cv;
   std::map<std::tuple<Rank, Rank, std::uint32_t>, Queue> queues;
   std::set<Rank> dead;
+  int num_messages = 0;
 
   void match(Queue& queue) {
     while (!queue.sends.empty() && !queue.receives.empty()) {
@@ -116,6 +117,7 @@ class MemoryLink final : public ByteLink {
       state_->check_alive(*transfer);
       Queue& queue = state_->queues[{transfer->from, transfer->to, tag}];
       (queue.*side).push_back(transfer);
+      if (side == &Queue::sends) ++state_->num_messages;
       state_->match(queue);
     }
     state_->cv.notify_all();
@@ -148,6 +150,11 @@ void LinkFabric::kill(Rank rank) {
     }
   }
   state_->cv.notify_all();
+}
+
+int LinkFabric::num_messages() const {
+  const std::lock_guard lock(state_->mutex);
+  return state_->num_messages;
 }
 
 struct SharedStore::State {

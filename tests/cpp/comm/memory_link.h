@@ -17,6 +17,7 @@ class LinkFabric {
 
   // Breaks every connection of a rank, as if its process had died.
   void kill(Rank rank);
+  [[nodiscard]] int num_messages() const;  // sent so far, by all ranks
 
   struct State;
 

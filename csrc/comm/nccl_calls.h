@@ -1,0 +1,58 @@
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <string>
+
+#include "device/device.h"
+
+namespace dualpipe {
+
+// The few NCCL calls that the transport makes, so that it can be compiled and tested without NCCL:
+// csrc/comm/cuda_nccl.h has the real ones, tests/cpp/comm/fake_nccl.h plays them with threads.
+//
+// Results are NCCL's own codes.
+enum class NcclResult : int {
+  kSuccess = 0,
+  kUnhandledCudaError = 1,
+  kSystemError = 2,
+  kInternalError = 3,
+  kInvalidArgument = 4,
+  kInvalidUsage = 5,
+  kRemoteError = 6,
+  kInProgress = 7,
+};
+
+using NcclHandle = void*;  // an ncclComm_t
+using NcclUniqueId = std::array<char, 128>;
+
+struct NcclOptions {
+  // Thread blocks that a message may take from computation; 0: as NCCL likes.
+  int max_ctas = 1;
+};
+
+// All communicators are non-blocking: a call that cannot end at once answers kInProgress, and
+// async_error() says when it has ended. Thread-safe for different communicators; a group belongs to
+// the thread that opened it.
+class NcclCalls {
+ public:
+  virtual ~NcclCalls() = default;
+  virtual NcclResult get_unique_id(NcclUniqueId* id) = 0;
+  // Makes index `index` of a communicator of two.
+  virtual NcclResult init_pair(NcclHandle* comm, const NcclUniqueId& id, int index,
+                               const NcclOptions& options) = 0;
+  virtual NcclResult group_start() = 0;
+  virtual NcclResult group_end() = 0;
+  // `peer` is an index of the communicator.
+  virtual NcclResult send(const void* data, std::size_t num_bytes, int peer, NcclHandle comm,
+                          Stream& stream) = 0;
+  virtual NcclResult receive(void* data, std::size_t num_bytes, int peer, NcclHandle comm,
+                             Stream& stream) = 0;
+  virtual NcclResult async_error(NcclHandle comm, NcclResult* state) = 0;
+  // Ends what is running and frees the communicator; never waits for the peer.
+  virtual NcclResult abort(NcclHandle comm) = 0;
+  // "ncclRemoteError: remote process exited or there was a network error", with NCCL's last words.
+  virtual std::string describe(NcclResult result, NcclHandle comm) = 0;
+};
+
+}  // namespace dualpipe

@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
+#include "memory/message.h"
+
+namespace dualpipe {
+
+// The layouts of one way's messages in the order of a step: written down in the first step of a
+// kind, known in all others.
+class WayLayouts {
+ public:
+  // The layout of the next message; null: it has to travel.
+  [[nodiscard]] const Layout* next() {
+    const std::size_t number = next_++;
+    return number < known_.size() ? &known_[number] : nullptr;
+  }
+  void write_down(Layout layout) { written_.push_back(std::move(layout)); }
+  void begin() {
+    next_ = 0;
+    written_.clear();
+  }
+  void commit() {
+    if (known_.empty()) known_ = std::move(written_);
+  }
+
+ private:
+  std::size_t next_ = 0;
+  std::vector<Layout> known_;
+  std::vector<Layout> written_;
+};
+
+// One kind of step: what is run, and the shapes that all ranks together put in.
+using StepKind = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t>;
+
+struct StepLayouts {
+  explicit StepLayouts(std::size_t num_ways) : ways(num_ways) {}
+  std::vector<WayLayouts> ways;
+};
+
+// Bytes as a message of host memory, and back.
+[[nodiscard]] Message bytes_message(const void* data, std::size_t num_bytes);
+void read_bytes(const Message& message, void* data, std::size_t num_bytes);
+
+// A layout as a message of host memory, and back.
+[[nodiscard]] Message layout_message(const Layout& layout);
+[[nodiscard]] Layout layout_of(const Message& message);
+
+}  // namespace dualpipe

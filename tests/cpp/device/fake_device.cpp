@@ -1,0 +1,67 @@
+#include "device/fake_device.h"
+
+#include <condition_variable>
+#include <cstring>
+#include <mutex>
+
+namespace dualpipe::testing {
+namespace {
+
+class FakeEvent final : public Event {
+ public:
+  [[nodiscard]] bool done() const override {
+    const std::lock_guard lock(mutex_);
+    return done_;
+  }
+  void synchronize() const override {
+    std::unique_lock lock(mutex_);
+    cv_.wait(lock, [this] { return done_; });
+  }
+  void set() {
+    {
+      const std::lock_guard lock(mutex_);
+      done_ = true;
+    }
+    cv_.notify_all();
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  mutable std::condition_variable cv_;
+  bool done_ = false;
+};
+
+class PoisonedAllocator final : public Allocator {
+ public:
+  explicit PoisonedAllocator(std::shared_ptr<std::atomic<int>> count) : count_(std::move(count)) {}
+  void* allocate(std::size_t num_bytes) override {
+    void* data = host_allocator()->allocate(num_bytes);
+    std::memset(data, 0xEE, num_bytes);
+    ++*count_;
+    return data;
+  }
+  void free(void* data) noexcept override { host_allocator()->free(data); }
+
+ private:
+  const std::shared_ptr<std::atomic<int>> count_;
+};
+
+}  // namespace
+
+FakeStream::FakeStream() = default;
+
+FakeStream::~FakeStream() { stream_.synchronize(); }
+
+EventPtr FakeStream::record() {
+  auto event = std::make_shared<FakeEvent>();
+  launch([event] { event->set(); });
+  return event;
+}
+
+void FakeStream::wait(const EventPtr& event) {
+  if (event) launch([event] { event->synchronize(); });
+}
+
+FakeDevice::FakeDevice() : allocator_(std::make_shared<PoisonedAllocator>(num_allocations_)) {}
+
+}  // namespace dualpipe::testing

@@ -1,0 +1,51 @@
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+
+#include "device/device.h"
+#include "device/host_stream.h"
+
+namespace dualpipe::testing {
+
+// A stream that is a thread: work is really asynchronous, so that a wait that is missing is a race
+// that ThreadSanitizer sees.
+class FakeStream final : public Stream {
+ public:
+  FakeStream();
+  ~FakeStream() override;  // waits for all work: a stream that goes cancels nothing
+  FakeStream(const FakeStream&) = delete;
+  FakeStream& operator=(const FakeStream&) = delete;
+  [[nodiscard]] EventPtr record() override;
+  void wait(const EventPtr& event) override;
+  [[nodiscard]] void* handle() const override { return nullptr; }
+
+  // Issues work, as a kernel launch does.
+  void launch(std::function<void()> kernel) { stream_.enqueue(std::move(kernel)); }
+
+ private:
+  HostStream stream_{"fake_stream"};
+};
+
+// A device whose memory is the host's, and full of 0xEE whenever it changes hands.
+class FakeDevice final : public Device {
+ public:
+  FakeDevice();
+  [[nodiscard]] EventPtr record() override { return compute_->record(); }
+  void wait(const EventPtr& event) override { compute_->wait(event); }
+  [[nodiscard]] std::unique_ptr<Stream> new_stream() override {
+    return std::make_unique<FakeStream>();
+  }
+  [[nodiscard]] std::shared_ptr<Allocator> allocator() override { return allocator_; }
+
+  [[nodiscard]] FakeStream& compute() { return *compute_; }
+  [[nodiscard]] int num_allocations() const { return *num_allocations_; }
+
+ private:
+  std::shared_ptr<std::atomic<int>> num_allocations_ = std::make_shared<std::atomic<int>>(0);
+  std::shared_ptr<Allocator> allocator_;
+  std::unique_ptr<FakeStream> compute_ = std::make_unique<FakeStream>();
+};
+
+}  // namespace dualpipe::testing

@@ -1,0 +1,58 @@
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <latch>
+
+#include "device/device_pool.h"
+#include "device/fake_device.h"
+
+namespace dualpipe {
+namespace {
+
+using testing::FakeDevice;
+
+TEST(DevicePool, ABufferIsFreeWhenWhoeverHadItHasReadIt) {
+  const auto device = std::make_shared<FakeDevice>();
+  DevicePool pool(device);
+  auto first = pool.acquire(1000);
+  EXPECT_EQ(first.free, nullptr);
+  std::latch may_read(1);
+  std::atomic<bool> has_read{false};
+  device->compute().launch([&] {
+    may_read.wait();
+    has_read = true;
+  });
+  first.owner.reset();  // the read is still in the queue
+  const auto second = pool.acquire(1000);
+  EXPECT_EQ(second.data, first.data);
+  ASSERT_NE(second.free, nullptr);
+  EXPECT_FALSE(second.free->done());
+  may_read.count_down();
+  second.free->synchronize();
+  EXPECT_TRUE(has_read);
+}
+
+TEST(DevicePool, AllocatesNothingInTheSteadyState) {
+  DevicePool pool(std::make_shared<FakeDevice>());
+  for (int step = 0; step < 10; ++step) {
+    const auto one = pool.acquire(1000);
+    const auto other = pool.acquire(1000);
+    const auto large = pool.acquire(1 << 20);
+    EXPECT_NE(one.data, other.data);
+  }
+  EXPECT_EQ(pool.statistics().num_allocations, 3);
+}
+
+TEST(DevicePool, BuffersMayOutliveIt) {
+  std::shared_ptr<void> owner;
+  {
+    DevicePool pool(std::make_shared<FakeDevice>());
+    auto lease = pool.acquire(64);
+    owner = lease.owner;
+    *lease.data = std::byte{1};
+  }
+  EXPECT_EQ(*static_cast<std::byte*>(owner.get()), std::byte{1});
+}
+
+}  // namespace
+}  // namespace dualpipe
