@@ -159,6 +159,10 @@ void NcclLink::abort() noexcept {
   }
 }
 
+void NcclLink::drain() {
+  for (const Connection& connection : connections_) connection.stream->record()->synchronize();
+}
+
 // Waits until no communicator is busy with what it was asked for.
 void NcclLink::settle(const char* what, Clock::time_point deadline) {
   for (std::size_t i = 0; i < connections_.size();) {

@@ -54,6 +54,8 @@ class NcclLink {
   [[nodiscard]] std::optional<std::string> error();
 
   void abort() noexcept;
+  // After abort(): waits until the streams are through with what was issued.
+  void drain();
 
  private:
   struct Connection {

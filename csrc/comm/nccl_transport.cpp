@@ -74,6 +74,7 @@ class NcclTransport final : public Transport {
   void abort(const Failure& failure) noexcept override;
   void recover() override;
   std::optional<std::string> fault() override;
+  bool busy() override;
 
   // Blocks for the layout if it is not known, never for the device.
   [[nodiscard]] Message take(std::size_t way, const std::shared_ptr<Incoming>& incoming);
@@ -302,6 +303,7 @@ void NcclTransport::abort(const Failure& failure) noexcept {
 void NcclTransport::recover() {
   abort({options_.rank, 0, "the step failed"});
   host_->recover();
+  if (link_) link_->drain();
   const std::lock_guard lock(mutex_);
   link_.reset();
   for (Way& way : ways_) way = Way();
@@ -320,6 +322,13 @@ std::optional<std::string> NcclTransport::fault() {
   if (link == nullptr || failure_.is_set()) return std::nullopt;
   if (auto error = link->error()) return error;
   return overdue();
+}
+
+bool NcclTransport::busy() {
+  const std::lock_guard lock(mutex_);
+  return !failure_.is_set() && std::any_of(ways_.begin(), ways_.end(), [](const Way& way) {
+    return !way.in_flight.empty() && !way.in_flight.back().end->done();
+  });
 }
 
 std::optional<std::string> NcclTransport::overdue() {

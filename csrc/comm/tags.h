@@ -7,7 +7,13 @@
 namespace dualpipe {
 
 // What a tag of a framed transport says is on its way. Frames and bodies have one for each kind.
-enum class Traffic : std::uint32_t { kFrame = 0, kBody = 4, kGreeting = 8, kCommit = 9, kAgree = 10 };
+enum class Traffic : std::uint32_t {
+  kFrame = 0,
+  kBody = 4,
+  kGreeting = 8,
+  kCommit = 9,
+  kAgree = 10
+};
 static_assert(kNumMessageKinds == 4);
 
 // Makes the tags of one pipeline: 31 bits, as many as c10d has. From the top: 1, which small tags

@@ -100,6 +100,8 @@ class Transport {
   // What went wrong behind the back of every caller, also between steps: a device that waits for a
   // rank that is gone. Any thread.
   [[nodiscard]] virtual std::optional<std::string> fault() { return std::nullopt; }
+  // Whether a device still works on what it was told. Any thread.
+  [[nodiscard]] virtual bool busy() { return false; }
 };
 
 // A transport of host memory, on which those of devices are built.

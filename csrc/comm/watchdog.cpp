@@ -52,6 +52,8 @@ struct Watchdog::State {
   void look(std::unique_lock<std::mutex>& lock);
   void publish(std::unique_lock<std::mutex>& lock);
   void report_timeout(std::unique_lock<std::mutex>& lock);
+  void report_fault(std::unique_lock<std::mutex>& lock, const std::string& text);
+  void look_after_device(std::unique_lock<std::mutex>& lock);
   void abort(const Failure& failure);
   bool still_in(std::uint64_t arming) const { return progress != nullptr && num_armings == arming; }
   bool timed_out() const {
@@ -93,14 +95,15 @@ void Watchdog::State::run() {
 }
 
 void Watchdog::State::tick(std::unique_lock<std::mutex>& lock) {
-  if (progress == nullptr) {
+  const bool armed = progress != nullptr;
+  if (!armed && !transport.busy()) {
     ++num_idle_ticks;
     return;
   }
   num_idle_ticks = 0;
   const std::uint64_t arming = num_armings;
   try {
-    look(lock);
+    armed ? look(lock) : look_after_device(lock);
   } catch (const std::exception& error) {
     if (!lock.owns_lock()) lock.lock();
     if (still_in(arming)) {
@@ -119,11 +122,32 @@ void Watchdog::State::look(std::unique_lock<std::mutex>& lock) {
   if (!still_in(arming)) return;
   if (failure && failure->step <= step) {
     abort(*failure);
+  } else if (const auto fault = transport.fault()) {
+    report_fault(lock, *fault);
   } else if (timed_out()) {
     report_timeout(lock);
   } else if (options.timeout.count() > 0 && Clock::now() >= next_position) {
     publish(lock);
   }
+}
+
+// The host is through with the step; the device may wait for a rank that is gone.
+void Watchdog::State::look_after_device(std::unique_lock<std::mutex>& lock) {
+  if (const auto fault = transport.fault()) return report_fault(lock, *fault);
+  const std::uint64_t arming = num_armings;
+  lock.unlock();
+  const std::optional<Failure> failure = control.poll();
+  lock.lock();
+  if (failure && num_armings == arming && failure->step <= step) transport.abort(*failure);
+}
+
+void Watchdog::State::report_fault(std::unique_lock<std::mutex>& lock, const std::string& text) {
+  const std::uint64_t arming = num_armings;
+  const Failure own{rank, step, text};
+  lock.unlock();
+  control.report(own);
+  lock.lock();
+  if (num_armings == arming) abort(own);
 }
 
 void Watchdog::State::publish(std::unique_lock<std::mutex>& lock) {

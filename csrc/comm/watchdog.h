@@ -21,9 +21,10 @@ class Progress {
 };
 
 // One thread a rank that ends a step which cannot go on: when another rank has reported a failure,
-// or when this rank has waited for one message longer than `timeout` (then it publishes its
-// position, gathers those of the others, and reports). It aborts the transport and goes idle
-// until the next arm(). While idle it costs nothing.
+// when the transport tells of a fault, or when this rank has waited for one message longer than
+// `timeout` (then it publishes its position, gathers those of the others, and reports). It aborts
+// the transport and goes idle until the next arm(), or until the device that works on after a step
+// is through. While idle it costs nothing.
 class Watchdog {
  public:
   struct Options {

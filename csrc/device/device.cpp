@@ -7,6 +7,7 @@ namespace {
 
 class HostDevice final : public Device {
  public:
+  void begin() override {}
   EventPtr record() override { return nullptr; }
   void wait(const EventPtr& event) override {
     if (event) event->synchronize();
@@ -17,6 +18,6 @@ class HostDevice final : public Device {
 
 }  // namespace
 
-std::unique_ptr<Device> host_device() { return std::make_unique<HostDevice>(); }
+std::shared_ptr<Device> host_device() { return std::make_shared<HostDevice>(); }
 
 }  // namespace dualpipe

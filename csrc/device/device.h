@@ -33,6 +33,8 @@ class Stream {
 class Device {
  public:
   virtual ~Device() = default;
+  // A step begins on this thread: what it computes on now is the compute stream.
+  virtual void begin() = 0;
   // The compute stream, as Stream.
   [[nodiscard]] virtual EventPtr record() = 0;
   virtual void wait(const EventPtr& event) = 0;
@@ -42,6 +44,6 @@ class Device {
   [[nodiscard]] virtual std::shared_ptr<Allocator> allocator() = 0;
 };
 
-[[nodiscard]] std::unique_ptr<Device> host_device();
+[[nodiscard]] std::shared_ptr<Device> host_device();
 
 }  // namespace dualpipe

@@ -28,11 +28,12 @@ class KeepsTrace {
 }  // namespace
 
 Engine::Engine(Rank rank, std::unique_ptr<Transport> transport,
-               std::unique_ptr<ControlPlane> control, Watchdog::Options options)
+               std::unique_ptr<ControlPlane> control, Watchdog::Options options,
+               std::shared_ptr<Device> device)
     : rank_(rank),
       transport_(std::move(transport)),
       control_(std::move(control)),
-      device_(host_device()),
+      device_(std::move(device)),
       executor_(*transport_, *device_),
       watchdog_(std::make_unique<Watchdog>(rank, *transport_, *control_, options)) {}
 
@@ -46,11 +47,26 @@ void Engine::exchange(const Program& program, GradientReducer& reducer) {
 }
 
 void Engine::run_guarded(const Program& program, StageRunner* runner, GradientReducer* reducer) {
+  executor_.begin(program, num_steps_ + 1, runner, reducer);
+  guard(reducer, [this] {
+    device_->begin();
+    executor_.run();
+  });
+}
+
+void Engine::connect() {
+  const Program nothing = make_reduce_program(rank_, {});
+  executor_.begin(nothing, num_steps_ + 1, nullptr, nullptr);
+  guard(nullptr, [this] { transport_->connect(); });
+}
+
+// Runs what all ranks run now, under the watchdog's eyes; a failure becomes everybody's.
+template <typename Work>
+void Engine::guard(GradientReducer* reducer, const Work& work) {
   ++num_steps_;
-  executor_.begin(program, num_steps_, runner, reducer);
   watchdog_->arm(executor_, num_steps_);
   try {
-    executor_.run();
+    work();
     watchdog_->disarm();
   } catch (...) {
     watchdog_->disarm();

@@ -7,6 +7,7 @@
 #include "comm/control_plane.h"
 #include "comm/transport.h"
 #include "comm/watchdog.h"
+#include "device/device.h"
 #include "engine/executor.h"
 #include "engine/program.h"
 #include "engine/stage_runner.h"
@@ -19,7 +20,11 @@ namespace dualpipe {
 class Engine {
  public:
   Engine(Rank rank, std::unique_ptr<Transport> transport, std::unique_ptr<ControlPlane> control,
-         Watchdog::Options options);
+         Watchdog::Options options, std::shared_ptr<Device> device = host_device());
+
+  // Meets the other ranks ahead of the first step, which then finds all connections made; all
+  // ranks must call it, or none. Throws as run() does.
+  void connect();
 
   // Runs a step on this rank; all ranks must call it. When it returns, the step is done on every
   // rank. When it throws, it throws on every rank, the engine is clean, and the next step works:
@@ -49,6 +54,8 @@ class Engine {
 
  private:
   void run_guarded(const Program& program, StageRunner* runner, GradientReducer* reducer);
+  template <typename Work>
+  void guard(GradientReducer* reducer, const Work& work);
   // Called while an exception of the step is being handled.
   [[noreturn]] void raise_failure(GradientReducer* reducer);
   void report(const std::string& text) noexcept;
@@ -59,7 +66,7 @@ class Engine {
   Rank rank_;
   std::unique_ptr<Transport> transport_;
   std::unique_ptr<ControlPlane> control_;
-  std::unique_ptr<Device> device_;
+  std::shared_ptr<Device> device_;
   std::shared_ptr<WeightQueue> weight_queue_ = std::make_shared<WeightQueue>();
   Executor executor_;
   std::int64_t num_steps_ = 0;

@@ -32,6 +32,7 @@ class FakeStream final : public Stream {
 class FakeDevice final : public Device {
  public:
   FakeDevice();
+  void begin() override {}
   [[nodiscard]] EventPtr record() override { return compute_->record(); }
   void wait(const EventPtr& event) override { compute_->wait(event); }
   [[nodiscard]] std::unique_ptr<Stream> new_stream() override {

@@ -1,0 +1,110 @@
+#include "comm/cuda_nccl.h"
+
+#include <cuda_runtime_api.h>
+#include <link.h>
+#include <nccl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <filesystem>
+
+#include "common/error.h"
+
+namespace dualpipe {
+namespace {
+
+static_assert(sizeof(ncclUniqueId) == sizeof(NcclUniqueId));
+static_assert(static_cast<int>(ncclRemoteError) == static_cast<int>(NcclResult::kRemoteError));
+static_assert(static_cast<int>(ncclInProgress) == static_cast<int>(NcclResult::kInProgress));
+static_assert(NCCL_VERSION_CODE >= NCCL_VERSION(2, 18, 0), "communicators need ncclConfig.maxCTAs");
+
+NcclResult result_of(ncclResult_t result) { return static_cast<NcclResult>(result); }
+ncclComm_t comm_of(NcclHandle comm) { return static_cast<ncclComm_t>(comm); }
+cudaStream_t stream_of(const Stream& stream) { return static_cast<cudaStream_t>(stream.handle()); }
+
+class RealNccl final : public NcclCalls {
+ public:
+  NcclResult get_unique_id(NcclUniqueId* id) override {
+    ncclUniqueId native;
+    const ncclResult_t result = ncclGetUniqueId(&native);
+    std::memcpy(id->data(), &native, sizeof(native));
+    return result_of(result);
+  }
+
+  NcclResult init_pair(NcclHandle* comm, const NcclUniqueId& id, int index,
+                       const NcclOptions& options) override {
+    ncclUniqueId native;
+    std::memcpy(&native, id.data(), sizeof(native));
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;
+    if (options.max_ctas > 0) {
+      config.minCTAs = 1;
+      config.maxCTAs = options.max_ctas;
+    }
+    ncclComm_t made = nullptr;
+    const ncclResult_t result = ncclCommInitRankConfig(&made, 2, native, index, &config);
+    *comm = made;
+    return result_of(result);
+  }
+
+  NcclResult group_start() override { return result_of(ncclGroupStart()); }
+  NcclResult group_end() override { return result_of(ncclGroupEnd()); }
+
+  NcclResult send(const void* data, std::size_t num_bytes, int peer, NcclHandle comm,
+                  Stream& stream) override {
+    return result_of(ncclSend(data, num_bytes, ncclUint8, peer, comm_of(comm), stream_of(stream)));
+  }
+  NcclResult receive(void* data, std::size_t num_bytes, int peer, NcclHandle comm,
+                     Stream& stream) override {
+    return result_of(ncclRecv(data, num_bytes, ncclUint8, peer, comm_of(comm), stream_of(stream)));
+  }
+
+  NcclResult async_error(NcclHandle comm, NcclResult* state) override {
+    ncclResult_t native = ncclSuccess;
+    const ncclResult_t result = ncclCommGetAsyncError(comm_of(comm), &native);
+    *state = result_of(native);
+    return result_of(result);
+  }
+
+  NcclResult abort(NcclHandle comm) override { return result_of(ncclCommAbort(comm_of(comm))); }
+
+  std::string describe(NcclResult result, NcclHandle comm) override {
+    const char* const last = ncclGetLastError(comm_of(comm));
+    const std::string text = ncclGetErrorString(static_cast<ncclResult_t>(result));
+    const bool has_more = last != nullptr && *last != '\0';
+    return has_more ? cat("NCCL: ", text, " (", last, ")")
+                    : cat("NCCL: ", text, "; NCCL_DEBUG=WARN tells more");
+  }
+};
+
+int note_nccl(dl_phdr_info* info, std::size_t, void* found) {
+  const std::filesystem::path path(info->dlpi_name);
+  if (path.filename().string().rfind("libnccl.so", 0) == 0) {
+    static_cast<std::vector<std::string>*>(found)->push_back(path.string());
+  }
+  return 0;
+}
+
+}  // namespace
+
+std::vector<std::string> loaded_nccls() {
+  std::vector<std::string> found;
+  dl_iterate_phdr(note_nccl, &found);
+  return found;
+}
+
+std::string nccl_version() {
+  int code = 0;
+  if (ncclGetVersion(&code) != ncclSuccess) return "unknown";
+  return cat(code / 10'000, ".", code / 100 % 100, ".", code % 100);
+}
+
+std::shared_ptr<NcclCalls> nccl_calls() {
+  const std::vector<std::string> found = loaded_nccls();
+  DUALPIPE_USER_CHECK(found.size() < 2, "this process has two NCCLs, ", found[0], " and ", found[1],
+                      "; torch needs its own: remove the other one from LD_PRELOAD, "
+                      "LD_LIBRARY_PATH or the environment");
+  return std::make_shared<RealNccl>();
+}
+
+}  // namespace dualpipe

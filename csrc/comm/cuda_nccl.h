@@ -1,0 +1,21 @@
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "comm/nccl_calls.h"
+
+namespace dualpipe {
+
+// The NCCL that torch has loaded. UserError where the process has two: they would fight for the
+// same devices, and which one a call reaches is chance.
+[[nodiscard]] std::shared_ptr<NcclCalls> nccl_calls();
+
+// "2.30.7", of the library that is loaded.
+[[nodiscard]] std::string nccl_version();
+
+// The files of all NCCLs in this process.
+[[nodiscard]] std::vector<std::string> loaded_nccls();
+
+}  // namespace dualpipe

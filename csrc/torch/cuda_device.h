@@ -1,0 +1,13 @@
+#pragma once
+
+#include <memory>
+
+#include "device/device.h"
+
+namespace dualpipe {
+
+// A GPU by its index in this process. Its compute stream is torch's current one where a step
+// begins; message streams have the highest priority; memory comes from torch's caching allocator.
+[[nodiscard]] std::shared_ptr<Device> cuda_device(int index);
+
+}  // namespace dualpipe
