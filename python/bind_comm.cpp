@@ -126,7 +126,7 @@ auto make_process_group_ends(const py::object& group, int rank, std::vector<int>
   const py::gil_scoped_release unlocked;
   ProcessGroupEnds ends =
       process_group_ends(native, Rank(rank), std::move(group_ranks), std::move(peer_ranks));
-  return std::pair(std::move(ends.transport), std::move(ends.control));
+  return std::pair(std::unique_ptr<Transport>(std::move(ends.transport)), std::move(ends.control));
 }
 
 void bind_transport(py::module_& module) {
@@ -145,7 +145,9 @@ void bind_transport(py::module_& module) {
       .def(
           "begin_step",
           [](Transport& transport, std::int64_t step, std::uint64_t digest,
-             const std::string& description) { transport.begin_step({step, digest, description}); },
+             const std::string& description) {
+            transport.begin_step({step, digest, description});
+          },
           py::arg("step"), py::arg("program_digest"), py::arg("description"), Unlocked())
       .def("send", &send, py::arg("to"), py::arg("kind"), py::arg("stage"), py::arg("microbatch"),
            py::arg("tensors"))

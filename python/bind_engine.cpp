@@ -48,7 +48,10 @@ void run(Engine& engine, const Program& program, py::object functions, bool trai
   PyStageFunctions stages(std::move(functions));
   TorchStageRunner runner(
       stages, engine.weight_queue(),
-      {.training = training, .keep_outputs = keep_outputs, .device = at::Device(device)});
+      {.training = training,
+       .keep_outputs = keep_outputs,
+       .device = at::Device(device),
+       .message_device = at::Device(engine.transport().carries_device_memory() ? device : "cpu")});
   const py::gil_scoped_release unlocked;
   engine.run(program, runner, reducer.value_or(nullptr));
 }
@@ -102,6 +105,8 @@ void bind_engine(py::module_& module) {
                   py::arg("group_ranks"), py::arg("peers"), py::arg("timeout_seconds"))
       .def("run", &run, py::arg("program"), py::arg("functions"), py::arg("training"),
            py::arg("keep_outputs"), py::arg("device"), py::arg("reducer"))
+      .def("connect", &Engine::connect, py::call_guard<py::gil_scoped_release>(),
+           "Meets the other ranks ahead of the first step; on all of them, or on none.")
       .def("exchange", &exchange, py::arg("reducer"), py::arg("stages"),
            py::call_guard<py::gil_scoped_release>())
       .def("fail", &Engine::fail, py::arg("text"), py::call_guard<py::gil_scoped_release>())

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <vector>
 
 namespace dualpipe {
 
@@ -16,6 +17,16 @@ void bind_schedule(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
 void bind_weight_grad(pybind11::module_& module);
 void bind_comm(pybind11::module_& module);
+
+// A part that is in some builds only adds itself: a static PartOfModule in its file.
+struct PartOfModule {
+  using Bind = void (*)(pybind11::module_& module);
+  explicit PartOfModule(Bind bind) { all().push_back(bind); }
+  static std::vector<Bind>& all() {
+    static std::vector<Bind> parts;
+    return parts;
+  }
+};
 
 // A duration that the user gave in seconds. At most 1e9 s (30 years), also for infinity: adding it
 // to the time of day, in nanoseconds, cannot overflow.

@@ -8,4 +8,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   dualpipe::bind_comm(module);
   dualpipe::bind_weight_grad(module);
   dualpipe::bind_engine(module);
+  for (const auto bind : dualpipe::PartOfModule::all()) bind(module);
 }

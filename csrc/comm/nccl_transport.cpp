@@ -73,6 +73,7 @@ class NcclTransport final : public Transport {
   void end_step() override;
   void abort(const Failure& failure) noexcept override;
   void recover() override;
+  [[nodiscard]] bool carries_device_memory() const override { return true; }
   std::optional<std::string> fault() override;
   bool busy() override;
 

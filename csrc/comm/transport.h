@@ -97,6 +97,9 @@ class Transport {
   // Forgets the failed step: what was in flight reaches nobody. All ranks must do it.
   virtual void recover() = 0;
 
+  // Whether messages are device memory, ordered by events, or host memory.
+  [[nodiscard]] virtual bool carries_device_memory() const { return false; }
+
   // What went wrong behind the back of every caller, also between steps: a device that waits for a
   // rank that is gone. Any thread.
   [[nodiscard]] virtual std::optional<std::string> fault() { return std::nullopt; }

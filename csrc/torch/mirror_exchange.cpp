@@ -103,7 +103,7 @@ void MirrorExchange::send(Stage stage, const StageState& state) {
     const Tensors& bucket = state.buckets[i];
     const bool gradients = mode_ == Mode::kSumGradients;
     transport_.send(mirror_, message(stage, i),
-                    message_of(gradients ? gradients_of(bucket) : bucket), nullptr);
+                    message_of(gradients ? gradients_of(bucket) : bucket, at::kCPU), nullptr);
   }
 }
 

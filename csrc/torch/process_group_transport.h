@@ -17,7 +17,7 @@ namespace dualpipe {
 // The ends of one new pipeline on a c10d process group: messages over its backend for CPU tensors
 // (gloo, ucc, ...), failures over its store.
 struct ProcessGroupEnds {
-  std::unique_ptr<Transport> transport;
+  std::unique_ptr<HostTransport> transport;
   std::unique_ptr<ControlPlane> control;
 };
 

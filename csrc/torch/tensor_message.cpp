@@ -27,17 +27,21 @@ TensorSpec spec_of(const at::Tensor& tensor, bool requires_grad) {
   return spec;
 }
 
-at::Tensor tensor_of(const TensorSpec& spec, std::byte* data, const std::shared_ptr<void>& owner) {
+at::Tensor tensor_of(const TensorSpec& spec, std::byte* data, const std::shared_ptr<void>& owner,
+                     at::Device device) {
   const at::IntArrayRef shape(spec.shape.data(), spec.num_dims);
-  const auto options = at::TensorOptions().dtype(static_cast<at::ScalarType>(spec.dtype));
+  const auto options =
+      at::TensorOptions().dtype(static_cast<at::ScalarType>(spec.dtype)).device(device);
   if (spec.num_bytes == 0) return at::empty(shape, options);
-  return at::from_blob(data, shape, [owner](void*) {}, options);
+  return at::from_blob(
+      data, shape, [owner](void*) {}, options);
 }
 
 }  // namespace
 
-Message message_of(const Tensors& tensors) {
+Message message_of(const Tensors& tensors, at::Device device) {
   Message message;
+  message.on_device = !device.is_cpu();
   auto owner = std::make_shared<Tensors>();
   for (const at::Tensor& tensor : tensors) {
     if (!tensor.defined()) {
@@ -46,10 +50,10 @@ Message message_of(const Tensors& tensors) {
       continue;
     }
     check_can_travel(tensor);
-    at::Tensor host = tensor.detach().resolve_conj().resolve_neg().to(at::kCPU).contiguous();
-    message.layout.push_back(spec_of(host, tensor.requires_grad()));
-    message.data.push_back(static_cast<std::byte*>(host.mutable_data_ptr()));
-    owner->push_back(std::move(host));
+    at::Tensor plain = tensor.detach().resolve_conj().resolve_neg().to(device).contiguous();
+    message.layout.push_back(spec_of(plain, tensor.requires_grad()));
+    message.data.push_back(static_cast<std::byte*>(plain.mutable_data_ptr()));
+    owner->push_back(std::move(plain));
   }
   message.owner = std::move(owner);
   message.shared = true;
@@ -61,8 +65,9 @@ Tensors tensors_of(Message message, at::Device device, bool with_grad) {
   for (std::size_t i = 0; i < message.num_tensors(); ++i) {
     const TensorSpec& spec = message.layout[i];
     if (spec.absent()) continue;
-    at::Tensor tensor = tensor_of(spec, message.data[i], message.owner);
-    if (!device.is_cpu()) tensor = tensor.to(device);
+    const at::Device at = message.on_device ? device : at::Device(at::kCPU);
+    at::Tensor tensor = tensor_of(spec, message.data[i], message.owner, at);
+    if (at != device) tensor = tensor.to(device);
     if (with_grad && spec.requires_grad) tensor.set_requires_grad(true);
     if (with_grad && !spec.requires_grad && message.shared) tensor = tensor.clone();
     tensors[i] = std::move(tensor);

@@ -113,7 +113,7 @@ Message TorchStageRunner::remember(Stage stage, Microbatch microbatch, Live live
     }
     live_[{stage, microbatch}] = std::move(live);
   }
-  return message_of(result.outputs);
+  return message_of(result.outputs, options_.message_device);
 }
 
 TorchStageRunner::Live TorchStageRunner::recall(Stage stage, Microbatch microbatch) {
@@ -141,12 +141,12 @@ void TorchStageRunner::run_autograd(const Live& live, const Tensors& output_grad
   });
 }
 
-Message TorchStageRunner::input_grads(const Live& live) {
+Message TorchStageRunner::input_grads(const Live& live) const {
   Tensors grads;
   for (const at::Tensor& input : live.inputs) {
     grads.push_back(input.defined() ? input.grad() : at::Tensor());
   }
-  return message_of(grads);
+  return message_of(grads, options_.message_device);
 }
 
 }  // namespace dualpipe

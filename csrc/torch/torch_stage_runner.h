@@ -42,9 +42,10 @@ class StageFunctions {
 };
 
 struct StageRunnerOptions {
-  bool training = true;       // false: keeps nothing for a backward
-  bool keep_outputs = false;  // for overlapped(), which is given output tensors and not edges
-  at::Device device = at::kCPU;
+  bool training = true;          // false: keeps nothing for a backward
+  bool keep_outputs = false;     // for overlapped(), which is given output tensors and not edges
+  at::Device device = at::kCPU;  // of the stages
+  at::Device message_device = at::kCPU;  // of what they exchange
 };
 
 // Runs stages under torch's autograd. Between F and B it keeps the graph's edges, not the output
@@ -74,7 +75,7 @@ class TorchStageRunner final : public StageRunner {
                                  StageFunctions::Result result);
   [[nodiscard]] Live recall(Stage stage, Microbatch microbatch);
   static void run_autograd(const Live& live, const Tensors& output_grads);
-  static Message input_grads(const Live& live);
+  [[nodiscard]] Message input_grads(const Live& live) const;
 
   StageFunctions& functions_;
   std::shared_ptr<WeightQueue> weight_queue_;

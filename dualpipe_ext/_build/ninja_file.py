@@ -32,8 +32,8 @@ def ninja_text(plan: BuildPlan, compiler: str) -> str:
     objects = [f"obj/{name}.o" for name in sources]
     rules = _RULES.format(
         compiler=_escape(compiler),
-        compile_flags=" ".join(map(_escape, toolchain.compile_flags())),
-        link_flags=" ".join(map(_escape, toolchain.link_flags())),
+        compile_flags=" ".join(map(_escape, toolchain.compile_flags(plan.cuda_home))),
+        link_flags=" ".join(map(_escape, toolchain.link_flags(plan.cuda_home))),
     )
     edges = [
         f"build {object_}: compile {source}"

@@ -66,14 +66,21 @@ def require_compiler() -> Compiler:
 
 
 def find_cuda_home() -> Path | None:
-    """The CUDA toolkit (``CUDA_HOME``, then nvcc on the path, then /usr/local/cuda), if any."""
+    """Where CUDA's headers and runtime are, if anywhere.
+
+    ``CUDA_HOME``; then what pip installed with torch, which fits it best; then the toolkit of the
+    nvcc on the path, and /usr/local/cuda.
+    """
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc")
-    candidates = [Path(named)] if named else [Path("/usr/local/cuda")]
-    if nvcc and not named:
-        candidates.insert(0, Path(nvcc).resolve().parent.parent)
+    candidates = [Path(named)] if named else _site_folders("nvidia/cu[0-9]*")
+    if not named:
+        candidates += [Path(nvcc).resolve().parent.parent] if nvcc else []
+        candidates.append(Path("/usr/local/cuda"))
+    # pip's packages come without crt/ unless nvidia-cuda-crt is there as well.
+    needed = ("include/cuda_runtime_api.h", "include/crt/host_config.h")
     return next(
-        (home for home in candidates if (home / "include/cuda_runtime_api.h").is_file()), None
+        (home for home in candidates if all((home / name).is_file() for name in needed)), None
     )
 
 
@@ -123,7 +130,7 @@ def torch_facts() -> dict[str, str]:
     }
 
 
-def compile_flags() -> list[str]:
+def compile_flags(cuda_home: Path | None = None) -> list[str]:
     """Flags of every file. ``-iquote``: <torch/...> must never find our csrc/torch."""
     root, python_include = torch_root(), Path(sysconfig.get_path("include"))
     _require(root / "include" / "ATen" / "ATen.h", "reinstall torch: its C++ headers are missing")
@@ -141,21 +148,71 @@ def compile_flags() -> list[str]:
         "-DTORCH_EXTENSION_NAME=_C",
         "-DTORCH_API_INCLUDE_EXTENSION_H",
         *(f"-iquote{folder}" for folder in ("csrc", "python")),
-        *(f"-isystem{folder}" for folder in includes),
+        *(f"-isystem{folder}" for folder in (*includes, *_cuda_includes(cuda_home))),
     ]
 
 
-def link_flags() -> list[str]:
+def link_flags(cuda_home: Path | None = None) -> list[str]:
     """Flags of the one link."""
     lib = torch_root() / "lib"
-    libraries = ("torch", "torch_cpu", "torch_python", "c10")
+    libraries = ["torch", "torch_cpu", "torch_python", "c10"]
+    if cuda_home is not None:
+        libraries += ["torch_cuda", "c10_cuda"]
     return [
         "-shared",
         "-pthread",
         f"-L{lib}",
         *(f"-l{name}" for name in libraries),
+        *_cuda_libraries(cuda_home),
         f"-Wl,-rpath,{lib}",
     ]
+
+
+def find_nccl() -> Path | None:
+    """The folder whose ``include`` and ``lib`` hold NCCL: torch's own, then the system's."""
+    homes = [*_site_folders("nvidia/nccl"), Path("/usr/local"), Path("/usr")]
+    return next((home for home in homes if (home / "include/nccl.h").is_file()), None)
+
+
+def _cuda_includes(cuda_home: Path | None) -> list[Path]:
+    if cuda_home is None:
+        return []
+    nccl = find_nccl()
+    if nccl is None:
+        raise BuildError(
+            "NCCL's header is missing: there is no nccl.h beside torch (nvidia/nccl/include), in "
+            "/usr/local/include or /usr/include. Install it (pip install nvidia-nccl-cu"
+            f"{str(torch_cuda_version()).partition('.')[0]}; Debian, Ubuntu: apt-get install "
+            "libnccl-dev), or build without CUDA (DUALPIPE_EXT_CUDA=0)."
+        )
+    return [cuda_home / "include", nccl / "include"]
+
+
+def _cuda_libraries(cuda_home: Path | None) -> list[str]:
+    """Paths of the libraries that torch loads, so that there is one of each in a process."""
+    if cuda_home is None:
+        return []
+    nccl = find_nccl() or Path("/usr")
+    return [
+        _library(cuda_home, "libcudart.so*"),
+        _library(nccl, "libnccl.so*"),
+    ]
+
+
+def _library(home: Path, pattern: str) -> str:
+    folders = ("lib", "lib64", f"lib/{platform.machine()}-linux-gnu")
+    found = [path for folder in folders for path in sorted((home / folder).glob(pattern))]
+    if not found:
+        raise BuildError(
+            f"There is no {pattern} under {home}; install CUDA's libraries there, choose another "
+            "toolkit with CUDA_HOME, or build without CUDA (DUALPIPE_EXT_CUDA=0)."
+        )
+    return str(found[0])
+
+
+def _site_folders(name: str) -> list[Path]:
+    """Folders that pip's NVIDIA packages may have made, beside torch's."""
+    return [path for path in torch_root().parent.glob(name) if path.is_dir()]
 
 
 def _require(header: Path, remedy: str) -> None:
