@@ -77,11 +77,21 @@ def find_cuda_home() -> Path | None:
     if not named:
         candidates += [Path(nvcc).resolve().parent.parent] if nvcc else []
         candidates.append(Path("/usr/local/cuda"))
-    # pip's packages come without crt/ unless nvidia-cuda-crt is there as well.
-    needed = ("include/cuda_runtime_api.h", "include/crt/host_config.h")
-    return next(
-        (home for home in candidates if all((home / name).is_file() for name in needed)), None
+    return next((home for home in candidates if _is_cuda_home(home)), None)
+
+
+def _is_cuda_home(home: Path) -> bool:
+    """Whether all headers are there: pip puts them together from several packages."""
+    include = home / "include"
+    return (
+        (include / "cuda_runtime_api.h").is_file()  # nvidia-cuda-runtime
+        and (include / "crt/host_config.h").is_file()  # nvidia-cuda-crt
+        and any((folder / "nv/target").exists() for folder in _header_folders(home))  # -cccl
     )
+
+
+def _header_folders(cuda_home: Path) -> list[Path]:
+    return [cuda_home / "include", cuda_home / "include/cccl"]
 
 
 def resolve_cuda(option: CudaOption, *, has_sources: bool) -> Path | None:
@@ -185,7 +195,7 @@ def _cuda_includes(cuda_home: Path | None) -> list[Path]:
             f"{str(torch_cuda_version()).partition('.')[0]}; Debian, Ubuntu: apt-get install "
             "libnccl-dev), or build without CUDA (DUALPIPE_EXT_CUDA=0)."
         )
-    return [cuda_home / "include", nccl / "include"]
+    return [*_header_folders(cuda_home), nccl / "include"]
 
 
 def _cuda_libraries(cuda_home: Path | None) -> list[str]:
