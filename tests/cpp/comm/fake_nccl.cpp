@@ -203,6 +203,11 @@ void FakeNcclWorld::break_network() {
   state_->broken = true;
 }
 
+void FakeNcclWorld::mend_network() {
+  const std::lock_guard lock(state_->mutex);
+  state_->broken = false;
+}
+
 int FakeNcclWorld::num_open_groups() const {
   const std::lock_guard lock(state_->mutex);
   return state_->num_open_groups;

@@ -23,6 +23,7 @@ class FakeNcclWorld {
   void fail(const std::string& call, NcclResult result, int after = 0);
   // From now on the communicators of all ranks report this.
   void break_network();
+  void mend_network();
 
   [[nodiscard]] int num_open_groups() const;
   [[nodiscard]] int num_communicators() const;  // made and not aborted

@@ -10,11 +10,25 @@
 
 namespace dualpipe::testing {
 
-// Ranks as threads, each with a device of its own, over the fake NCCL; messages that are no
-// activations and no gradients go by way of the host.
+struct NcclRankOptions {
+  bool dynamic_shapes = false;
+  std::chrono::milliseconds timeout = std::chrono::seconds(20);
+};
+
+// One rank, a thread, over the fake NCCL; messages that are no activations and no gradients go by
+// way of the host.
+[[nodiscard]] std::unique_ptr<Transport> nccl_rank(FakeNcclWorld& world, LinkFabric& fabric,
+                                                   Rank rank, int num_ranks,
+                                                   std::shared_ptr<Device> device,
+                                                   const NcclRankOptions& options = {});
+
+// A transport whose device is through whenever a wait returns, for callers that look at bytes.
+[[nodiscard]] std::unique_ptr<Transport> synchronized(std::unique_ptr<Transport> transport,
+                                                      std::shared_ptr<Device> device);
+
+// Ranks as threads, each with a device of its own.
 struct NcclRanks {
-  explicit NcclRanks(int num_ranks, bool dynamic_shapes = false,
-                     std::chrono::milliseconds timeout = std::chrono::seconds(20));
+  explicit NcclRanks(int num_ranks, const NcclRankOptions& options = {});
 
   // Makes the communicators of all ranks.
   void connect();

@@ -17,52 +17,35 @@ namespace {
 using namespace dualpipe::testing;
 using namespace std::chrono_literals;
 
-// A transport whose device is done whenever a call returns, for callers that look at bytes.
-class Synchronized final : public Transport {
+// Keeps what the transports use, for factories that give away transports alone.
+class Keeping final : public Transport {
  public:
-  Synchronized(std::shared_ptr<NcclRanks> ranks, std::size_t rank)
+  Keeping(std::shared_ptr<NcclRanks> ranks, std::size_t rank)
       : ranks_(std::move(ranks)),
-        inner_(*ranks_->transports[rank]),
-        device_(*ranks_->devices[rank]) {}
-
-  void begin_step(const StepInfo& info) override { inner_.begin_step(info); }
+        inner_(synchronized(std::move(ranks_->transports[rank]), ranks_->devices[rank])) {}
+  void begin_step(const StepInfo& info) override { inner_->begin_step(info); }
   void send(Rank to, const MessageId& id, Message message, const EventPtr& ready) override {
-    inner_.send(to, id, std::move(message), ready);
+    inner_->send(to, id, std::move(message), ready);
   }
   std::unique_ptr<PendingReceive> receive(Rank from, const MessageId& id) override {
-    return std::make_unique<Receive>(inner_.receive(from, id), device_);
+    return inner_->receive(from, id);
   }
-  void end_step() override { inner_.end_step(); }
-  void abort(const Failure& failure) noexcept override { inner_.abort(failure); }
-  void recover() override { inner_.recover(); }
+  void end_step() override { inner_->end_step(); }
+  void abort(const Failure& failure) noexcept override { inner_->abort(failure); }
+  void recover() override { inner_->recover(); }
 
  private:
-  class Receive final : public PendingReceive {
-   public:
-    Receive(std::unique_ptr<PendingReceive> inner, Device& device)
-        : inner_(std::move(inner)), device_(device) {}
-    Message wait() override {
-      Message message = inner_->wait();
-      device_.record()->synchronize();
-      return message;
-    }
-
-   private:
-    const std::unique_ptr<PendingReceive> inner_;
-    Device& device_;
-  };
-
   const std::shared_ptr<NcclRanks> ranks_;
-  Transport& inner_;
-  Device& device_;
+  const std::unique_ptr<Transport> inner_;
 };
 
 std::vector<std::unique_ptr<Transport>> synchronized_ranks(int num_ranks) {
-  const auto ranks = std::make_shared<NcclRanks>(num_ranks, /*dynamic_shapes=*/true);
+  const auto ranks =
+      std::make_shared<NcclRanks>(num_ranks, NcclRankOptions{.dynamic_shapes = true});
   ranks->connect();
   std::vector<std::unique_ptr<Transport>> transports;
   for (int rank = 0; rank < num_ranks; ++rank) {
-    transports.push_back(std::make_unique<Synchronized>(ranks, static_cast<std::size_t>(rank)));
+    transports.push_back(std::make_unique<Keeping>(ranks, static_cast<std::size_t>(rank)));
   }
   return transports;
 }
@@ -288,7 +271,7 @@ TEST(NcclFaults, ACommunicatorThatCannotBeMade) {
 }
 
 TEST(NcclFaults, ARankThatNeverConnectsEndsTheOthersInTime) {
-  NcclRanks ranks(2, false, 200ms);
+  NcclRanks ranks(2, {.timeout = 200ms});
   ranks.world.fail("init_pair", NcclResult::kSystemError);
   std::vector<std::string> texts(2);
   run_ranks(2, [&](int rank) {
@@ -300,7 +283,7 @@ TEST(NcclFaults, ARankThatNeverConnectsEndsTheOthersInTime) {
 }
 
 TEST(NcclFaults, APeerThatNeverComesEndsInAnErrorInTime) {
-  NcclRanks ranks(2, false, 200ms);
+  NcclRanks ranks(2, {.timeout = 200ms});
   ranks.connect();
   std::thread late([&] { ranks.transports[1]->begin_step(shaped_step(1, 1, 1)); });
   ranks.transports[0]->begin_step(shaped_step(1, 0, 1));

@@ -5,10 +5,16 @@
 #include <thread>
 
 #include "comm/framed_transport.h"
+#include "comm/nccl_ranks.h"
 #include "comm/store_control_plane.h"
 #include "schedule/planners/planners.h"
 
 namespace dualpipe::testing {
+
+std::string to_string(Over over) {
+  constexpr const char* kNames[] = {"Loopback", "Frames", "Nccl"};
+  return kNames[static_cast<std::size_t>(over)];
+}
 
 std::string Outcome::text() const {
   try {
@@ -32,12 +38,19 @@ EnginePipeline::EnginePipeline(int num_ranks, const PipelineOptions& options)
 
 EnginePipeline::Ends EnginePipeline::ends(Rank rank, int num_ranks, Over over) {
   if (over == Over::kLoopback) return {hub_->transport(rank), hub_->control_plane(rank)};
+  return {transport(rank, num_ranks, over), store_control_plane(store_.open(), rank, num_ranks)};
+}
+
+std::unique_ptr<Transport> EnginePipeline::transport(Rank rank, int num_ranks, Over over) {
+  if (over == Over::kNccl) {
+    const auto device = std::make_shared<FakeDevice>();
+    return synchronized(nccl_rank(world_, fabric_, rank, num_ranks, device), device);
+  }
   FramedOptions options{rank, num_ranks, {}, 0};
   for (int peer = 0; peer < num_ranks; ++peer) {
     if (peer != rank.value()) options.peers.emplace_back(peer);
   }
-  return {framed_transport(fabric_.link(rank), std::move(options)),
-          store_control_plane(store_.open(), rank, num_ranks)};
+  return framed_transport(fabric_.link(rank), std::move(options));
 }
 
 std::vector<Outcome> EnginePipeline::on_all(const std::function<void(Engine&)>& body) {

@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "comm/fake_nccl.h"
 #include "comm/loopback.h"
 #include "comm/memory_link.h"
 #include "engine/affine_stages.h"
@@ -41,7 +42,8 @@ class Outcome {
   std::exception_ptr error_;
 };
 
-enum class Over : std::uint8_t { kLoopback, kFrames };
+enum class Over : std::uint8_t { kLoopback, kFrames, kNccl };
+[[nodiscard]] std::string to_string(Over over);
 
 struct PipelineOptions {
   Over over = Over::kLoopback;
@@ -50,16 +52,17 @@ struct PipelineOptions {
   std::function<std::unique_ptr<Transport>(Rank, std::unique_ptr<Transport>)> wrap;
 };
 
-// The engines of all ranks, which are threads; over loopback, or over the transport and the control
-// plane that processes use, on a link and a store in memory.
+// The engines of all ranks, which are threads; over loopback, over the transport and the control
+// plane that processes use, on a link and a store in memory, or over those and the fake NCCL.
 class EnginePipeline {
  public:
   explicit EnginePipeline(int num_ranks, const PipelineOptions& options = {});
 
   [[nodiscard]] int num_ranks() const { return static_cast<int>(engines_.size()); }
   [[nodiscard]] Engine& engine(int rank) { return *engines_[static_cast<std::size_t>(rank)]; }
-  [[nodiscard]] LoopbackHub& hub() { return *hub_; }      // loopback
-  [[nodiscard]] LinkFabric& fabric() { return fabric_; }  // frames
+  [[nodiscard]] LoopbackHub& hub() { return *hub_; }       // loopback
+  [[nodiscard]] LinkFabric& fabric() { return fabric_; }   // frames, nccl
+  [[nodiscard]] FakeNcclWorld& world() { return world_; }  // nccl
 
   // Runs the body on one thread a rank.
   std::vector<Outcome> on_all(const std::function<void(Engine&)>& body);
@@ -70,10 +73,12 @@ class EnginePipeline {
     std::unique_ptr<ControlPlane> control;
   };
   [[nodiscard]] Ends ends(Rank rank, int num_ranks, Over over);
+  [[nodiscard]] std::unique_ptr<Transport> transport(Rank rank, int num_ranks, Over over);
 
   std::shared_ptr<LoopbackHub> hub_;
   LinkFabric fabric_;
   SharedStore store_;
+  FakeNcclWorld world_;
   std::vector<std::unique_ptr<Engine>> engines_;
 };
 

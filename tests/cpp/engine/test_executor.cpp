@@ -75,6 +75,8 @@ TEST_P(EveryPlanner, AlsoWithPairsInOnePiece) {
 
 TEST_P(EveryPlanner, AlsoOverFrames) { expect_unsplit_results({}, Over::kFrames); }
 
+TEST_P(EveryPlanner, AlsoOverNccl) { expect_unsplit_results({}, Over::kNccl); }
+
 TEST_P(EveryPlanner, AlsoWithoutBackward) {
   LoweringOptions options;
   options.with_backward = false;

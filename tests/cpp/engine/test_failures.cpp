@@ -65,10 +65,9 @@ class FailingStage : public ::testing::TestWithParam<Over> {
   AffineJob job{pipeline, "dualpipe", 8};
 };
 
-INSTANTIATE_TEST_SUITE_P(Over, FailingStage, ::testing::Values(Over::kLoopback, Over::kFrames),
-                         [](const auto& info) {
-                           return info.param == Over::kLoopback ? "Loopback" : "Frames";
-                         });
+INSTANTIATE_TEST_SUITE_P(Over, FailingStage,
+                         ::testing::Values(Over::kLoopback, Over::kFrames, Over::kNccl),
+                         [](const auto& info) { return to_string(info.param); });
 
 TEST_P(FailingStage, MakesEveryRankThrowWithinASecond) {
   for (int culprit = 0; culprit < 4; ++culprit) {

@@ -1,0 +1,67 @@
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "common/error.h"
+#include "engine/pipeline.h"
+
+namespace dualpipe {
+namespace {
+
+using namespace dualpipe::testing;
+using namespace std::chrono_literals;
+
+// Faults that no call meets: the watchdog finds them, and every rank ends.
+class DeviceFault : public ::testing::Test {
+ protected:
+  void expect_ended_by(const std::vector<Outcome>& outcomes, const std::string& text) {
+    for (std::size_t rank = 0; rank < outcomes.size(); ++rank) {
+      EXPECT_TRUE(outcomes[rank].is<PipelineError>()) << rank << ": " << outcomes[rank].text();
+      EXPECT_NE(outcomes[rank].text().find(text), std::string::npos) << outcomes[rank].text();
+    }
+  }
+  void expect_next_step_works() {
+    pipeline.world().mend_network();
+    job.stages(1).before = [](const Action&) {};
+    expect_all_ok(job.step());
+    EXPECT_EQ(job.results(), unsplit(job.lowered().placement));
+  }
+
+  static PipelineOptions options() {
+    PipelineOptions options;
+    options.over = Over::kNccl;
+    return options;
+  }
+
+  EnginePipeline pipeline{2, options()};
+  AffineJob job{pipeline, "dualpipe", 4};
+};
+
+TEST_F(DeviceFault, InTheMiddleOfAStep) {
+  expect_all_ok(job.step());
+  job.stages(1).before = [this](const Action&) {
+    pipeline.world().break_network();
+    std::this_thread::sleep_for(100ms);
+  };
+  expect_ended_by(job.step(), "the peer is gone");
+  expect_next_step_works();
+}
+
+TEST_F(DeviceFault, WhileTheRanksMeet) {
+  pipeline.world().fail("init_pair", NcclResult::kSystemError);
+  expect_ended_by(job.step(), "cannot connect: NCCL says no");
+  expect_next_step_works();
+}
+
+TEST_F(DeviceFault, AheadOfTheFirstStep) {
+  pipeline.world().fail("init_pair", NcclResult::kSystemError);
+  expect_ended_by(pipeline.on_all([](Engine& engine) { engine.connect(); }), "cannot connect");
+  expect_all_ok(pipeline.on_all([](Engine& engine) { engine.connect(); }));
+  expect_next_step_works();
+}
+
+}  // namespace
+}  // namespace dualpipe
