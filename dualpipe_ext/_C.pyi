@@ -440,6 +440,11 @@ class Program:
     @property
     def digest(self) -> int: ...
     @property
+    def message_ways(self) -> list[tuple[int, MessageKind, bool]]:
+        """
+        (peer, kind, outgoing) of all messages.
+        """
+    @property
     def planned_peak_activations(self) -> int: ...
 
 class MirrorExchange:
@@ -465,6 +470,10 @@ class Engine:
         peers: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
         timeout_seconds: typing.SupportsFloat | typing.SupportsIndex,
     ) -> Engine: ...
+    def connect(self) -> None:
+        """
+        Meets the other ranks ahead of the first step; on all of them, or on none.
+        """
     def exchange(
         self,
         reducer: MirrorExchange,
@@ -489,6 +498,7 @@ class Engine:
         keep_outputs: bool,
         device: str,
         reducer: MirrorExchange | None,
+        shapes: typing.SupportsInt | typing.SupportsIndex = 0,
     ) -> None: ...
     @property
     def busy_ns(self) -> int: ...

@@ -6,7 +6,9 @@
 
 #include "bindings.h"
 #include "comm/loopback.h"
+#include "common/error.h"
 #include "engine/engine.h"
+#include "interrupts.h"
 #include "py_stage_functions.h"
 #include "torch/mirror_exchange.h"
 #include "torch/process_group_transport.h"
@@ -20,6 +22,7 @@ namespace {
 Watchdog::Options watchdog_options(double timeout_seconds) {
   Watchdog::Options options;
   options.timeout = milliseconds_of(timeout_seconds);
+  options.interrupted = &InterruptScope::interrupted;
   return options;
 }
 
@@ -43,8 +46,23 @@ std::unique_ptr<Engine> process_group_engine(c10d::ProcessGroup& group, int rank
                                   watchdog_options(timeout_seconds));
 }
 
+// Runs what waits for other ranks, without the interpreter lock. What Ctrl-C raises comes before
+// the failure that it makes.
+template <typename Work>
+void interruptible(const Work& work) {
+  const InterruptScope scope;
+  try {
+    const py::gil_scoped_release unlocked;
+    work();
+  } catch (const PipelineError&) {
+    if (InterruptScope::interrupted()) raise_interrupt();
+    throw;
+  }
+}
+
 void run(Engine& engine, const Program& program, py::object functions, bool training,
-         bool keep_outputs, const std::string& device, std::optional<MirrorExchange*> reducer) {
+         bool keep_outputs, const std::string& device, std::optional<MirrorExchange*> reducer,
+         std::uint64_t shapes) {
   PyStageFunctions stages(std::move(functions));
   TorchStageRunner runner(
       stages, engine.weight_queue(),
@@ -52,14 +70,13 @@ void run(Engine& engine, const Program& program, py::object functions, bool trai
        .keep_outputs = keep_outputs,
        .device = at::Device(device),
        .message_device = at::Device(engine.transport().carries_device_memory() ? device : "cpu")});
-  const py::gil_scoped_release unlocked;
-  engine.run(program, runner, reducer.value_or(nullptr));
+  interruptible([&] { engine.run(program, runner, reducer.value_or(nullptr), shapes); });
 }
 
 void exchange(Engine& engine, MirrorExchange& reducer, const std::vector<int>& stages) {
   std::vector<Stage> ids;
   for (const int stage : stages) ids.emplace_back(stage);
-  engine.exchange(make_reduce_program(engine.rank(), ids), reducer);
+  interruptible([&] { engine.exchange(make_reduce_program(engine.rank(), ids), reducer); });
 }
 
 std::unique_ptr<MirrorExchange> mirror_exchange(Engine& engine, int num_ranks,
@@ -71,6 +88,14 @@ std::unique_ptr<MirrorExchange> mirror_exchange(Engine& engine, int num_ranks,
   return std::make_unique<MirrorExchange>(
       engine.transport(), engine.rank(), num_ranks, std::move(tensors), bucket_bytes,
       copy ? MirrorExchange::Mode::kCopy : MirrorExchange::Mode::kSumGradients, together);
+}
+
+std::vector<std::tuple<int, MessageKind, bool>> ways(const Program& program) {
+  std::vector<std::tuple<int, MessageKind, bool>> found;
+  for (const auto& [peer, kind, outgoing] : message_ways(program)) {
+    found.emplace_back(peer.value(), kind, outgoing);
+  }
+  return found;
 }
 
 py::list trace_events(const Trace& trace) {
@@ -91,6 +116,7 @@ void bind_engine(py::module_& module) {
            }),
            py::arg("lowered"), py::arg("rank"), py::arg("description"))
       .def_readonly("planned_peak_activations", &Program::planned_peak_activations)
+      .def_property_readonly("message_ways", &ways, "(peer, kind, outgoing) of all messages.")
       .def_readonly("digest", &Program::digest)
       .def_readonly("description", &Program::description)
       .def("__len__", [](const Program& program) { return program.instructions.size(); });
@@ -104,11 +130,10 @@ void bind_engine(py::module_& module) {
       .def_static("process_group", &process_group_engine, py::arg("group"), py::arg("rank"),
                   py::arg("group_ranks"), py::arg("peers"), py::arg("timeout_seconds"))
       .def("run", &run, py::arg("program"), py::arg("functions"), py::arg("training"),
-           py::arg("keep_outputs"), py::arg("device"), py::arg("reducer"))
+           py::arg("keep_outputs"), py::arg("device"), py::arg("reducer"), py::arg("shapes") = 0)
       .def("connect", &Engine::connect, py::call_guard<py::gil_scoped_release>(),
            "Meets the other ranks ahead of the first step; on all of them, or on none.")
-      .def("exchange", &exchange, py::arg("reducer"), py::arg("stages"),
-           py::call_guard<py::gil_scoped_release>())
+      .def("exchange", &exchange, py::arg("reducer"), py::arg("stages"))
       .def("fail", &Engine::fail, py::arg("text"), py::call_guard<py::gil_scoped_release>())
       .def("mirror_exchange", &mirror_exchange, py::arg("num_ranks"), py::arg("stages"),
            py::arg("bucket_bytes"), py::arg("copy"), py::arg("together"), py::keep_alive<0, 1>())

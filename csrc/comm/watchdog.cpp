@@ -122,6 +122,8 @@ void Watchdog::State::look(std::unique_lock<std::mutex>& lock) {
   if (!still_in(arming)) return;
   if (failure && failure->step <= step) {
     abort(*failure);
+  } else if (options.interrupted()) {
+    report_fault(lock, cat("rank ", rank, " was interrupted (Ctrl-C)"));
   } else if (const auto fault = transport.fault()) {
     report_fault(lock, *fault);
   } else if (timed_out()) {

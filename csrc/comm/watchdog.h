@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -21,15 +22,17 @@ class Progress {
 };
 
 // One thread a rank that ends a step which cannot go on: when another rank has reported a failure,
-// when the transport tells of a fault, or when this rank has waited for one message longer than
-// `timeout` (then it publishes its position, gathers those of the others, and reports). It aborts
-// the transport and goes idle until the next arm(), or until the device that works on after a step
-// is through. While idle it costs nothing.
+// when the transport tells of a fault, when this rank is to stop, or when it has waited for one
+// message longer than `timeout` (then it publishes its position, gathers those of the others, and
+// reports). It aborts the transport and goes idle until the next arm(), or until the device that
+// works on after a step is through. While idle it costs nothing.
 class Watchdog {
  public:
   struct Options {
     std::chrono::milliseconds poll_interval{100};
     std::chrono::milliseconds timeout{600'000};
+    // Asked at every poll: whether this rank is to stop, as a user does with Ctrl-C.
+    std::function<bool()> interrupted = [] { return false; };
   };
 
   Watchdog(Rank rank, Transport& transport, ControlPlane& control, Options options);

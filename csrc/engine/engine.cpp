@@ -37,20 +37,22 @@ Engine::Engine(Rank rank, std::unique_ptr<Transport> transport,
       executor_(*transport_, *device_),
       watchdog_(std::make_unique<Watchdog>(rank, *transport_, *control_, options)) {}
 
-void Engine::run(const Program& program, StageRunner& runner, GradientReducer* reducer) {
-  run_guarded(program, &runner, reducer);
+void Engine::run(const Program& program, StageRunner& runner, GradientReducer* reducer,
+                 std::uint64_t shapes) {
+  run_guarded(program, &runner, reducer, shapes);
 }
 
 void Engine::exchange(const Program& program, GradientReducer& reducer) {
   const KeepsTrace keeps_trace(executor_);
-  run_guarded(program, nullptr, &reducer);
+  run_guarded(program, nullptr, &reducer, 0);
 }
 
-void Engine::run_guarded(const Program& program, StageRunner* runner, GradientReducer* reducer) {
+void Engine::run_guarded(const Program& program, StageRunner* runner, GradientReducer* reducer,
+                         std::uint64_t shapes) {
   executor_.begin(program, num_steps_ + 1, runner, reducer);
-  guard(reducer, [this] {
+  guard(reducer, [&] {
     device_->begin();
-    executor_.run();
+    executor_.run(shapes);
   });
 }
 

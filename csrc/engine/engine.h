@@ -30,7 +30,9 @@ class Engine {
   // rank. When it throws, it throws on every rank, the engine is clean, and the next step works:
   //   what the runner threw   on the rank at fault
   //   PipelineError           elsewhere, and for dead ranks, broken links and time limits
-  void run(const Program& program, StageRunner& runner, GradientReducer* reducer);
+  // shapes: StepInfo::shapes.
+  void run(const Program& program, StageRunner& runner, GradientReducer* reducer,
+           std::uint64_t shapes = 0);
 
   // A step without computation: its program holds REDUCE_GRAD alone. The same contract as run();
   // the trace stays that of the last run().
@@ -53,7 +55,8 @@ class Engine {
   [[nodiscard]] int cursor() const { return executor_.cursor(); }
 
  private:
-  void run_guarded(const Program& program, StageRunner* runner, GradientReducer* reducer);
+  void run_guarded(const Program& program, StageRunner* runner, GradientReducer* reducer,
+                   std::uint64_t shapes);
   template <typename Work>
   void guard(GradientReducer* reducer, const Work& work);
   // Called while an exception of the step is being handled.

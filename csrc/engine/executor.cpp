@@ -23,9 +23,9 @@ void Executor::begin(const Program& program, std::int64_t step, StageRunner* run
   trace_.events.reserve(program.instructions.size());
 }
 
-void Executor::run() {
+void Executor::run(std::uint64_t shapes) {
   step_start_ns_ = now_ns();
-  transport_.begin_step({step_, program_->digest, program_->description});
+  transport_.begin_step({step_, program_->digest, program_->description, shapes});
   for (const Instruction& instruction : program_->instructions) {
     execute(instruction);
     cursor_.fetch_add(1, std::memory_order_relaxed);

@@ -28,7 +28,8 @@ class Executor final : public Progress {
              GradientReducer* reducer);
 
   // The step that was begun, commit included. Throws what computation or transport throw.
-  void run();
+  // shapes: StepInfo::shapes.
+  void run(std::uint64_t shapes);
 
   // Lets go of all messages: after a step that threw.
   void clear();

@@ -1,6 +1,7 @@
 #include "engine/program.h"
 
 #include <map>
+#include <set>
 #include <tuple>
 
 #include "common/error.h"
@@ -134,6 +135,16 @@ Program make_program(const Schedule& lowered, Rank rank, std::string description
   program.digest = digest(lowered);
   program.description = std::move(description);
   return program;
+}
+
+std::vector<MessageWay> message_ways(const Program& program) {
+  std::set<MessageWay> ways;
+  for (const Instruction& instruction : program.instructions) {
+    const Op op = instruction.action.op();
+    if (!is_send(op) && !is_recv(op)) continue;
+    ways.insert({instruction.peer, instruction.message.kind, is_send(op)});
+  }
+  return {ways.begin(), ways.end()};
 }
 
 Program make_reduce_program(Rank rank, const std::vector<Stage>& stages) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <compare>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -43,6 +44,16 @@ struct Program {
   std::uint64_t digest = 0;  // of the whole schedule: equal on all ranks
   std::string description;
 };
+
+// One way for one kind of message between this rank and another one.
+struct MessageWay {
+  Rank peer;
+  MessageKind kind;
+  bool outgoing;
+  auto operator<=>(const MessageWay&) const = default;
+};
+// All that a program sends and receives by, sorted.
+[[nodiscard]] std::vector<MessageWay> message_ways(const Program& program);
 
 // description: for people, in the errors of ranks that disagree. The schedule must be verified.
 [[nodiscard]] Program make_program(const Schedule& lowered, Rank rank, std::string description);

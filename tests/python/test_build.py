@@ -262,7 +262,7 @@ def test_cuda_that_was_asked_for_and_is_not_there_is_an_error(
 def test_cuda_files_are_whole_files_in_the_build_or_not(tree: Path) -> None:
     (tree / "csrc/device").mkdir()
     (tree / "csrc/device/cuda_stream.cpp").touch()
-    (tree / "python/bind_cuda.cpp").touch()
+    (tree / "python/bind_cuda_engine.cpp").touch()
     sources = SourceTree(tree)
     assert sources.compiled(cuda=False) == ["python/module.cpp", "csrc/one.cpp"]
     assert len(sources.compiled(cuda=True)) == 4

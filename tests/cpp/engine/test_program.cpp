@@ -157,5 +157,21 @@ TEST(Program, ReducesTheStagesItIsGiven) {
   EXPECT_NE(program.digest, 0u);
 }
 
+TEST(MessageWays, AreThoseOfTheSchedule) {
+  const auto ways_of = [](const char* planner, int rank) {
+    const Schedule lowered = lower(plan(planner, {4, 8}), {});
+    return message_ways(make_program(lowered, Rank(rank), "a test"));
+  };
+  constexpr auto kActivation = MessageKind::kActivation;
+  constexpr auto kGradient = MessageKind::kGradient;
+  using Ways = std::vector<MessageWay>;
+  EXPECT_EQ(ways_of("1f1b", 0), (Ways{{Rank(1), kActivation, true}, {Rank(1), kGradient, false}}));
+  EXPECT_EQ(ways_of("dualpipe", 0), (Ways{{Rank(1), kActivation, false},
+                                          {Rank(1), kActivation, true},
+                                          {Rank(1), kGradient, false},
+                                          {Rank(1), kGradient, true}}));
+  EXPECT_EQ(ways_of("dualpipe", 2).size(), 8);
+}
+
 }  // namespace
 }  // namespace dualpipe

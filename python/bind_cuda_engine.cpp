@@ -8,6 +8,7 @@
 #include "comm/cuda_nccl.h"
 #include "comm/nccl_transport.h"
 #include "engine/engine.h"
+#include "interrupts.h"
 #include "torch/cuda_device.h"
 #include "torch/process_group_transport.h"
 
@@ -38,6 +39,7 @@ std::unique_ptr<Engine> nccl_engine(c10d::ProcessGroup& group, int rank,
   const std::shared_ptr<Device> gpu = cuda_device(device);
   Watchdog::Options watchdog;
   watchdog.timeout = options.timeout;
+  watchdog.interrupted = &InterruptScope::interrupted;
   return std::make_unique<Engine>(
       Rank(rank), nccl_transport(nccl_calls(), gpu, std::move(ends.transport), std::move(options)),
       std::move(ends.control), watchdog, gpu);

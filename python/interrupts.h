@@ -1,0 +1,24 @@
+#pragma once
+
+namespace dualpipe {
+
+// While one of these lives on Python's main thread, SIGINT is noted for the engine's watchdog as
+// well: the interpreter, which is waited for, could only look at it when the step is over.
+class InterruptScope {
+ public:
+  InterruptScope();
+  ~InterruptScope();
+  InterruptScope(const InterruptScope&) = delete;
+  InterruptScope& operator=(const InterruptScope&) = delete;
+
+  // Whether one came since the oldest scope that lives. Any thread.
+  [[nodiscard]] static bool interrupted();
+
+ private:
+  const bool is_main_thread_;
+};
+
+// Raises in Python what the handler of a signal raises, if one came. With the interpreter lock.
+void raise_interrupt();
+
+}  // namespace dualpipe
