@@ -1,6 +1,5 @@
 #include "comm/framed_transport.h"
 
-#include <algorithm>
 #include <cstring>
 #include <map>
 #include <utility>
@@ -17,12 +16,10 @@ namespace {
 
 constexpr std::size_t kExtremesBytes = sizeof(HostTransport::Extremes);
 
-HostTransport::Extremes merge(HostTransport::Extremes known, const std::byte* bytes) {
-  HostTransport::Extremes other;
-  std::memcpy(&other, bytes, sizeof(other));
-  if (known.largest == 0) return other;
-  if (other.largest == 0) return known;
-  return {std::min(known.smallest, other.smallest), std::max(known.largest, other.largest)};
+HostTransport::Extremes extremes_at(const std::byte* bytes) {
+  HostTransport::Extremes extremes;
+  std::memcpy(&extremes, bytes, sizeof(extremes));
+  return extremes;
 }
 
 class FramedTransport final : public HostTransport {
@@ -145,7 +142,7 @@ HostTransport::Extremes FramedTransport::disseminate(Traffic traffic, std::uint6
     outgoing.push_back(session_.send(at(distance), tag, std::move(own), 0, kExtremesBytes));
     const auto theirs = session_.await(
         handle, [&, from = at(-distance)] { return cat("waits for rank ", from, " ", purpose); });
-    known = merge(known, theirs->data());
+    known = merged(known, extremes_at(theirs->data()));
     distance *= 2;
   }
   for (const auto handle : outgoing)

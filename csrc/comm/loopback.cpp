@@ -41,7 +41,7 @@ void Hub::check_rank(Rank rank) const {
                       " does not exist: this loopback pipeline has ranks 0 to ", num_ranks_ - 1);
 }
 
-std::unique_ptr<Transport> Hub::transport(Rank rank) {
+std::unique_ptr<HostTransport> Hub::transport(Rank rank) {
   check_rank(rank);
   const std::lock_guard lock(mutex_);
   DUALPIPE_USER_CHECK(endpoints_[rank.index()] == nullptr, "rank ", rank,

@@ -25,7 +25,7 @@ class LoopbackHub : public std::enable_shared_from_this<LoopbackHub> {
   [[nodiscard]] static std::shared_ptr<LoopbackHub> create(int num_ranks, LinkOptions link = {});
   virtual ~LoopbackHub() = default;
 
-  [[nodiscard]] virtual std::unique_ptr<Transport> transport(Rank rank) = 0;
+  [[nodiscard]] virtual std::unique_ptr<HostTransport> transport(Rank rank) = 0;
   [[nodiscard]] virtual std::unique_ptr<ControlPlane> control_plane(Rank rank) = 0;
 
   // Asked for every message that is sent; kFail throws PipelineError in the sender, kDrop loses

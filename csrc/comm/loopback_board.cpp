@@ -18,24 +18,29 @@ std::optional<std::string> StepBoard::announce(Rank rank, const Place& place,
   return describe_mismatch(announced_by_, announced_, rank, info);
 }
 
-void StepBoard::commit(const Place& place, const FailureFlag& failure) {
+HostTransport::Extremes StepBoard::meet(const Place& place, std::uint64_t value,
+                                        const FailureFlag& failure) {
   std::unique_lock lock(mutex_);
   failure.throw_if_set();
-  if (committing_ < place) {
-    committing_ = place;
+  if (meeting_ < place) {
+    meeting_ = place;
     num_arrived_ = 0;
+    arrived_ = {};
   }
-  // Behind a rank that has recovered already: this step cannot be committed any more.
-  const bool too_late = place < committing_;
+  arrived_ = HostTransport::merged(arrived_, {value, value});
+  // Behind a rank that has recovered already: this meeting cannot take place any more.
+  const bool too_late = place < meeting_;
   if (!too_late && ++num_arrived_ == num_ranks_) {
-    committed_ = place;
+    met_ = place;
+    result_ = arrived_;
     cv_.notify_all();
-    return;
+    return result_;
   }
-  cv_.wait(lock, [&] { return (committed_ && *committed_ >= place) || failure.is_set(); });
-  if (committed_ && *committed_ >= place) return;
-  if (committing_ == place) num_arrived_ = -num_ranks_;  // this rank fails: nobody may commit
+  cv_.wait(lock, [&] { return (met_ && *met_ >= place) || failure.is_set(); });
+  if (met_ && *met_ >= place) return result_;
+  if (meeting_ == place) num_arrived_ = -num_ranks_;  // this rank fails: nobody may go on
   failure.throw_if_set();
+  return {};
 }
 
 void StepBoard::wake() {

@@ -14,8 +14,8 @@
 
 namespace dualpipe::loopback {
 
-// Compares what the ranks announce and counts who has finished a step. Steps have numbers, counted
-// from 0 within an epoch. Thread-safe.
+// Compares what the ranks announce, and lets them meet. Steps have numbers, counted from 0 within
+// an epoch; the meetings of a step, too. Thread-safe.
 class StepBoard {
  public:
   explicit StepBoard(int num_ranks) : num_ranks_(num_ranks) {}
@@ -23,6 +23,7 @@ class StepBoard {
   struct Place {
     std::uint64_t epoch = 0;
     std::uint64_t step = 0;
+    std::uint64_t meeting = 0;
     auto operator<=>(const Place&) const = default;
   };
 
@@ -30,9 +31,10 @@ class StepBoard {
   [[nodiscard]] std::optional<std::string> announce(Rank rank, const Place& place,
                                                     const StepInfo& info);
 
-  // Returns when all ranks have called it for this place; throws what `failure` has, and then no
-  // rank returns.
-  void commit(const Place& place, const FailureFlag& failure);
+  // Returns the extremes of all ranks' values when all have called it for this place; throws what
+  // `failure` has, and then no rank returns.
+  [[nodiscard]] HostTransport::Extremes meet(const Place& place, std::uint64_t value,
+                                             const FailureFlag& failure);
 
   void wake();
 
@@ -43,9 +45,11 @@ class StepBoard {
   std::optional<Place> announced_place_;
   Rank announced_by_;
   StepInfo announced_;
-  Place committing_;
+  Place meeting_;
   int num_arrived_ = 0;
-  std::optional<Place> committed_;
+  HostTransport::Extremes arrived_{};
+  std::optional<Place> met_;
+  HostTransport::Extremes result_{};  // of met_: who comes late to it has not met again
 };
 
 // What the control planes of all ranks share: failures and positions by epoch, and the exchange of

@@ -80,9 +80,14 @@ Message Endpoint::take(Rank from, const MessageId& id, std::uint64_t number) {
 
 void Endpoint::end_step() {
   DUALPIPE_CHECK(in_step_, "end_step outside of a step");
-  hub_->steps.commit({epoch(), num_steps_}, failure_);
+  (void)agree(0);
   ++num_steps_;
+  num_meetings_ = 0;
   in_step_ = false;
+}
+
+HostTransport::Extremes Endpoint::agree(std::uint64_t value) {
+  return hub_->steps.meet({epoch(), num_steps_, num_meetings_++}, value, failure_);
 }
 
 void Endpoint::abort(const Failure& failure) noexcept {
@@ -96,6 +101,7 @@ void Endpoint::fail(FailureFlag::Kind kind, const std::string& text) {
 void Endpoint::recover() {
   ++epoch_;
   num_steps_ = 0;
+  num_meetings_ = 0;
   in_step_ = false;
   for (auto& counts : num_received_) counts.fill(0);
   failure_.clear();

@@ -15,7 +15,7 @@ namespace dualpipe::loopback {
 class Hub;
 
 // One rank's end. Its counters belong to the rank; what others touch is in the hub.
-class Endpoint final : public Transport {
+class Endpoint final : public HostTransport {
  public:
   Endpoint(std::shared_ptr<Hub> hub, Rank rank);
   ~Endpoint() override;
@@ -27,6 +27,7 @@ class Endpoint final : public Transport {
   void end_step() override;
   void abort(const Failure& failure) noexcept override;
   void recover() override;
+  Extremes agree(std::uint64_t value) override;
 
   [[nodiscard]] Message take(Rank from, const MessageId& id, std::uint64_t number);
   void fail(FailureFlag::Kind kind, const std::string& text);
@@ -37,7 +38,8 @@ class Endpoint final : public Transport {
   const Rank rank_;
   FailureFlag failure_;
   std::atomic<std::uint64_t> epoch_{0};
-  std::uint64_t num_steps_ = 0;  // in this epoch
+  std::uint64_t num_steps_ = 0;     // in this epoch
+  std::uint64_t num_meetings_ = 0;  // in this step
   std::atomic<bool> in_step_{false};
   std::vector<std::array<std::uint64_t, kNumMessageKinds>> num_received_;  // by source
 };

@@ -25,7 +25,7 @@ class Hub final : public LoopbackHub {
         endpoints_(static_cast<std::size_t>(num_ranks), nullptr),
         mailboxes_(endpoints_.size() * endpoints_.size() * kNumMessageKinds) {}
 
-  std::unique_ptr<Transport> transport(Rank rank) override;
+  std::unique_ptr<HostTransport> transport(Rank rank) override;
   std::unique_ptr<ControlPlane> control_plane(Rank rank) override;
   void inject(FaultInjector injector) override;
   std::vector<std::string> all_gather(Rank rank, const std::string& text,

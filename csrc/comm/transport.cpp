@@ -1,8 +1,16 @@
 #include "comm/transport.h"
 
+#include <algorithm>
+
 #include "common/error.h"
 
 namespace dualpipe {
+
+HostTransport::Extremes HostTransport::merged(const Extremes& one, const Extremes& other) {
+  if (one.largest == 0) return other;
+  if (other.largest == 0) return one;
+  return {std::min(one.smallest, other.smallest), std::max(one.largest, other.largest)};
+}
 
 std::string to_string(const MessageId& id) {
   switch (id.kind) {

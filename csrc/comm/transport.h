@@ -117,6 +117,7 @@ class HostTransport : public Transport {
     std::uint64_t largest;
     bool operator==(const Extremes&) const = default;
   };
+  [[nodiscard]] static Extremes merged(const Extremes& one, const Extremes& other);
   [[nodiscard]] virtual Extremes agree(std::uint64_t value) = 0;
 };
 

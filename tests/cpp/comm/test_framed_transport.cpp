@@ -98,28 +98,6 @@ TEST(FramedTransport, SendsDoNotWaitForAPeerThatIsLate) {
   EXPECT_TRUE(has_pattern(message, {bytes_spec(8)}, 4));
 }
 
-TEST(FramedTransport, AgreesOnTheExtremesOfAllRanks) {
-  for (const int num_ranks : {2, 3, 8}) {
-    LinkFabric fabric;
-    std::vector<std::unique_ptr<HostTransport>> transports;
-    for (int rank = 0; rank < num_ranks; ++rank) {
-      transports.push_back(
-          framed_transport(fabric.link(Rank(rank)), {Rank(rank), num_ranks, {}, 0}));
-    }
-    run_ranks(num_ranks, [&](int rank) {
-      HostTransport& transport = *transports[static_cast<std::size_t>(rank)];
-      const auto agree = [&](std::uint64_t first, std::uint64_t last) {
-        return transport.agree(rank == 0 ? first : rank == num_ranks - 1 ? last : 0);
-      };
-      transport.begin_step(step_info());
-      EXPECT_EQ(agree(7, 5), (HostTransport::Extremes{5, 7}));
-      EXPECT_EQ(agree(0, 3), (HostTransport::Extremes{3, 3}));
-      EXPECT_EQ(agree(0, 0), (HostTransport::Extremes{0, 0}));
-      transport.end_step();
-    });
-  }
-}
-
 TEST(FramedTransport, SmallFramesDoNotOvertakeLargeOnes) {
   LinkFabric fabric;
   auto transports = make_transports(fabric, 2);

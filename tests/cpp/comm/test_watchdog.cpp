@@ -43,7 +43,7 @@ class BrokenControlPlane final : public ControlPlane {
   [[noreturn]] static void fail() { throw PipelineError("the store is gone"); }
 };
 
-constexpr Watchdog::Options kFast{5ms, 100ms};
+const Watchdog::Options kFast{.poll_interval = 5ms, .timeout = 100ms};
 
 struct Ranks {
   explicit Ranks(int num_ranks) : hub(LoopbackHub::create(num_ranks)) {
