@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -11,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import wait as wait_for_any
 from typing import Any, Literal
 
 import torch
@@ -37,7 +40,8 @@ def run_ranks(
 ) -> list[Any]:
     """Calls ``fn(rank, num_ranks, *args)`` on every rank and returns the results, by rank.
 
-    Every rank computes with one thread: more of them would fight over the same cores.
+    Every rank computes with one thread: more of them would fight over the same cores. Ranks that
+    are processes end with the process that started them, whatever ends it.
 
     Args:
         fn: for processes, a function that can be imported: it is sent to them by name.
@@ -185,6 +189,7 @@ def _collect(folder: str, processes: Sequence[Any], late: Sequence[int]) -> list
 def _process_main(
     fn: RankFunction, rank: int, num_ranks: int, folder: str, args: tuple[Any, ...]
 ) -> None:
+    _end_with_launcher(folder)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks
@@ -199,6 +204,19 @@ def _process_main(
     dist.destroy_process_group()
     if not outcome[0]:
         sys.exit(1)
+
+
+def _end_with_launcher(folder: str) -> None:
+    """Ends this process once the one that started it is gone, which can no longer do so itself."""
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
+
+    def watch() -> None:
+        wait_for_any([launcher.sentinel])
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher's watch", daemon=True).start()
 
 
 def _portable(error: Exception) -> BaseException:

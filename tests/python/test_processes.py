@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -81,3 +85,40 @@ def test_a_rank_that_is_killed(tmp_path: Path) -> None:
         assert "rank 2" in first["text"], first["text"]
         assert second["error"] == "PipelineError", second
         assert second["seconds"] < 12.0, second["seconds"]
+
+
+LAUNCHER = """
+import os, time
+from pathlib import Path
+from dualpipe_ext.testing import run_ranks
+
+def stay(rank, num_ranks):
+    Path(os.environ["READY"], str(rank)).touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    run_ranks(stay, 2, "processes")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ranks_end_with_their_launcher(tmp_path: Path, number: signal.Signals) -> None:
+    script, ready, scratch = tmp_path / "launch.py", tmp_path / "ready", tmp_path / "scratch"
+    script.write_text(LAUNCHER)
+    ready.mkdir()
+    scratch.mkdir()
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    launcher = subprocess.Popen(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": path, "READY": str(ready), "TMPDIR": str(scratch)},
+        stdout=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 100.0
+        while len(list(ready.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(list(ready.iterdir())) == 2 and list(scratch.glob("dualpipe_ranks_*"))
+    finally:
+        launcher.send_signal(number)
+    launcher.communicate(timeout=20.0)  # the ranks have the pipe's other end until they end
+    assert not list(scratch.glob("dualpipe_ranks_*"))
