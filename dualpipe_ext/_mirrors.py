@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dualpipe_ext import _C
 
@@ -48,6 +49,38 @@ class MirroredStages:
     def copy(self, engine: _C.Engine, bucket_bytes: int) -> _C.MirrorExchange:
         """What overwrites parameters and buffers of the second copies with those of the first."""
         return self._exchange(engine, self._tensors(with_buffers=True), bucket_bytes, copy=True)
+
+    def average_buffers(self, engine: _C.Engine, bucket_bytes: int, stages: Sequence[int]) -> None:
+        """Gives both copies of each floating-point buffer their mean, in the same bits."""
+        halves, pairs = [], []
+        for stage, module in self._modules:
+            buffers = [b for b in module.buffers() if b.is_floating_point() or b.is_complex()]
+            own = [buffer.detach() * 0.5 for buffer in buffers]  # halved first: no overflow
+            pairs += list(zip(buffers, own, strict=True))
+            halves.append((stage, [_bearer(half) for half in own]))
+        exchange = self._exchange(engine, halves, bucket_bytes, copy=False)
+        engine.exchange(exchange, sorted(stages))
+        with torch.no_grad():
+            for buffer, mean in pairs:
+                buffer.copy_(mean)
+
+    def drifting_buffers(self) -> list[str]:
+        """Statistics of batch norms, which each copy keeps of its own half of the batch."""
+        return [
+            f"{f'{name}.' if name else ''}running_mean of stage {stage} ({type(norm).__name__})"
+            for stage, module in self._modules
+            for name, norm in module.named_modules()
+            if isinstance(norm, _BatchNorm) and norm.training and norm.running_mean is not None
+        ]
+
+    def num_changes(self) -> int:
+        """A number that grows whenever a parameter that learns is changed in place."""
+        return sum(
+            parameter._version
+            for _, module in self._modules
+            for parameter in module.parameters()
+            if parameter.requires_grad and not parameter.is_inference()
+        )
 
     def counted_parameters(self) -> list[Tensor]:
         """The parameters that this rank adds to a norm: each one on one rank alone."""

@@ -18,7 +18,9 @@ class DualPipe(Pipeline):
     """Micro-batches enter at both ends: rank r of P (even) holds stages r and P-1-r.
 
     One half of the batch enters at rank 0 and flows down, the other half enters at rank P-1 and
-    flows up. Every stage has two copies, whose gradients are summed by :meth:`sync_gradients`.
+    flows up. Every stage has two copies, whose gradients are summed by :meth:`sync_gradients`. Each
+    copy sees half of the batch: where stages change buffers of their own (the running statistics
+    of a batch norm), :meth:`sync_buffers` gives both copies the mean.
     Source: DeepSeek-V3 Technical Report (arXiv 2412.19437), section 3.2.1.
 
     Args:

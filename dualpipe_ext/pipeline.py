@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dualpipe_ext import _C
+from dualpipe_ext._advice import warn_caller
 from dualpipe_ext._batch import check_num_chunks, cut_batch
 from dualpipe_ext._C import InternalError, PipelineError
 from dualpipe_ext._handshake import agree
@@ -81,8 +81,9 @@ class Pipeline(nn.Module):
         self._last_plan: PlannedStep | None = None
         self._num_steps = 0
         self._running = False
+        self._unsummed: int | None = None  # MirroredStages.num_changes() after a step, until a sum
+        self._has_warned_of_sum = False
         self._engine = self.group.make_engine(self._peers(), self.config.timeout)
-        self._warn_of_fallback()
         if self.config.mirror_init == "broadcast":
             self.sync_parameters()
 
@@ -191,6 +192,15 @@ class Pipeline(nn.Module):
             exchange = self._mirrors.copy(self._engine, self.config.bucket_bytes)
             self._engine.exchange(exchange, sorted(self._stages))
 
+    def sync_buffers(self) -> None:
+        """Gives both copies of each floating-point buffer their mean; others stay as they are.
+
+        For running statistics of batch norms, which each copy takes of its own micro-batches. Call
+        it on every rank, before evaluating or saving. Nothing happens where stages have one copy.
+        """
+        if self._mirrors is not None:
+            self._mirrors.average_buffers(self._engine, self.config.bucket_bytes, self._stages)
+
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clips the gradients of the whole model by their norm; returns the norm before.
 
@@ -280,6 +290,7 @@ class Pipeline(nn.Module):
         self._mirrors = (
             MirroredStages(self.rank, self.num_ranks, self._stages, modules) if mirrored else None
         )
+        self._warn_of_what_is_unusual()
         with_values = self.config.mirror_init == "check"
         described = {
             str(stage): describe_stage(module, with_values=with_values)
@@ -312,12 +323,19 @@ class Pipeline(nn.Module):
                 f"those of stages {self._stages}"
             )
 
-    def _warn_of_fallback(self) -> None:
+    def _warn_of_what_is_unusual(self) -> None:
         if self._overlapped.problem:
-            warnings.warn(
+            warn_caller(
                 f"rank {self.rank}: {self._overlapped.problem}; forward and backward of a pair "
-                f"run one after the other",
-                stacklevel=3,
+                f"run one after the other"
+            )
+        drifting = self._mirrors.drifting_buffers() if self._mirrors else []
+        if drifting:
+            more = f" and {len(drifting) - 1} more" if len(drifting) > 1 else ""
+            warn_caller(
+                f"rank {self.rank}: {drifting[0]}{more} will differ between the two copies of the "
+                f"stage, for each sees its own half of the batch; call sync_buffers() before "
+                f"evaluating or saving, or use a norm without running statistics"
             )
 
     def _peers(self) -> list[int]:

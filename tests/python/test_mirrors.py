@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -319,3 +320,58 @@ def test_sums_of_main_grad() -> None:
             for value, parameter in zip(own, whole[stage].parameters(), strict=True):
                 torch.testing.assert_close(value, parameter.grad, rtol=1e-11, atol=1e-15)
         assert found_norm == pytest.approx(norm, rel=1e-12)
+
+
+class Normed(nn.Module):
+    """A stage with a batch norm, and a mask that no sum may touch."""
+
+    mask: Tensor
+
+    def __init__(self, track: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.BatchNorm1d(WIDTH, track_running_stats=track)
+        self.register_buffer("mask", torch.tensor([torch.finfo(torch.float32).min, -torch.inf]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.linear(x))
+        return y
+
+
+def test_running_statistics_get_the_mean_of_both_copies() -> None:
+    """Each copy saw half of the batch; without the sum they differ."""
+
+    def rank_fn(rank: int, num_ranks: int) -> list[list[dict[str, Tensor]]]:
+        pipeline = DualPipe([Normed(track=True), Normed(track=True)])
+        x = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(rank))
+        pipeline.step(x, num_chunks=4, criterion=squared_error, labels=(x,))
+        found = []
+        for _ in range(2):
+            modules = sorted(zip(pipeline.stages, pipeline.module, strict=True))
+            found.append([{n: b.clone() for n, b in m.named_buffers()} for _, m in modules])
+            pipeline.sync_buffers()
+        return found
+
+    with pytest.warns(UserWarning, match=r"norm\.running_mean of stage .* sync_buffers\(\)") as caught:
+        (before, after), (other_before, other_after) = run_ranks(rank_fn, 2)
+    assert [warning.filename for warning in caught] == [__file__] * 2  # the user's own line
+    for stage in range(2):
+        for name in ("norm.running_mean", "norm.running_var"):
+            a, b = before[stage][name], other_before[stage][name]
+            assert not torch.equal(a, b)
+            torch.testing.assert_close(after[stage][name], (a + b) / 2)
+        for name, value in after[stage].items():
+            assert torch.equal(value, other_after[stage][name])
+        assert after[stage]["norm.num_batches_tracked"] == 2  # not 4
+        assert torch.equal(after[stage]["mask"], before[stage]["mask"])
+
+
+def test_batch_norms_that_cannot_drift_are_not_warned_of() -> None:
+    def rank_fn(rank: int, num_ranks: int) -> None:
+        DualPipe([Normed(track=False), Normed(track=False)])
+        DualPipe([Normed(track=True).eval(), Normed(track=True).eval()])
+        Pipeline([Normed(track=True)], "1f1b").sync_buffers()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_ranks(rank_fn, 2)

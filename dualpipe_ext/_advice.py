@@ -1,0 +1,17 @@
+"""Warnings that point at the line of the user's that led to them."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+__all__ = ["warn_caller"]
+
+
+def warn_caller(text: str) -> None:
+    """Warns with the place of the nearest caller outside of this package."""
+    level = 1
+    frame = sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("dualpipe_ext."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
