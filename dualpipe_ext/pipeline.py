@@ -163,6 +163,8 @@ class Pipeline(nn.Module):
         num_chunks = num_chunks or self.config.num_microbatches
         try:
             check_num_chunks(num_chunks)
+            if training:
+                self._warn_of_missing_sum()
             plan = self._planner.plan(num_chunks, training, sync_gradients)
             step = self._make_step(plan, inputs, labels, criterion, training, return_outputs)
             reducer = self._gradient_sum() if sync_gradients and training else None
@@ -171,6 +173,8 @@ class Pipeline(nn.Module):
             raise
         self._last_plan = plan
         self._run(plan, step, reducer)
+        if training and self._mirrors is not None:
+            self._unsummed = None if sync_gradients else self._mirrors.num_changes()
         return step.loss(), step.gathered_outputs()
 
     def sync_gradients(self) -> None:
@@ -182,6 +186,7 @@ class Pipeline(nn.Module):
         exchange = self._gradient_sum()
         if exchange is not None:
             self._engine.exchange(exchange, sorted(self._stages))
+            self._unsummed = None
 
     def sync_parameters(self) -> None:
         """Overwrites parameters and buffers of each stage's second copy with those of the first.
@@ -191,6 +196,7 @@ class Pipeline(nn.Module):
         if self._mirrors is not None:
             exchange = self._mirrors.copy(self._engine, self.config.bucket_bytes)
             self._engine.exchange(exchange, sorted(self._stages))
+            self._unsummed = None
 
     def sync_buffers(self) -> None:
         """Gives both copies of each floating-point buffer their mean; others stay as they are.
@@ -345,6 +351,20 @@ class Pipeline(nn.Module):
         return sorted(neighbours - {self.rank})
 
     # One step
+
+    def _warn_of_missing_sum(self) -> None:
+        """Where parameters were changed by the gradients of one copy alone; once a pipeline."""
+        if self._mirrors is None or self._unsummed is None or self._has_warned_of_sum:
+            return
+        if self._mirrors.num_changes() != self._unsummed:
+            self._has_warned_of_sum = True
+            warn_caller(
+                f"rank {self.rank}: parameters were changed after a step() whose gradients were "
+                f"not summed over the two copies of each stage, so the copies train apart, each on "
+                f"half of the batch; call sync_gradients() before the optimizer, or "
+                f"step(..., sync_gradients=True). If you sum gradients yourself, silence this with "
+                f'warnings.filterwarnings("ignore", message="rank .*: parameters were changed")'
+            )
 
     def _make_step(
         self,

@@ -352,7 +352,9 @@ def test_running_statistics_get_the_mean_of_both_copies() -> None:
             pipeline.sync_buffers()
         return found
 
-    with pytest.warns(UserWarning, match=r"norm\.running_mean of stage .* sync_buffers\(\)") as caught:
+    with pytest.warns(
+        UserWarning, match=r"norm\.running_mean of stage .* sync_buffers\(\)"
+    ) as caught:
         (before, after), (other_before, other_after) = run_ranks(rank_fn, 2)
     assert [warning.filename for warning in caught] == [__file__] * 2  # the user's own line
     for stage in range(2):
@@ -375,3 +377,36 @@ def test_batch_norms_that_cannot_drift_are_not_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run_ranks(rank_fn, 2)
+
+
+def train_with(rank: int, num_ranks: int, sums: str, num_steps: int = 3) -> None:
+    """Steps with an optimizer between them; ``sums``: never, after, within, at the end."""
+    pipeline = DualPipe([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
+    optimizer = torch.optim.AdamW(pipeline.parameters())
+    x = torch.ones(4, WIDTH)
+    for _ in range(num_steps):
+        pipeline.step(
+            x, num_chunks=4, criterion=squared_error, labels=(x,), sync_gradients=sums == "within"
+        )
+        if sums == "after":
+            pipeline.sync_gradients()
+        if sums != "at the end":
+            optimizer.step()
+    pipeline.sync_gradients()
+    optimizer.step()
+    with torch.no_grad():
+        pipeline.step(x, num_chunks=4)
+
+
+def test_a_missing_sum_is_warned_of_once() -> None:
+    with pytest.warns(UserWarning, match=r"call sync_gradients\(\)") as caught:
+        run_ranks(train_with, 2, args=("never",))
+    assert sorted(str(warning.message)[:7] for warning in caught) == ["rank 0:", "rank 1:"]
+    assert [warning.filename for warning in caught] == [__file__] * 2
+
+
+@pytest.mark.parametrize("sums", ["after", "within", "at the end"])
+def test_sums_that_are_made_are_not_missed(sums: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_ranks(train_with, 2, args=(sums,))
