@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import CASES
-from parity import Job, Sync, check_job
+from parity import Job, Sync, check_equal, check_job, run_job, unsplit
 
 F32, F64 = torch.float32, torch.float64
 DTYPES = pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
@@ -39,6 +39,19 @@ def test_models(name: str, schedule: str, dtype: torch.dtype) -> None:
 def test_models_on_two_ranks(name: str) -> None:
     check_job(Job(name, "dualpipe", 2, 4, sync="within"))
     check_job(Job(name, "dualpipev", 2, 5))
+
+
+@pytest.mark.parametrize("schedule", ["dualpipev", "1f1b", "zb1p", "zbv", "gpipe"])
+@pytest.mark.parametrize("name", ["bias", "attention", "gpt"])
+def test_gradients_that_nobody_defers_have_the_bits_of_the_unsplit_model(
+    name: str, schedule: str
+) -> None:
+    """Deferred ones are added within the product, those of two copies half by half."""
+    job = Job(name, schedule, 4, 8, config={"split_weight_gradients": False})
+    expected = unsplit(job).gradients
+    for result in run_job(job):
+        for stage, gradients in result.gradients.items():
+            check_equal(tuple(gradients.values()), tuple(expected[stage].values()), str(stage))
 
 
 @pytest.mark.parametrize(
