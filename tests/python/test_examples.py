@@ -189,3 +189,11 @@ def test_own_model_learns() -> None:
     output = run(ROOT / "examples" / "own_model.py")
     curve = [float(value) for value in re.findall(r"loss ([\d.]+)", output)]
     assert len(curve) == 5 and curve[-1] < 0.5 * curve[0]
+
+
+def test_a_cut_model_is_put_together_again() -> None:
+    output = run(ROOT / "examples" / "cut_model.py")
+    found = re.search(r"loss ([\d.]+) in the pipeline, ([\d.]+) in one piece", output)
+    assert found is not None, output
+    assert float(found[1]) < 0.5  # from 3.5, the variance of the labels
+    assert float(found[2]) == pytest.approx(float(found[1]), abs=2e-5)
