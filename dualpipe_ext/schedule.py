@@ -134,7 +134,7 @@ class Timeline:
 
 
 class Schedule:
-    """What every rank does, in order. Immutable; equal to another with the same content."""
+    """What every rank does, in order. Immutable; equal to another that does the same, whatever its name."""
 
     def __init__(self, native: _C.Schedule) -> None:
         self._native = native
