@@ -2,6 +2,8 @@
 
 #include <torch/csrc/utils/pybind.h>
 
+#include "py_error.h"
+
 namespace py = pybind11;
 
 namespace dualpipe {
@@ -38,12 +40,13 @@ PyStageFunctions::PyStageFunctions(py::object functions)
 StageFunctions::Result PyStageFunctions::forward(Stage stage, Microbatch microbatch,
                                                  const Tensors& inputs) {
   const py::gil_scoped_acquire locked;
-  return result_from(forward_(stage.value(), microbatch.value(), to_python(inputs)));
+  return result_from(call_python(forward_, stage.value(), microbatch.value(), to_python(inputs)));
 }
 
 StageFunctions::Result PyStageFunctions::overlapped(const Overlap& work) {
   const py::gil_scoped_acquire locked;
-  return result_from(overlapped_(
+  return result_from(call_python(
+      overlapped_,
       py::make_tuple(work.forward_stage.value(), work.forward_microbatch.value(),
                      to_python(work.inputs)),
       py::make_tuple(work.backward_stage.value(), work.backward_microbatch.value(),

@@ -6,6 +6,8 @@
 #include <memory>
 #include <utility>
 
+#include "py_error.h"
+
 namespace dualpipe {
 
 // A Python function as a task of a WeightQueue: copied, called and destroyed on any thread, with or
@@ -18,7 +20,7 @@ class PyTask {
   void operator()() const {
     const pybind11::gil_scoped_acquire locked;
     const c10::AutoGradMode no_grad(false);
-    (*function_)();
+    call_python(*function_);
   }
 
  private:

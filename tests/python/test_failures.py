@@ -49,6 +49,29 @@ def test_an_error_of_torch_has_its_own_words_alone() -> None:
         assert "frame #" not in outcome.text and "Exception raised from" not in outcome.text
 
 
+def test_an_error_tells_the_users_own_lines() -> None:
+    """The innermost first; none of torch's, of this package's, or of the thread's start."""
+
+    class Failing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.deep(x)
+
+        def deep(self, x: torch.Tensor) -> torch.Tensor:
+            raise KeyError("lost")
+
+    def rank_fn(rank: int, num_ranks: int) -> None:
+        pipeline = DualPipe([nn.Sequential(Failing()), nn.Sequential(Failing())])
+        x = torch.ones(2, 4)
+        pipeline.step(x, num_chunks=4, criterion=squared_error, labels=(x,))
+
+    for outcome in outcomes(rank_fn, 2):
+        words, _, places = outcome.text.partition("\n\nAt:\n")
+        assert words.endswith("KeyError: 'lost'"), outcome.text
+        places = places.partition("\n\n")[0].partition("\n(noticed")[0]
+        functions = re.findall(r"^  (.*)\(\d+\): (\w+)$", places, re.MULTILINE)
+        assert functions == [(__file__, "deep"), (__file__, "forward")], outcome.text
+
+
 def test_an_error_of_torch_in_backward_has_its_own_words_alone() -> None:
     class InPlace(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -92,7 +115,8 @@ def test_keyboard_interrupt_passes() -> None:
         if rank == 2:
             assert text == "KeyboardInterrupt"
         else:
-            assert "rank 2" in text and "KeyboardInterrupt" in text
+            assert "rank 2" in text and ": KeyboardInterrupt\n" in text
+            assert "EMPTY MESSAGE" not in text
 
 
 class Losing:
