@@ -32,6 +32,7 @@ SCHEDULES = ", ".join(each.name for each in schedules())
 def launch(options: Options) -> list[StepRecord]:
     """Run all ranks here, or the one that torchrun made this process; return rank 0's records."""
     if world() is None:
+        print(f"starting {options.ranks} ranks ...", flush=True)
         by_rank: list[list[StepRecord]] = run_ranks(
             train_rank, options.ranks, ranks="processes", args=(options,), timeout=A_WEEK
         )
