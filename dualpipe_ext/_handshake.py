@@ -16,6 +16,7 @@ def agree(group: PipelineGroup, timeout: float, describe: Callable[[], dict[str,
     """Calls ``describe`` on every rank and compares the results.
 
     Entries must be equal on all ranks; those under ``"stages"``, where two ranks have the same.
+    ``"schedule name"`` is not compared.
 
     Raises:
         Exception: what ``describe`` raised on this rank, once the others know of it.
@@ -37,10 +38,10 @@ def agree(group: PipelineGroup, timeout: float, describe: Callable[[], dict[str,
 def _compare(facts: list[dict[str, Any]]) -> None:
     for key, expected in facts[0].items():
         for rank, other in enumerate(facts):
-            if key != "stages" and other[key] != expected:
+            if key not in ("stages", "schedule name") and other[key] != expected:
                 raise ValueError(
-                    f"ranks differ in {key}: {expected!r} on rank 0, {other[key]!r} on rank "
-                    f"{rank}; construct the pipeline alike on all ranks"
+                    f"ranks differ in {key}: {_value(facts[0], key)} on rank 0, "
+                    f"{_value(other, key)} on rank {rank}; construct the pipeline alike on all ranks"
                 )
     seen: dict[str, tuple[int, Any]] = {}
     for rank, other in enumerate(facts):
@@ -52,6 +53,12 @@ def _compare(facts: list[dict[str, Any]]) -> None:
                     f"{_first_difference(expected, description)}; both ranks must build the same "
                     f"module for it"
                 )
+
+
+def _value(facts: dict[str, Any], key: str) -> str:
+    if key == "schedule":  # its name is for people: another one may do the same
+        return f"{facts['schedule name']!r} ({facts[key]})"
+    return repr(facts[key])
 
 
 def _first_difference(left: list[Any], right: list[Any]) -> str:

@@ -306,6 +306,7 @@ class Pipeline(nn.Module):
             "version": _C.version,
             "torch": torch.__version__,
             "ranks": self.num_ranks,
+            "schedule name": self._source.name,
             "schedule": f"{layout.placement} placement, {layout.num_stages} stages, "
             f"digest {layout.digest():016x}",
             "config": repr(self.config),

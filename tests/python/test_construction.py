@@ -93,7 +93,7 @@ WRONG = {
     ),
     "schedules that differ": Wrong(
         lambda rank: Pipeline(linears(3), "1f1b" if rank == 0 else "zb1p"),
-        ("schedule", "rank 0", "rank 1", "alike"),
+        ("schedule", "'1f1b' (loop", "rank 0", "'zb1p' (loop", "rank 1", "alike"),
     ),
     "configurations that differ": Wrong(
         lambda rank: DualPipe(linears(3, 3), config=DualPipeConfig(lookahead=rank)),
