@@ -133,7 +133,9 @@ class Pipeline(nn.Module):
             inputs: tensors with the batch along ``batch_dim``, on the ranks where micro-batches
                 enter (DualPipe: the first and the last rank, each with its half of the batch;
                 otherwise the first rank). ``None`` elsewhere.
-            num_chunks: the number of micro-batches N, over both directions.
+            num_chunks: the number of micro-batches N, over both directions. What the schedule asks
+                of it (``dualpipe``: even, at least 2P) holds for inference as well: it runs the
+                forwards of the same plan.
             criterion: ``criterion(*outputs, *labels)`` gives one micro-batch's scalar loss.
             labels: tensors like the inputs, on the ranks where micro-batches leave. With DualPipe
                 the first rank's labels belong to the last rank's inputs, and the other way round.
