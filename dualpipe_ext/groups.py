@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import final
@@ -25,10 +26,12 @@ class PipelineGroup(ABC):
     Attributes:
         rank: this rank's place in the pipeline, from 0.
         size: the number of ranks.
+        are_threads: whether several ranks share this process, and with it torch's random numbers.
     """
 
     rank: int
     size: int
+    are_threads: bool = False
 
     @abstractmethod
     def make_engine(self, peers: Sequence[int], timeout: float) -> _C.Engine:
@@ -82,18 +85,28 @@ class LoopbackGroup(PipelineGroup):
     def __init__(self, hubs: LoopbackHubs, rank: int) -> None:
         self.rank = rank
         self.size = hubs.num_ranks
+        self.are_threads = self.size > 1
         self._hubs = hubs
         self._talk = hubs.hub(0)  # texts travel here; pipelines use the hubs behind it
-        self._num_engines = 0
+        self._engines: list[weakref.ref[_C.Engine]] = []
 
     def make_engine(self, peers: Sequence[int], timeout: float) -> _C.Engine:
         """Makes this rank's engine on the next hub; every thread must, in the same order."""
-        self._num_engines += 1
-        return _C.Engine.loopback(self._hubs.hub(self._num_engines), self.rank, timeout)
+        hub = self._hubs.hub(len(self._engines) + 1)
+        engine = _C.Engine.loopback(hub, self.rank, timeout)
+        self._engines.append(weakref.ref(engine))
+        return engine
 
     def all_gather(self, text: str, timeout: float) -> list[str]:
         """The texts of all ranks, by rank; waits for them at most ``timeout`` seconds."""
         return self._talk.all_gather(self.rank, text, timeout)
+
+    def leave(self, text: str) -> None:
+        """Tells the others that this rank is gone and why, so that they do not wait for it."""
+        self._talk.control_plane(self.rank).report(self.rank, 0, text)
+        for engine in (reference() for reference in self._engines):
+            if engine is not None:
+                engine.fail(text)
 
     def __enter__(self) -> LoopbackGroup:
         """Makes this the group of the pipelines that the thread makes."""

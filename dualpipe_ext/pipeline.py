@@ -338,6 +338,11 @@ class Pipeline(nn.Module):
                 f"rank {self.rank}: {self._overlapped.problem}; forward and backward of a pair "
                 f"run one after the other"
             )
+        if self.config.seed is not None and self.group.are_threads:
+            warn_caller(
+                f"rank {self.rank}: seed={self.config.seed} cannot hold for ranks that are threads: "
+                f"they share torch's one generator; use processes"
+            )
         drifting = self._mirrors.drifting_buffers() if self._mirrors else []
         if drifting:
             more = f" and {len(drifting) - 1} more" if len(drifting) > 1 else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dualpipe_ext._C import Fault, MessageKind, PipelineError
+from dualpipe_ext._failure import describe
 from dualpipe_ext.groups import FaultInjector, LoopbackGroup, LoopbackHubs
 
 __all__ = ["Fault", "FaultInjector", "MessageKind", "run_ranks"]
@@ -41,7 +43,9 @@ def run_ranks(
     """Calls ``fn(rank, num_ranks, *args)`` on every rank and returns the results, by rank.
 
     Every rank computes with one thread: more of them would fight over the same cores. Ranks that
-    are processes end with the process that started them, whatever ends it.
+    are processes end with the process that started them, whatever ends it. Ranks that are threads
+    share torch's generator of random numbers: ``torch.manual_seed`` on one of them disturbs the
+    others, and numbers come in no certain order. Draw before, or from a ``torch.Generator``.
 
     Args:
         fn: for processes, a function that can be imported: it is sent to them by name.
@@ -58,7 +62,8 @@ def run_ranks(
     Raises:
         Exception: the first error of a rank that is not the echo of another rank's.
         TimeoutError: a rank did not finish.
-        ValueError: an unknown kind of ranks, or link options for processes.
+        ValueError: an unknown kind of ranks, link options for processes, or a function in no file.
+        TypeError: ``fn`` or ``args`` cannot be sent to processes.
     """
     if ranks == "threads":
         hubs = LoopbackHubs(num_ranks, link_latency, link_bandwidth, faults)
@@ -67,6 +72,7 @@ def run_ranks(
         raise ValueError(f"ranks={ranks!r}: choose 'threads' or 'processes'")
     if link_latency or link_bandwidth or faults:
         raise ValueError("link_latency, link_bandwidth and faults are for ranks='threads'")
+    _check_can_be_imported(fn)
     return _run_processes(fn, num_ranks, args, timeout)
 
 
@@ -78,11 +84,13 @@ def _run_threads(
     grad_enabled = torch.is_grad_enabled()
 
     def run(rank: int) -> None:
+        group = LoopbackGroup(hubs, rank)
         try:
-            with LoopbackGroup(hubs, rank), torch.set_grad_enabled(grad_enabled):
+            with group, torch.set_grad_enabled(grad_enabled):
                 results[rank] = fn(rank, hubs.num_ranks, *args)
         except BaseException as error:  # noqa: BLE001 - reported by the caller's thread
             errors[rank] = error
+            group.leave(f"rank {rank} has ended: {describe(error, error.__traceback__)}")
 
     threads = [
         threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True)
@@ -124,6 +132,33 @@ def _first_cause(errors: dict[int, BaseException]) -> BaseException:
     return (causes or origins or by_rank)[0]
 
 
+def _check_can_be_imported(fn: RankFunction) -> None:
+    """Raises where processes could not find the function, or would start processes themselves."""
+    if getattr(multiprocessing.process.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "run_ranks() was called while a rank imports the main module of its launcher; put the "
+            'call below: if __name__ == "__main__":'
+        )
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    if getattr(fn, "__module__", None) == "__main__" and not (main and os.path.exists(main)):
+        raise ValueError(
+            f"processes cannot import {fn!r}: what is typed in, or read from stdin, is in no file; "
+            f"put it into one, or use ranks='threads'"
+        )
+
+
+def _start(processes: Sequence[Any], fn: RankFunction) -> None:
+    try:
+        for process in processes:
+            process.start()
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TypeError(
+            f"processes cannot be sent {fn!r} and its args: {error}; use a function at the top "
+            f"level of a module, no lambda or inner function, and args that can be pickled, or "
+            f"ranks='threads'"
+        ) from error
+
+
 def _run_processes(
     fn: RankFunction, num_ranks: int, args: Sequence[Any], timeout: float
 ) -> list[Any]:
@@ -135,8 +170,7 @@ def _run_processes(
             )
             for rank in range(num_ranks)
         ]
-        for process in processes:
-            process.start()
+        _start(processes, fn)
         try:
             _wait(
                 lambda: any(process.is_alive() for process in processes),
@@ -180,7 +214,10 @@ def _collect(folder: str, processes: Sequence[Any], late: Sequence[int]) -> list
         elif rank in late:
             errors[rank] = TimeoutError(f"rank {rank} did not finish in time and was killed")
         else:
-            errors[rank] = RuntimeError(f"rank {rank} died with exit code {process.exitcode}")
+            errors[rank] = RuntimeError(
+                f"rank {rank} died with exit code {process.exitcode}; what it wrote to stderr may say "
+                f"why"
+            )
     if errors:
         raise _first_cause(errors)
     return results
