@@ -145,9 +145,7 @@ void bind_transport(py::module_& module) {
       .def(
           "begin_step",
           [](Transport& transport, std::int64_t step, std::uint64_t digest,
-             const std::string& description) {
-            transport.begin_step({step, digest, description});
-          },
+             const std::string& description) { transport.begin_step({step, digest, description}); },
           py::arg("step"), py::arg("program_digest"), py::arg("description"), Unlocked())
       .def("send", &send, py::arg("to"), py::arg("kind"), py::arg("stage"), py::arg("microbatch"),
            py::arg("tensors"))
@@ -197,7 +195,10 @@ void bind_loopback(py::module_& module) {
       .def(py::init(&make_hub), py::arg("num_ranks"), py::arg("latency") = 0.0,
            py::arg("bandwidth") = 0.0, "Latency in seconds, bandwidth in bytes a second (0: any).")
       .def(
-          "transport", [](LoopbackHub& hub, int rank) { return hub.transport(Rank(rank)); },
+          "transport",
+          [](LoopbackHub& hub, int rank) -> std::unique_ptr<Transport> {
+            return hub.transport(Rank(rank));
+          },
           py::arg("rank"), Unlocked())
       .def(
           "control_plane", [](LoopbackHub& hub, int rank) { return hub.control_plane(Rank(rank)); },
