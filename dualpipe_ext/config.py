@@ -8,6 +8,7 @@ from typing import Literal
 __all__ = ["DualPipeConfig"]
 
 MirrorInit = Literal["broadcast", "check", "none"]
+Transport = Literal["host", "nccl"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,13 @@ class DualPipeConfig:
             ``ValueError``) or ``"none"``.
         split_weight_gradients: defer the weight gradients of ``nn.Linear`` to the W of the
             schedule. Off: everything is computed in I, correctly and with a larger bubble.
+        transport: what messages between stages travel over: ``"host"``, the memory of the host
+            and the process group's backend for it, whatever device the stages are on; or
+            ``"nccl"``, from GPU to GPU, for stages on CUDA. The latter has not run on a GPU yet.
+        nccl_max_ctas: thread blocks that a message over NCCL may take from computation; 0: as many
+            as NCCL likes.
+        dynamic_shapes: over NCCL, describe each message to its receiver. Needed where what a stage
+            returns changes its shape or type from step to step with equal inputs.
         use_overlapped: run a stage's own ``overlapped_forward_backward`` where it has one.
         seed: reseeds torch before every stage's forward from (seed, step, stage, micro-batch), so
             that dropout does not depend on the number of ranks or the schedule
@@ -40,12 +48,18 @@ class DualPipeConfig:
     mirror_init: MirrorInit = "broadcast"
     split_weight_gradients: bool = True
     use_overlapped: bool = True
+    transport: Transport = "host"
+    nccl_max_ctas: int = 1
+    dynamic_shapes: bool = False
     seed: int | None = None
 
     def __post_init__(self) -> None:
         _at_least("num_microbatches", self.num_microbatches, 0)
         _at_least("lookahead", self.lookahead, 0)
         _at_least("bucket_bytes", self.bucket_bytes, 1)
+        _at_least("nccl_max_ctas", self.nccl_max_ctas, 0)
+        if self.transport not in ("host", "nccl"):
+            raise ValueError(f"transport={self.transport!r}: choose 'host' or 'nccl'")
         if not self.timeout > 0:
             raise ValueError(f"timeout={self.timeout}: it is in seconds and must be above 0")
         if self.mirror_init not in ("broadcast", "check", "none"):

@@ -6,12 +6,14 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
 
 from dualpipe_ext import _C
+from dualpipe_ext._cuda import nccl_engine
+from dualpipe_ext._transport import EngineSettings
 
 __all__ = ["FaultInjector", "LoopbackGroup", "PipelineGroup", "resolve_group"]
 
@@ -34,13 +36,8 @@ class PipelineGroup(ABC):
     are_threads: bool = False
 
     @abstractmethod
-    def make_engine(self, peers: Sequence[int], timeout: float) -> _C.Engine:
-        """A new engine for this rank; all ranks make theirs in the same order.
-
-        Args:
-            peers: the ranks that this one exchanges messages with.
-            timeout: seconds that a rank may wait for one message.
-        """
+    def make_engine(self, settings: EngineSettings) -> _C.Engine:
+        """A new engine for this rank; all ranks make theirs in the same order."""
 
     @abstractmethod
     def all_gather(self, text: str, timeout: float) -> list[str]:
@@ -90,10 +87,13 @@ class LoopbackGroup(PipelineGroup):
         self._talk = hubs.hub(0)  # texts travel here; pipelines use the hubs behind it
         self._engines: list[weakref.ref[_C.Engine]] = []
 
-    def make_engine(self, peers: Sequence[int], timeout: float) -> _C.Engine:
+    def make_engine(self, settings: EngineSettings) -> _C.Engine:
         """Makes this rank's engine on the next hub; every thread must, in the same order."""
         hub = self._hubs.hub(len(self._engines) + 1)
-        engine = _C.Engine.loopback(hub, self.rank, timeout)
+        if settings.gpu is None:
+            engine = _C.Engine.loopback(hub, self.rank, settings.timeout)
+        else:
+            engine = nccl_engine(threads=True, hub=hub, rank=self.rank, **_over_nccl(settings))
         self._engines.append(weakref.ref(engine))
         return engine
 
@@ -133,9 +133,18 @@ class _ProcessGroup(PipelineGroup):
         self._group_ranks = [mapping.index(rank) for rank in range(self.size)]
         self._texts = _C.StoreExchange(group, self.rank)
 
-    def make_engine(self, peers: Sequence[int], timeout: float) -> _C.Engine:
-        return _C.Engine.process_group(
-            self._group, self.rank, self._group_ranks, list(peers), timeout
+    def make_engine(self, settings: EngineSettings) -> _C.Engine:
+        peers = list(settings.peers)
+        if settings.gpu is None:
+            return _C.Engine.process_group(
+                self._group, self.rank, self._group_ranks, peers, settings.timeout
+            )
+        return nccl_engine(
+            group=self._group,
+            rank=self.rank,
+            group_ranks=self._group_ranks,
+            peers=peers,
+            **_over_nccl(settings),
         )
 
     def all_gather(self, text: str, timeout: float) -> list[str]:
@@ -146,6 +155,17 @@ class _ProcessGroup(PipelineGroup):
         gathered = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(gathered, own, group=self._group)
         return [gathered[self._group_ranks[rank]].tolist() for rank in range(self.size)]
+
+
+def _over_nccl(settings: EngineSettings) -> dict[str, Any]:
+    assert settings.gpu is not None
+    return {
+        "channels": list(settings.gpu.ways),
+        "device": settings.gpu.device,
+        "max_ctas": settings.gpu.max_ctas,
+        "dynamic_shapes": settings.gpu.dynamic_shapes,
+        "timeout_seconds": settings.timeout,
+    }
 
 
 def resolve_group(

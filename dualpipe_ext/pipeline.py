@@ -14,12 +14,14 @@ from dualpipe_ext import _C
 from dualpipe_ext._advice import warn_caller
 from dualpipe_ext._batch import check_num_chunks, cut_batch
 from dualpipe_ext._C import InternalError, PipelineError
+from dualpipe_ext._cuda import shapes_digest
 from dualpipe_ext._handshake import agree
 from dualpipe_ext._mirrors import MirroredStages, describe_stage
 from dualpipe_ext._overlap import find_overlapped
 from dualpipe_ext._plans import PlannedStep, StepPlanner
 from dualpipe_ext._source import ScheduleSource
 from dualpipe_ext._step import Criterion, LossHooks, Step, microbatch_seed
+from dualpipe_ext._transport import EngineSettings, gpu_settings
 from dualpipe_ext.config import DualPipeConfig
 from dualpipe_ext.gradients import clip_local_gradients, total_norm
 from dualpipe_ext.groups import PipelineGroup, resolve_group
@@ -83,7 +85,11 @@ class Pipeline(nn.Module):
         self._running = False
         self._unsummed: int | None = None  # MirroredStages.num_changes() after a step, until a sum
         self._has_warned_of_sum = False
-        self._engine = self.group.make_engine(self._peers(), self.config.timeout)
+        self._engine = self.group.make_engine(
+            EngineSettings(self._peers(), self.config.timeout, self._gpu)
+        )
+        if self._gpu is not None:
+            self._engine.connect()
         if self.config.mirror_init == "broadcast":
             self.sync_parameters()
 
@@ -298,6 +304,8 @@ class Pipeline(nn.Module):
         self._mirrors = (
             MirroredStages(self.rank, self.num_ranks, self._stages, modules) if mirrored else None
         )
+        program = _C.Program(layout.lower().native, self.rank, "")
+        self._gpu = gpu_settings(self.config, self._device(), program.message_ways)
         self._warn_of_what_is_unusual()
         with_values = self.config.mirror_init == "check"
         described = {
@@ -410,6 +418,7 @@ class Pipeline(nn.Module):
                 keep_outputs=step.overlapped_function is not None,
                 device=str(self._device()),
                 reducer=reducer,
+                shapes=self._shapes(step),
             )
         except BaseException as error:
             if _is_the_stages(error, step):
@@ -429,6 +438,10 @@ class Pipeline(nn.Module):
         if self._mirrors is None:
             return None
         return self._mirrors.gradient_sum(self._engine, self.config.bucket_bytes)
+
+    def _shapes(self, step: Step) -> int:
+        """What ranks agree on where messages are described in the first step of a kind alone."""
+        return 0 if self._gpu is None else shapes_digest(self.rank, list(step.inputs.values()))
 
     def _device(self) -> torch.device:
         for parameter in self.parameters():
