@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dualpipe_ext import DualPipe, DualPipeConfig, _cuda
+from dualpipe_ext import _C, DualPipe, DualPipeConfig, _cuda
 from dualpipe_ext._cuda import check_device_queues, shapes_digest
 from dualpipe_ext._transport import gpu_settings
 from dualpipe_ext.testing import run_ranks
@@ -66,7 +66,7 @@ def test_shapes_are_told_apart() -> None:
 
 
 def test_a_build_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(_cuda._C, "nccl_engine", raising=False)
+    monkeypatch.delattr(_C, "nccl_engine", raising=False)
     with pytest.raises(ValueError, match="built without; python -m dualpipe_ext info shows"):
         _cuda.nccl_engine()
 
