@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dualpipe_ext import _C
+from dualpipe_ext._advice import warn_caller
 from dualpipe_ext._cuda import check_device_queues
 from dualpipe_ext.config import DualPipeConfig
 
@@ -59,6 +59,6 @@ def gpu_settings(
         )
     problem = check_device_queues(len(ways) + 1)
     if problem is not None:
-        warnings.warn(problem, stacklevel=4)
+        warn_caller(problem)
     index = torch.cuda.current_device() if device.index is None else device.index
     return GpuSettings(ways, index, config.nccl_max_ctas, config.dynamic_shapes)

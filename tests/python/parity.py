@@ -32,6 +32,7 @@ class Job:
     sync: Sync = "after"
     rows: tuple[int, ...] = ()  # of each micro-batch; empty: 2
     config: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
 
     def plan(self) -> Schedule:
         return plan(self.schedule, self.num_ranks, self.num_chunks, self.stages_per_rank)
@@ -41,15 +42,20 @@ class Job:
 
     def microbatches(self) -> list[Microbatch]:
         rows = list(self.rows) or [2] * self.num_chunks
-        return self.what().microbatches(rows, dtype=self.dtype)
+        made = self.what().microbatches(rows, dtype=self.dtype)
+        return [Microbatch(self._here(m.inputs), self._here(m.labels)) for m in made]
 
     def stages(self) -> list[nn.Module]:
-        return self.what().stages(self.plan().num_stages, self.dtype)
+        stages = self.what().stages(self.plan().num_stages, self.dtype)
+        return list(nn.ModuleList(stages).to(self.device))
+
+    def _here(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        return tuple(None if t is None else t.to(self.device) for t in tensors)
 
 
 @dataclass
 class RankResult:
-    """What one rank has after the step; gradients by stage and name."""
+    """What one rank has after the step, on the CPU; gradients by stage and name."""
 
     loss: Tensor | None
     outputs: Any
@@ -92,8 +98,8 @@ def run_unsplit(
             loss = case.criterion(*values, *microbatch.labels)
         if backward:
             loss.backward()
-        losses.append(loss.detach())
-        outputs.append(tuple(None if v is None else v.detach() for v in values))
+        losses.append(loss.detach().cpu())
+        outputs.append(tuple(None if v is None else v.detach().cpu() for v in values))
     return losses, outputs
 
 
@@ -107,7 +113,7 @@ def unsplit(job: Job) -> Unsplit:
 def gradients_of(module: nn.Module) -> Gradients:
     """Every parameter's gradient by name, under all its names."""
     return {
-        name: None if parameter.grad is None else parameter.grad.clone()
+        name: None if parameter.grad is None else parameter.grad.cpu().clone()
         for name, parameter in module.named_parameters(remove_duplicate=False)
     }
 
@@ -156,12 +162,18 @@ def run_rank(rank: int, num_ranks: int, job: Job) -> RankResult:
     if job.sync == "after":
         pipeline.sync_gradients()
     return RankResult(
-        loss,
-        outputs,
+        None if loss is None else loss.cpu(),
+        _on_cpu(outputs),
         {s: gradients_of(m) for s, m in zip(pipeline.stages, pipeline.module, strict=True)},
         pipeline.stats(),
         [event.action for event in pipeline.last_trace],
     )
+
+
+def _on_cpu(outputs: Any) -> Any:
+    if isinstance(outputs, tuple):
+        return tuple(None if t is None else t.cpu() for t in outputs)
+    return None if outputs is None else outputs.cpu()
 
 
 def run_job(job: Job, ranks: Literal["threads", "processes"] = "threads") -> list[RankResult]:
