@@ -17,6 +17,8 @@ WAIT = 8.0
 
 def interrupted_in_a_step(rank: int, num_ranks: int) -> tuple[str, float]:
     """Ctrl-C on rank 0, which waits in step() for rank 1; what ended the step, and after how long."""
+    # A shell starts what it runs in the background with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.manual_seed(rank)
     model = DualPipe([nn.Linear(4, 4), nn.Linear(4, 4)])
     x = torch.zeros(4, 4)
