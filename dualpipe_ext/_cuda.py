@@ -7,14 +7,11 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dualpipe_ext import _C
 
-__all__ = ["check_device_queues", "has_nccl", "nccl_engine", "shapes_digest"]
-
-Way = tuple[int, _C.MessageKind, bool]
+__all__ = ["has_nccl", "nccl_engine", "require_nccl", "shapes_digest", "shared_queues"]
 
 
 def has_nccl() -> bool:
@@ -22,33 +19,30 @@ def has_nccl() -> bool:
     return hasattr(_C, "nccl_engine")
 
 
-def nccl_engine(*, threads: bool = False, **settings: Any) -> _C.Engine:
-    """An engine whose messages stay on the GPU; ``threads``: ranks share this process and a hub.
-
-    Raises:
-        ValueError: this build has no CUDA, or the process has two NCCLs.
-    """
+def require_nccl() -> None:
+    """Raises ValueError where this build has no CUDA, or the process has two NCCLs."""
     if not has_nccl():
         raise ValueError(
             "transport='nccl' needs the extension with CUDA, and this one was built without; "
             "python -m dualpipe_ext info shows what is missing, DUALPIPE_EXT_CUDA=1 asks for it"
         )
+    _C.require_one_nccl()  # type: ignore[attr-defined]
+
+
+def nccl_engine(*, threads: bool = False, **settings: Any) -> _C.Engine:
+    """An engine whose messages stay on the GPU; ``threads``: ranks share this process and a hub."""
     make: Callable[..., _C.Engine] = getattr(_C, "nccl_thread_engine" if threads else "nccl_engine")
     return make(**settings)
 
 
-def check_device_queues(num_streams: int) -> str | None:
-    """Sets ``CUDA_DEVICE_MAX_CONNECTIONS`` where that is still possible; else what to tell the user.
+def shared_queues(num_streams: int) -> str | None:
+    """What to tell the user where so many streams share hardware queues; ``None``: they do not.
 
-    Streams beyond that many hardware queues share one, and then a message that waits for its peer
-    holds up computation behind it. The driver reads the variable when CUDA starts.
+    A message that waits for its peer holds up computation behind it in the same queue. The driver
+    reads ``CUDA_DEVICE_MAX_CONNECTIONS`` when CUDA starts, before any stage is on a GPU.
     """
-    needed = min(32, num_streams)
     found = int(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "8") or 8)
-    if found >= needed:
-        return None
-    if not torch.cuda.is_initialized():
-        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
+    if found >= min(32, num_streams):
         return None
     return (
         f"{num_streams} streams share {found} hardware queues, so that a message which waits can "

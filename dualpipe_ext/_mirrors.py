@@ -52,17 +52,21 @@ class MirroredStages:
 
     def average_buffers(self, engine: _C.Engine, bucket_bytes: int, stages: Sequence[int]) -> None:
         """Gives both copies of each floating-point buffer their mean, in the same bits."""
-        halves, pairs = [], []
+        sums, pairs = [], []
         for stage, module in self._modules:
             buffers = [b for b in module.buffers() if b.is_floating_point() or b.is_complex()]
-            own = [buffer.detach() * 0.5 for buffer in buffers]  # halved first: no overflow
+            # In a wider type: the mean of equal numbers is that number, however small or large.
+            own = [
+                b.detach().to(torch.complex128 if b.is_complex() else torch.float64, copy=True)
+                for b in buffers
+            ]
             pairs += list(zip(buffers, own, strict=True))
-            halves.append((stage, [_bearer(half) for half in own]))
-        exchange = self._exchange(engine, halves, bucket_bytes, copy=False)
+            sums.append((stage, [_bearer(b) for b in own]))
+        exchange = self._exchange(engine, sums, bucket_bytes, copy=False)
         engine.exchange(exchange, sorted(stages))
         with torch.no_grad():
-            for buffer, mean in pairs:
-                buffer.copy_(mean)
+            for buffer, total in pairs:
+                buffer.copy_(total / 2)
 
     def drifting_buffers(self) -> list[str]:
         """Statistics of batch norms, which each copy keeps of its own half of the batch."""

@@ -9,7 +9,7 @@ import torch
 
 from dualpipe_ext import _C
 from dualpipe_ext._advice import warn_caller
-from dualpipe_ext._cuda import check_device_queues
+from dualpipe_ext._cuda import require_nccl, shared_queues
 from dualpipe_ext.config import DualPipeConfig
 
 __all__ = ["EngineSettings", "GpuSettings", "gpu_settings"]
@@ -52,12 +52,13 @@ def gpu_settings(
     """
     if config.transport == "host":
         return None
+    require_nccl()
     if device.type != "cuda":
         raise ValueError(
             f"transport='nccl' is for stages on a GPU, and these are on {str(device)!r}; move them "
             f"there before the pipeline is made, or choose transport='host'"
         )
-    problem = check_device_queues(len(ways) + 1)
+    problem = shared_queues(len(ways) + 1)
     if problem is not None:
         warn_caller(problem)
     index = torch.cuda.current_device() if device.index is None else device.index

@@ -170,19 +170,23 @@ def _run_processes(
             )
             for rank in range(num_ranks)
         ]
-        _start(processes, fn)
         try:
+            _start(processes, fn)
             _wait(
                 lambda: any(process.is_alive() for process in processes),
                 lambda: any(process.exitcode not in (None, 0) for process in processes),
                 timeout,
             )
         finally:
-            late = [rank for rank, process in enumerate(processes) if process.is_alive()]
-            for process in processes:
+            late = [rank for rank, process in enumerate(processes) if _is_alive(process)]
+            for process in (one for one in processes if one.pid is not None):
                 process.kill()
                 process.join()
         return _collect(folder, processes, late)
+
+
+def _is_alive(process: Any) -> bool:
+    return process.pid is not None and process.is_alive()
 
 
 def _wait(running: Callable[[], bool], failed: Callable[[], bool], timeout: float) -> None:

@@ -131,8 +131,9 @@ void bind_engine(py::module_& module) {
                   py::arg("group_ranks"), py::arg("peers"), py::arg("timeout_seconds"))
       .def("run", &run, py::arg("program"), py::arg("functions"), py::arg("training"),
            py::arg("keep_outputs"), py::arg("device"), py::arg("reducer"), py::arg("shapes") = 0)
-      .def("connect", &Engine::connect, py::call_guard<py::gil_scoped_release>(),
-           "Meets the other ranks ahead of the first step; on all of them, or on none.")
+      .def(
+          "connect", [](Engine& engine) { interruptible([&] { engine.connect(); }); },
+          "Meets the other ranks ahead of the first step; on all of them, or on none.")
       .def("exchange", &exchange, py::arg("reducer"), py::arg("stages"))
       .def("fail", &Engine::fail, py::arg("text"), py::call_guard<py::gil_scoped_release>())
       .def("mirror_exchange", &mirror_exchange, py::arg("num_ranks"), py::arg("stages"),

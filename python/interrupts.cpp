@@ -9,46 +9,52 @@
 namespace dualpipe {
 namespace {
 
+namespace py = pybind11;
+
 std::atomic<bool> came{false};
-struct sigaction before;  // the interpreter's handler
+int depth = 0;            // of scopes on the main thread
+bool installed = false;   // by the outermost one
+struct sigaction before;  // the interpreter's own handler
 
 void note(int signal, siginfo_t* info, void* context) {
   came.store(true, std::memory_order_relaxed);
   if ((before.sa_flags & SA_SIGINFO) != 0) {
     before.sa_sigaction(signal, info, context);
-  } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
+  } else {
     before.sa_handler(signal);
   }
 }
 
-bool takes_signals() {
-  if (gettid() != getpid()) return false;
+bool raises_keyboard_interrupt() {
+  const py::module_ signals = py::module_::import("signal");
+  return signals.attr("getsignal")(SIGINT).is(signals.attr("default_int_handler"));
+}
+
+void install() {
   sigaction(SIGINT, nullptr, &before);
-  // Without a handler of the interpreter's there is nobody to raise anything.
-  return (before.sa_flags & SA_SIGINFO) != 0 ||
-         (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN);
+  struct sigaction noting = before;
+  noting.sa_flags |= SA_SIGINFO;
+  noting.sa_sigaction = &note;
+  installed = sigaction(SIGINT, &noting, nullptr) == 0;
 }
 
 }  // namespace
 
-InterruptScope::InterruptScope() : is_main_thread_(takes_signals()) {
-  if (!is_main_thread_) return;
-  struct sigaction noting = before;
-  noting.sa_flags |= SA_SIGINFO;
-  noting.sa_sigaction = &note;
-  sigaction(SIGINT, &noting, nullptr);
+InterruptScope::InterruptScope() : is_main_thread_(gettid() == getpid()) {
+  if (is_main_thread_ && depth++ == 0 && raises_keyboard_interrupt()) install();
 }
 
 InterruptScope::~InterruptScope() {
-  if (!is_main_thread_) return;
-  sigaction(SIGINT, &before, nullptr);
+  if (!is_main_thread_ || --depth > 0) return;
+  if (installed) sigaction(SIGINT, &before, nullptr);
+  installed = false;
   came.store(false, std::memory_order_relaxed);
 }
 
 bool InterruptScope::interrupted() { return came.load(std::memory_order_relaxed); }
 
 void raise_interrupt() {
-  if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
 }  // namespace dualpipe

@@ -2,8 +2,10 @@
 
 namespace dualpipe {
 
-// While one of these lives on Python's main thread, SIGINT is noted for the engine's watchdog as
-// well: the interpreter, which is waited for, could only look at it when the step is over.
+// While one of these lives on Python's main thread, a SIGINT that raises KeyboardInterrupt is noted
+// for the engine's watchdog as well: the interpreter, which is waited for, could only look at it
+// when the step is over. A handler of the user's own, which may well let the step end, is left
+// alone. Scopes may nest: a criterion may run a pipeline of its own. With the interpreter lock.
 class InterruptScope {
  public:
   InterruptScope();

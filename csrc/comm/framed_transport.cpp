@@ -40,6 +40,7 @@ class FramedTransport final : public HostTransport {
     session_.fail(FailureFlag::Kind::kPipeline, failure.text);
   }
   void recover() override;
+  void throw_if_failed() const override { session_.throw_if_failed(); }
   Extremes agree(std::uint64_t value) override {
     return disseminate(Traffic::kAgree, value, "to agree on the step's shapes");
   }

@@ -27,9 +27,9 @@ HostTransport::Extremes StepBoard::meet(const Place& place, std::uint64_t value,
     num_arrived_ = 0;
     arrived_ = {};
   }
-  arrived_ = HostTransport::merged(arrived_, {value, value});
   // Behind a rank that has recovered already: this meeting cannot take place any more.
   const bool too_late = place < meeting_;
+  if (!too_late) arrived_ = HostTransport::merged(arrived_, {value, value});
   if (!too_late && ++num_arrived_ == num_ranks_) {
     met_ = place;
     result_ = arrived_;

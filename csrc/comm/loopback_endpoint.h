@@ -28,6 +28,7 @@ class Endpoint final : public HostTransport {
   void abort(const Failure& failure) noexcept override;
   void recover() override;
   Extremes agree(std::uint64_t value) override;
+  void throw_if_failed() const override { failure_.throw_if_set(); }
 
   [[nodiscard]] Message take(Rank from, const MessageId& id, std::uint64_t number);
   void fail(FailureFlag::Kind kind, const std::string& text);

@@ -33,21 +33,6 @@ class Group {
   bool closed_ = false;
 };
 
-class Scratch {
- public:
-  Scratch(Device& device, std::size_t num_bytes)
-      : allocator_(device.allocator()),
-        data_(static_cast<std::byte*>(allocator_->allocate(num_bytes))) {}
-  ~Scratch() { allocator_->free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  [[nodiscard]] std::byte* data() const { return data_; }
-
- private:
-  const std::shared_ptr<Allocator> allocator_;
-  std::byte* const data_;
-};
-
 }  // namespace
 
 NcclLink::NcclLink(NcclCalls& calls, Device& device, Rank rank, NcclOptions options)
@@ -56,16 +41,10 @@ NcclLink::NcclLink(NcclCalls& calls, Device& device, Rank rank, NcclOptions opti
 // Not destroyed in order: that could wait for a peer that is gone.
 NcclLink::~NcclLink() { abort(); }
 
-NcclUniqueId NcclLink::new_id() {
-  NcclUniqueId id{};
-  check(calls_.get_unique_id(&id), "cannot start a communicator", nullptr);
-  return id;
-}
-
 void NcclLink::connect(std::vector<NcclWay> ways, const std::vector<NcclUniqueId>& ids,
                        Clock::duration timeout) {
   DUALPIPE_CHECK(ways.size() == ids.size(), ways.size(), " ways, ", ids.size(), " ids");
-  const Clock::time_point deadline = Clock::now() + timeout;
+  timeout_ = timeout;
   {
     const std::lock_guard lock(mutex_);
     DUALPIPE_CHECK(connections_.empty(), "connected twice");
@@ -74,21 +53,24 @@ void NcclLink::connect(std::vector<NcclWay> ways, const std::vector<NcclUniqueId
     }
     init(ids);
   }
-  settle("the communicators come up", deadline);
-  const Scratch scratch(device_, std::max<std::size_t>(1, connections_.size()) * kScratchBytes);
+  settle_all("cannot connect");
   {
     const std::lock_guard lock(mutex_);
     require_alive();
-    carry_a_byte(scratch.data());
+    carry_a_byte();
   }
-  settle("the first bytes arrive", deadline);
+  settle_all("cannot carry a byte");
+  const Clock::time_point deadline = Clock::now() + timeout_;
   for (const Connection& connection : connections_) {
     const EventPtr arrived = connection.stream->record();
-    while (!arrived->done() && Clock::now() < deadline && !error())
+    while (!arrived->done()) {
+      {
+        const std::lock_guard lock(mutex_);
+        require_alive();
+        if (Clock::now() > deadline) fail(NcclResult::kInProgress, connection.way.name, nullptr);
+      }
       std::this_thread::sleep_for(kPoll);
-    const std::lock_guard lock(mutex_);
-    require_alive();
-    if (!arrived->done()) fail(NcclResult::kInProgress, connection.way.name, connection.comm);
+    }
   }
 }
 
@@ -104,26 +86,35 @@ void NcclLink::init(const std::vector<NcclUniqueId>& ids) {
   check(group.close(), "cannot connect", nullptr);
 }
 
-void NcclLink::carry_a_byte(std::byte* scratch) {
+void NcclLink::carry_a_byte() {
+  allocator_ = device_.allocator();
+  std::byte* place = static_cast<std::byte*>(
+      allocator_->allocate(std::max<std::size_t>(1, connections_.size()) * kScratchBytes));
+  scratch_ = std::shared_ptr<void>(place, [from = allocator_](void* data) { from->free(data); });
+  const EventPtr free = device_.record();
   Group group(calls_);
   check(group.start(), "cannot open a group", nullptr);
   for (const Connection& connection : connections_) {
-    issue(connection, {scratch, 1});
-    scratch += kScratchBytes;
+    connection.stream->wait(free);
+    issue(connection, {place, 1});
+    place += kScratchBytes;
   }
   check(group.close(), "cannot carry a byte", nullptr);
 }
 
 EventPtr NcclLink::transfer(Index way, const std::vector<NcclPiece>& pieces,
                             const EventPtr& ready) {
-  const std::lock_guard lock(mutex_);
-  require_alive();
   const Connection& connection = connections_.at(way);
-  connection.stream->wait(ready);
-  Group group(calls_);
-  check(group.start(), "cannot open a group", &connection);
-  for (const NcclPiece& piece : pieces) issue(connection, piece);
-  check(group.close(), "cannot issue a message", &connection);
+  {
+    const std::lock_guard lock(mutex_);
+    require_alive();
+    connection.stream->wait(ready);
+    Group group(calls_);
+    check(group.start(), "cannot open a group", &connection);
+    for (const NcclPiece& piece : pieces) issue(connection, piece);
+    check(group.close(), "cannot issue a message", &connection);
+  }
+  settle(connection, "cannot issue a message");
   return connection.stream->record();
 }
 
@@ -163,24 +154,25 @@ void NcclLink::drain() {
   for (const Connection& connection : connections_) connection.stream->record()->synchronize();
 }
 
-// Waits until no communicator is busy with what it was asked for.
-void NcclLink::settle(const char* what, Clock::time_point deadline) {
-  for (std::size_t i = 0; i < connections_.size();) {
-    NcclResult state = NcclResult::kSuccess;
+void NcclLink::settle_all(const char* what) {
+  for (const Connection& connection : connections_) settle(connection, what);
+}
+
+// Waits until a communicator is through with what it was asked for: before that, an event of its
+// stream says nothing of it, and it takes no other call. An abort may come in between.
+void NcclLink::settle(const Connection& connection, const char* what) {
+  const Clock::time_point deadline = Clock::now() + timeout_;
+  while (true) {
     {
       const std::lock_guard lock(mutex_);
       require_alive();
-      check(calls_.async_error(connections_[i].comm, &state), what, &connections_[i]);
-      if (state != NcclResult::kInProgress) {
-        check(state, what, &connections_[i]);
-        ++i;
-        continue;
-      }
-      if (Clock::now() > deadline) {
-        fail(state, cat("until ", what), connections_[i].comm);
-      }
+      NcclResult state = NcclResult::kSuccess;
+      check(calls_.async_error(connection.comm, &state), what, &connection);
+      check(state, what, &connection);
+      if (state != NcclResult::kInProgress) return;
+      if (Clock::now() > deadline) fail(state, connection.way.name, connection.comm);
     }
-    std::this_thread::sleep_for(kPoll);
+    std::this_thread::yield();
   }
 }
 
@@ -196,7 +188,7 @@ void NcclLink::require_alive() const {
 
 void NcclLink::fail(NcclResult result, const std::string& what, NcclHandle comm) const {
   if (result == NcclResult::kInProgress) {
-    throw PipelineError(cat("rank ", rank_, " waited too long ", what,
+    throw PipelineError(cat("rank ", rank_, " waited too long for NCCL to connect ", what,
                             "; does every rank run, on a GPU that the others can reach?"));
   }
   throw PipelineError(cat("rank ", rank_, ": ", what, ": ", calls_.describe(result, comm)));

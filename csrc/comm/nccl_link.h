@@ -38,15 +38,15 @@ class NcclLink {
   NcclLink(const NcclLink&) = delete;
   NcclLink& operator=(const NcclLink&) = delete;
 
-  [[nodiscard]] NcclUniqueId new_id();
-
   // Makes the communicators of all ways at once and lets each carry a byte, so that no later call
   // has to wait for a connection. Ways and ids in the same order for both ranks of a pair; ways are
-  // numbered as they are given. Blocks for the peers. Once.
+  // numbered as they are given. Blocks for the peers, no longer than `timeout`, as does every later
+  // call. Once.
   void connect(std::vector<NcclWay> ways, const std::vector<NcclUniqueId>& ids,
                Clock::duration timeout);
 
-  // Issues the pieces of one message after `ready`; returns the event of their end.
+  // Issues the pieces of one message after `ready`; returns the event of their end. Waits until
+  // NCCL has handed them to the stream, which it does on a thread of its own: never for the peer.
   [[nodiscard]] EventPtr transfer(Index way, const std::vector<NcclPiece>& pieces,
                                   const EventPtr& ready);
 
@@ -65,9 +65,10 @@ class NcclLink {
   };
 
   void init(const std::vector<NcclUniqueId>& ids);
-  void carry_a_byte(std::byte* scratch);
+  void carry_a_byte();
   void issue(const Connection& connection, const NcclPiece& piece);
-  void settle(const char* what, Clock::time_point deadline);
+  void settle_all(const char* what);
+  void settle(const Connection& connection, const char* what);
   void check(NcclResult result, const char* what, const Connection* connection) const;
   void require_alive() const;
   [[nodiscard]] int index_of(Rank rank, Rank peer) const { return rank < peer ? 0 : 1; }
@@ -77,6 +78,10 @@ class NcclLink {
   Device& device_;
   const Rank rank_;
   const NcclOptions options_;
+
+  Clock::duration timeout_{};
+  std::shared_ptr<Allocator> allocator_;
+  std::shared_ptr<void> scratch_;  // what the first bytes use; as long as a device may write there
 
   std::mutex mutex_;  // a communicator is aborted by one thread while another one may use it
   std::vector<Connection> connections_;

@@ -4,6 +4,7 @@
 #include <deque>
 #include <map>
 #include <mutex>
+#include <thread>
 #include <utility>
 
 #include "comm/failure_flag.h"
@@ -19,6 +20,9 @@ using Clock = std::chrono::steady_clock;
 
 // Marks the step in which ranks meet; no program has it.
 constexpr std::uint64_t kMeeting = ~std::uint64_t{0};
+
+constexpr std::chrono::milliseconds kPoll{1};
+constexpr std::chrono::milliseconds kPatience{100};
 
 // Both ranks of a pair order their ways like this.
 auto order_of(Rank rank, const NcclChannel& channel) {
@@ -64,7 +68,7 @@ class NcclTransport final : public Transport {
  public:
   NcclTransport(std::shared_ptr<NcclCalls> calls, std::shared_ptr<Device> device,
                 std::unique_ptr<HostTransport> host, NcclTransportOptions options);
-  ~NcclTransport() override { abort({options_.rank, 0, "the transport is gone"}); }
+  ~NcclTransport() override;
 
   void connect() override;
   void begin_step(const StepInfo& info) override;
@@ -88,6 +92,7 @@ class NcclTransport final : public Transport {
 
   void meet(std::int64_t step);
   [[nodiscard]] std::vector<NcclUniqueId> exchange_ids();
+  [[nodiscard]] NcclUniqueId new_id();
   [[nodiscard]] std::optional<std::size_t> find_way(Rank peer, MessageKind kind,
                                                     bool outgoing) const;
   void issue(std::size_t way, Incoming& incoming);
@@ -139,6 +144,17 @@ NcclTransport::NcclTransport(std::shared_ptr<NcclCalls> calls, std::shared_ptr<D
             });
 }
 
+// A step is done when all ranks have issued it: the devices of this one and of its peers may still
+// be at it.
+NcclTransport::~NcclTransport() {
+  try {
+    while (busy() && !fault()) std::this_thread::sleep_for(kPoll);
+  } catch (const std::exception&) {
+    // The device is broken.
+  }
+  abort({options_.rank, 0, "the transport is gone"});
+}
+
 // What fails here by itself ends the communicators; the host's failures come with their own words.
 template <typename Call>
 auto NcclTransport::unless_failed(const Call& call) {
@@ -146,7 +162,13 @@ auto NcclTransport::unless_failed(const Call& call) {
   try {
     return call();
   } catch (const PipelineError&) {
-    failure_.throw_if_set();  // an abort in the middle of the call says why
+    // An abort in the middle of the call says why. A peer that ends its step aborts its
+    // communicators, and why it did so comes by way of the host.
+    for (auto waited = kPoll; waited < kPatience; waited += kPoll) {
+      failure_.throw_if_set();
+      host_->throw_if_failed();
+      std::this_thread::sleep_for(kPoll);
+    }
     throw;
   }
 }
@@ -196,10 +218,9 @@ std::vector<NcclUniqueId> NcclTransport::exchange_ids() {
   std::map<Rank, std::vector<NcclUniqueId>> by_peer;
   for (const NcclChannel& channel : options_.channels) by_peer[channel.peer].emplace_back();
   const MessageId greeting{MessageKind::kActivation, Stage(0), Microbatch(0)};
-  NcclLink maker(*calls_, *device_, options_.rank, options_.nccl);
   for (auto& [peer, ids] : by_peer) {
     if (peer < options_.rank) continue;
-    std::generate(ids.begin(), ids.end(), [&] { return maker.new_id(); });
+    std::generate(ids.begin(), ids.end(), [this] { return new_id(); });
     host_->send(peer, greeting, bytes_message(ids.data(), ids.size() * sizeof(NcclUniqueId)),
                 nullptr);
   }
@@ -214,10 +235,21 @@ std::vector<NcclUniqueId> NcclTransport::exchange_ids() {
   return all;
 }
 
+NcclUniqueId NcclTransport::new_id() {
+  NcclUniqueId id{};
+  const NcclResult result = calls_->get_unique_id(&id);
+  if (result == NcclResult::kSuccess) return id;
+  throw PipelineError(cat("rank ", options_.rank,
+                          ": cannot start a communicator: ", calls_->describe(result, nullptr)));
+}
+
 void NcclTransport::send(Rank to, const MessageId& id, Message message, const EventPtr& ready) {
   unless_failed([&] {
     const auto way = find_way(to, id.kind, true);
-    if (!way) return host_->send(to, id, std::move(message), ready);
+    if (!way) {
+      DUALPIPE_CHECK(!message.on_device, "the ", to_string(id), " has no way from GPU to GPU");
+      return host_->send(to, id, std::move(message), ready);
+    }
     WayLayouts& layouts = layouts_->ways[*way];
     if (const Layout* known = layouts.next()) {
       DUALPIPE_USER_CHECK(
@@ -305,9 +337,10 @@ void NcclTransport::recover() {
   abort({options_.rank, 0, "the step failed"});
   host_->recover();
   if (link_) link_->drain();
+  std::vector<Way> forgotten(ways_.size());  // let go after the lock, as in forget_done()
   const std::lock_guard lock(mutex_);
   link_.reset();
-  for (Way& way : ways_) way = Way();
+  ways_.swap(forgotten);
   pool_ = DevicePool(device_);  // what was to be filled is nobody's now
   known_.clear();               // a rank that has committed and one that has not must agree again
   layouts_ = nullptr;

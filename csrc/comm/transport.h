@@ -119,6 +119,9 @@ class HostTransport : public Transport {
   };
   [[nodiscard]] static Extremes merged(const Extremes& one, const Extremes& other);
   [[nodiscard]] virtual Extremes agree(std::uint64_t value) = 0;
+
+  // Throws what has ended the step, if anything has. Any thread.
+  virtual void throw_if_failed() const = 0;
 };
 
 }  // namespace dualpipe

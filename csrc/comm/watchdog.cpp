@@ -54,6 +54,7 @@ struct Watchdog::State {
   void report_timeout(std::unique_lock<std::mutex>& lock);
   void report_fault(std::unique_lock<std::mutex>& lock, const std::string& text);
   void look_after_device(std::unique_lock<std::mutex>& lock);
+  std::optional<Failure> poll_if_reachable() noexcept;
   void abort(const Failure& failure);
   bool still_in(std::uint64_t arming) const { return progress != nullptr && num_armings == arming; }
   bool timed_out() const {
@@ -84,7 +85,8 @@ void Watchdog::State::run() {
   while (!stopping) {
     if (progress == nullptr && num_idle_ticks >= kTicksBeforeSleep) {
       asleep = true;
-      cv.wait(lock, [this] { return stopping || progress != nullptr; });
+      // A step may be over before this thread runs; its device may be not.
+      cv.wait(lock, [this, seen = num_armings] { return stopping || num_armings != seen; });
       asleep = false;
       num_idle_ticks = 0;
     }
@@ -96,20 +98,21 @@ void Watchdog::State::run() {
 
 void Watchdog::State::tick(std::unique_lock<std::mutex>& lock) {
   const bool armed = progress != nullptr;
-  if (!armed && !transport.busy()) {
-    ++num_idle_ticks;
-    return;
-  }
-  num_idle_ticks = 0;
   const std::uint64_t arming = num_armings;
   try {
+    if (!armed && !transport.busy()) {
+      ++num_idle_ticks;
+      return;
+    }
+    num_idle_ticks = 0;
     armed ? look(lock) : look_after_device(lock);
   } catch (const std::exception& error) {
     if (!lock.owns_lock()) lock.lock();
-    if (still_in(arming)) {
-      abort({rank, step,
-             cat("rank ", rank, " cannot reach the other ranks any more: ", error.what())});
-    }
+    if (num_armings != arming || (armed && progress == nullptr)) return;
+    abort(
+        {rank, step,
+         cat("rank ", rank, armed ? " cannot reach the other ranks any more: " : " cannot go on: ",
+             error.what())});
   }
 }
 
@@ -138,16 +141,27 @@ void Watchdog::State::look_after_device(std::unique_lock<std::mutex>& lock) {
   if (const auto fault = transport.fault()) return report_fault(lock, *fault);
   const std::uint64_t arming = num_armings;
   lock.unlock();
-  const std::optional<Failure> failure = control.poll();
+  const std::optional<Failure> failure = poll_if_reachable();
   lock.lock();
   if (failure && num_armings == arming && failure->step <= step) transport.abort(*failure);
+}
+
+// A store that is gone with the rank that hosts it: that rank may be through, and so may all.
+std::optional<Failure> Watchdog::State::poll_if_reachable() noexcept try {
+  return control.poll();
+} catch (const std::exception&) {
+  return std::nullopt;
 }
 
 void Watchdog::State::report_fault(std::unique_lock<std::mutex>& lock, const std::string& text) {
   const std::uint64_t arming = num_armings;
   const Failure own{rank, step, text};
   lock.unlock();
-  control.report(own);
+  try {
+    control.report(own);
+  } catch (const std::exception&) {
+    // The others find out by their links.
+  }
   lock.lock();
   if (num_armings == arming) abort(own);
 }
@@ -224,6 +238,7 @@ void Watchdog::arm(const Progress& progress, std::int64_t step) {
 void Watchdog::disarm() {
   const std::lock_guard lock(state_->mutex);
   state_->progress = nullptr;
+  ++state_->num_armings;  // what is found out about this step now must not end a later one
 }
 
 }  // namespace dualpipe

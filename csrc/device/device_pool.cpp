@@ -20,7 +20,10 @@ struct DevicePool::State {
     const std::size_t capacity = BufferPool::capacity_for(num_bytes);
     const std::lock_guard lock(mutex);
     std::vector<Returned>& waiting = returned[capacity];
-    if (waiting.empty()) return {memory.acquire(capacity), nullptr};
+    if (waiting.empty()) {
+      // An allocator may give what work that is still queued uses: safe for the compute stream alone.
+      return {memory.acquire(capacity), device->record()};
+    }
     // The one that was let go first: most likely nobody has to wait for it.
     Returned oldest = std::move(waiting.front());
     waiting.erase(waiting.begin());
@@ -33,7 +36,7 @@ struct DevicePool::State {
     const std::size_t capacity = buffer->capacity();
     returned[capacity].push_back({std::move(buffer), std::move(free)});
   } catch (const std::exception&) {
-    // The device is broken, which its next user gets to know. Nobody gets this buffer again.
+    // The device is broken, which its next user gets to know: no event of it means anything.
   }
 
   const std::shared_ptr<Device> device;

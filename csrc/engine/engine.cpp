@@ -59,7 +59,10 @@ void Engine::run_guarded(const Program& program, StageRunner* runner, GradientRe
 void Engine::connect() {
   const Program nothing = make_reduce_program(rank_, {});
   executor_.begin(nothing, num_steps_ + 1, nullptr, nullptr);
-  guard(nullptr, [this] { transport_->connect(); });
+  guard(nullptr, [this] {
+    device_->begin();
+    executor_.connect();
+  });
 }
 
 // Runs what all ranks run now, under the watchdog's eyes; a failure becomes everybody's.
@@ -77,6 +80,7 @@ void Engine::guard(GradientReducer* reducer, const Work& work) {
 }
 
 void Engine::fail(const std::string& text) noexcept {
+  watchdog_->disarm();
   ++num_steps_;
   report(cat("rank ", rank_, ", step ", num_steps_, ": ", text));
   recover(nullptr);

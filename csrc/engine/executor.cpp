@@ -9,6 +9,7 @@ void Executor::begin(const Program& program, std::int64_t step, StageRunner* run
   cursor_.store(0, std::memory_order_relaxed);
   awaited_.store(-1, std::memory_order_relaxed);
   waiting_since_ns_.store(0, std::memory_order_relaxed);
+  has_begun_.store(false, std::memory_order_relaxed);
   wait_ns_ = 0;
   program_ = &program;
   step_ = step;
@@ -25,7 +26,10 @@ void Executor::begin(const Program& program, std::int64_t step, StageRunner* run
 
 void Executor::run(std::uint64_t shapes) {
   step_start_ns_ = now_ns();
+  waiting_since_ns_.store(step_start_ns_, std::memory_order_relaxed);
   transport_.begin_step({step_, program_->digest, program_->description, shapes});
+  waiting_since_ns_.store(0, std::memory_order_relaxed);
+  has_begun_.store(true, std::memory_order_relaxed);
   for (const Instruction& instruction : program_->instructions) {
     execute(instruction);
     cursor_.fetch_add(1, std::memory_order_relaxed);
@@ -37,6 +41,12 @@ void Executor::run(std::uint64_t shapes) {
   waiting_since_ns_.store(0, std::memory_order_relaxed);
   trace_.peak_live_activations = activations_.peak();
   trace_.duration_ns = now_ns() - step_start_ns_;
+}
+
+void Executor::connect() {
+  waiting_since_ns_.store(now_ns(), std::memory_order_relaxed);
+  transport_.connect();
+  waiting_since_ns_.store(0, std::memory_order_relaxed);
 }
 
 void Executor::clear() {
@@ -156,6 +166,10 @@ std::chrono::nanoseconds Executor::waiting() const {
 }
 
 std::string Executor::position() const {
+  const bool is_waiting = waiting_since_ns_.load(std::memory_order_relaxed) != 0;
+  if (is_waiting && !has_begun_.load(std::memory_order_relaxed)) {
+    return cat("step ", step_, ": waits for the other ranks to begin it");
+  }
   const auto count = program_->instructions.size();
   const auto index = static_cast<std::size_t>(cursor());
   if (index >= count) return cat("step ", step_, ": done, waits for the other ranks");
@@ -163,7 +177,7 @@ std::string Executor::position() const {
   std::string text = cat("step ", step_, ", action ", index + 1, " of ", count, ": ",
                          to_string(instruction.action));
   const int awaited = awaited_.load(std::memory_order_relaxed);
-  if (waiting_since_ns_.load(std::memory_order_relaxed) == 0 || awaited < 0) return text;
+  if (!is_waiting || awaited < 0) return text;
   const int receive = program_->receives[static_cast<std::size_t>(awaited)];
   const Instruction& source = program_->instructions[static_cast<std::size_t>(receive)];
   return cat(text, ", waits for the ", to_string(source.message), " from rank ", source.peer);

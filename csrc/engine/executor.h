@@ -27,6 +27,9 @@ class Executor final : public Progress {
   void begin(const Program& program, std::int64_t step, StageRunner* runner,
              GradientReducer* reducer);
 
+  // Instead of the step that was begun: meets the other ranks.
+  void connect();
+
   // The step that was begun, commit included. Throws what computation or transport throw.
   // shapes: StepInfo::shapes.
   void run(std::uint64_t shapes);
@@ -74,6 +77,7 @@ class Executor final : public Progress {
   std::atomic<int> cursor_{0};
   std::atomic<int> awaited_{-1};                   // the last receive that computation waited for
   std::atomic<std::int64_t> waiting_since_ns_{0};  // 0: not waiting
+  std::atomic<bool> has_begun_{false};             // the others have begun the step, too
 };
 
 }  // namespace dualpipe

@@ -2,12 +2,15 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <map>
 #include <mutex>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "device/fake_device.h"
@@ -32,11 +35,18 @@ struct Pair {
 struct Communicator {
   std::shared_ptr<Pair> pair;
   int side;
+  bool busy = false;  // with a group that is closed and not issued yet
+};
+using CommunicatorPtr = std::shared_ptr<Communicator>;
+
+struct Issue {
+  CommunicatorPtr comm;
+  std::function<void()> launch;
 };
 
 thread_local int open_groups_of_thread = 0;
 thread_local bool group_failed = false;  // one call of it did: nothing of it happens
-thread_local std::vector<std::function<void()>> grouped;
+thread_local std::vector<Issue> grouped;
 
 }  // namespace
 
@@ -50,6 +60,7 @@ struct FakeNcclWorld::State {
   int num_communicators = 0;
   int num_messages = 0;
   bool broken = false;
+  HostStream helpers{"fake_nccl"};  // last: what it runs uses what is above
 
   // Holds the lock. The fault that this call meets, or success.
   NcclResult fault(const std::string& call) {
@@ -101,7 +112,7 @@ class FakeNccl final : public NcclCalls {
     if (!pair) pair = std::make_shared<Pair>();
     EXPECT_FALSE(pair->joined[index]) << "two ranks are the same side of a communicator";
     pair->joined[index] = true;
-    *comm = new Communicator{pair, index};
+    *comm = new CommunicatorPtr(std::make_shared<Communicator>(Communicator{pair, index}));
     ++state_->num_communicators;
     return NcclResult::kInProgress;
   }
@@ -116,20 +127,29 @@ class FakeNccl final : public NcclCalls {
     return NcclResult::kSuccess;
   }
 
+  // As NCCL does for communicators that do not block: a thread issues the group a little later.
   NcclResult group_end() override {
     EXPECT_GT(open_groups_of_thread, 0) << "a group is closed that nobody opened";
     --open_groups_of_thread;
-    const auto issued = std::exchange(grouped, {});
-    {
-      const std::lock_guard lock(state_->mutex);
-      --state_->num_open_groups;
-      const NcclResult fault = state_->fault("group_end");
-      if (fault != NcclResult::kSuccess) return fault;
-      if (group_failed) return NcclResult::kInvalidUsage;
-      state_->num_messages += static_cast<int>(issued.size());
-    }
-    for (const auto& issue : issued) issue();
-    return NcclResult::kSuccess;
+    auto issued = std::exchange(grouped, {});
+    const std::lock_guard lock(state_->mutex);
+    --state_->num_open_groups;
+    const NcclResult fault = state_->fault("group_end");
+    if (fault != NcclResult::kSuccess) return fault;
+    if (group_failed) return NcclResult::kInvalidUsage;
+    if (issued.empty()) return NcclResult::kSuccess;
+    state_->num_messages += static_cast<int>(issued.size());
+    for (const Issue& issue : issued) issue.comm->busy = true;
+    state_->helpers.enqueue([state = state_.get(), issued = std::move(issued)] {
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+      const std::lock_guard inner(state->mutex);
+      for (const Issue& issue : issued) {
+        if (!issue.comm->pair->aborted[issue.comm->side]) issue.launch();
+        issue.comm->busy = false;
+      }
+      state->cv.notify_all();
+    });
+    return NcclResult::kInProgress;
   }
 
   NcclResult send(const void* data, std::size_t num_bytes, int peer, NcclHandle comm,
@@ -142,19 +162,22 @@ class FakeNccl final : public NcclCalls {
   }
 
   NcclResult async_error(NcclHandle comm, NcclResult* state) override {
-    const auto* const own = static_cast<Communicator*>(comm);
+    const CommunicatorPtr own = *static_cast<CommunicatorPtr*>(comm);
     const std::lock_guard lock(state_->mutex);
-    const bool up = own->pair->joined[0] && own->pair->joined[1];
+    const bool up = own->pair->joined[0] && own->pair->joined[1] && !own->busy;
     const bool lost = state_->broken || own->pair->aborted[1 - own->side];
     *state = lost ? NcclResult::kRemoteError : up ? NcclResult::kSuccess : NcclResult::kInProgress;
     return state_->fault("async_error");
   }
 
   NcclResult abort(NcclHandle comm) override {
-    const std::unique_ptr<Communicator> own(static_cast<Communicator*>(comm));
+    const std::unique_ptr<CommunicatorPtr> handle(static_cast<CommunicatorPtr*>(comm));
+    const CommunicatorPtr own = *handle;
     {
-      const std::lock_guard lock(state_->mutex);
+      std::unique_lock lock(state_->mutex);
       own->pair->aborted[own->side] = true;
+      state_->cv.notify_all();
+      state_->cv.wait(lock, [&] { return !own->busy; });
       --state_->num_communicators;
     }
     state_->cv.notify_all();
@@ -169,17 +192,20 @@ class FakeNccl final : public NcclCalls {
   NcclResult issue(const char* call, void* data, std::size_t num_bytes, int peer, NcclHandle comm,
                    Stream& stream) {
     EXPECT_GT(open_groups_of_thread, 0) << "a message outside of a group";
-    const auto* const own = static_cast<Communicator*>(comm);
+    const CommunicatorPtr own = *static_cast<CommunicatorPtr*>(comm);
     EXPECT_EQ(peer, 1 - own->side);
     const std::lock_guard lock(state_->mutex);
+    EXPECT_FALSE(own->busy) << "a call before the one before has ended";
     const NcclResult fault = state_->fault(call);
     group_failed = group_failed || fault != NcclResult::kSuccess;
     if (fault != NcclResult::kSuccess) return fault;
     const int sender = std::string(call) == "send" ? own->side : peer;
     auto transfer = std::make_shared<Transfer>(Transfer{data, num_bytes});
     auto& fake = dynamic_cast<FakeStream&>(stream);
-    grouped.push_back([state = state_, pair = own->pair, side = own->side, sender, transfer,
-                       &fake] { fake.launch([=] { state->run(pair, side, sender, transfer); }); });
+    auto launch = [state = state_, pair = own->pair, side = own->side, sender, transfer, &fake] {
+      fake.launch([=] { state->run(pair, side, sender, transfer); });
+    };
+    grouped.push_back({own, std::move(launch)});
     return NcclResult::kSuccess;
   }
 

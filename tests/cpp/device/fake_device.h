@@ -28,7 +28,7 @@ class FakeStream final : public Stream {
   HostStream stream_{"fake_stream"};
 };
 
-// A device whose memory is the host's, and full of 0xEE whenever it changes hands.
+// A device whose memory is the host's, and full of 0xEE when it is allocated.
 class FakeDevice final : public Device {
  public:
   FakeDevice();

@@ -63,5 +63,21 @@ TEST_F(DeviceFault, AheadOfTheFirstStep) {
   expect_next_step_works();
 }
 
+// Over NCCL ranks wait for each other to begin: for a message that never comes, only earlier.
+TEST(LateRank, IsNamedInTime) {
+  PipelineOptions options;
+  options.over = Over::kNccl;
+  options.watchdog = {.poll_interval = 5ms, .timeout = 200ms};
+  EnginePipeline pipeline(2, options);
+  AffineJob job(pipeline, "dualpipe", 4);
+  expect_all_ok(job.step());
+  const auto outcomes = pipeline.on_all([&](Engine& engine) {
+    if (engine.rank() == Rank(0)) job.step_on(engine);
+  });
+  EXPECT_TRUE(outcomes[0].is<PipelineError>());
+  EXPECT_NE(outcomes[0].text().find("waits for the other ranks to begin it"), std::string::npos)
+      << outcomes[0].text();
+}
+
 }  // namespace
 }  // namespace dualpipe
