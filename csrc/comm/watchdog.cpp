@@ -227,6 +227,7 @@ void Watchdog::arm(const Progress& progress, std::int64_t step) {
   {
     const std::lock_guard lock(state_->mutex);
     state_->progress = &progress;
+    state_->num_idle_ticks = 0;
     ++state_->num_armings;
     state_->step = step;
     state_->next_position = Clock::now() + state_->options.timeout / kPositionsPerTimeout;
