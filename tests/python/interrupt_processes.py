@@ -41,3 +41,37 @@ def interrupted_in_a_step(rank: int, num_ranks: int) -> tuple[str, float]:
         time.sleep(WAIT)  # until rank 1 has been through it, too
     step()
     return outcome, seconds
+
+
+def own_handler_in_a_step(rank: int, num_ranks: int) -> list[str]:
+    """Ctrl-C while rank 0 waits, where the user's own handler only takes note of it."""
+    notes: list[str] = []
+    signal.signal(signal.SIGINT, lambda *_: notes.append("noted"))
+    model = DualPipe([nn.Linear(4, 4), nn.Linear(4, 4)])
+    x = torch.zeros(4, 4)
+    if rank == 1:
+        time.sleep(2.0)
+    else:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    model.step(x, num_chunks=4, criterion=nn.functional.mse_loss, labels=(x,))
+    return [*notes, "the step is done"]
+
+
+def after_a_step_within_a_step(rank: int, num_ranks: int) -> str:
+    """Ctrl-C after a step whose criterion ran a pipeline of its own."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    teacher = DualPipe([nn.Linear(4, 4), nn.Linear(4, 4)])
+    model = DualPipe([nn.Linear(4, 4), nn.Linear(4, 4)])
+    x = torch.zeros(4, 4)
+
+    def criterion(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            teacher.step(x, num_chunks=4)
+        return nn.functional.mse_loss(output, target)
+
+    model.step(x, num_chunks=4, criterion=criterion, labels=(x,))
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        return "KeyboardInterrupt"
+    return "nothing was raised"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from interrupt_processes import WAIT, interrupted_in_a_step
+from interrupt_processes import (
+    WAIT,
+    after_a_step_within_a_step,
+    interrupted_in_a_step,
+    own_handler_in_a_step,
+)
 
 from dualpipe_ext.testing import run_ranks
 
@@ -12,3 +17,15 @@ def test_ctrl_c_ends_a_step_that_waits() -> None:
     assert interrupted.startswith("KeyboardInterrupt")
     assert seconds < WAIT / 2
     assert other.startswith("PipelineError: rank 0 was interrupted (Ctrl-C)")
+
+
+def test_a_handler_of_the_users_own_lets_the_step_end() -> None:
+    assert run_ranks(own_handler_in_a_step, 2, "processes") == [
+        ["noted", "the step is done"],
+        ["the step is done"],
+    ]
+
+
+def test_a_step_within_a_step_leaves_ctrl_c_as_it_was() -> None:
+    outcomes = run_ranks(after_a_step_within_a_step, 2, "processes", timeout=60.0)
+    assert outcomes == ["KeyboardInterrupt"] * 2
