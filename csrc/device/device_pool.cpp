@@ -21,7 +21,8 @@ struct DevicePool::State {
     const std::lock_guard lock(mutex);
     std::vector<Returned>& waiting = returned[capacity];
     if (waiting.empty()) {
-      // An allocator may give what work that is still queued uses: safe for the compute stream alone.
+      // An allocator may give what work that is still queued uses: safe for the compute stream
+      // alone.
       return {memory.acquire(capacity), device->record()};
     }
     // The one that was let go first: most likely nobody has to wait for it.
