@@ -42,7 +42,7 @@ std::unique_ptr<Engine> engine_over(std::unique_ptr<HostTransport> host,
   watchdog.timeout = options.timeout;
   watchdog.interrupted = &InterruptScope::interrupted;
   return std::make_unique<Engine>(
-      rank, nccl_transport(nccl_calls(), gpu, std::move(host), std::move(options)),
+      rank, nccl_transport(nccl_calls(device), gpu, std::move(host), std::move(options)),
       std::move(control), watchdog, gpu);
 }
 
@@ -70,9 +70,7 @@ std::unique_ptr<Engine> thread_engine(const std::shared_ptr<LoopbackHub>& hub, i
 void bind_cuda(py::module_& module) {
   module.def("nccl_version", &nccl_version, "The version of the NCCL that this process has.");
   module.def("loaded_nccls", &loaded_nccls, "The files of all NCCLs in this process.");
-  module.def(
-      "require_one_nccl", [] { (void)nccl_calls(); },
-      "Raises ValueError where the process has two.");
+  module.def("require_one_nccl", &require_one_nccl, "Raises ValueError where the process has two.");
   module.def("nccl_engine", &process_engine, py::arg("group"), py::arg("rank"),
              py::arg("group_ranks"), py::arg("peers"), py::arg("channels"), py::arg("device"),
              py::arg("max_ctas"), py::arg("dynamic_shapes"), py::arg("timeout_seconds"),

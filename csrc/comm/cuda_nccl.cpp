@@ -22,9 +22,27 @@ NcclResult result_of(ncclResult_t result) { return static_cast<NcclResult>(resul
 ncclComm_t comm_of(NcclHandle comm) { return static_cast<ncclComm_t>(comm); }
 cudaStream_t stream_of(const Stream& stream) { return static_cast<cudaStream_t>(stream.handle()); }
 
+// NCCL takes the thread's current device for a new communicator, and leaves a context on it.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    (void)cudaGetDevice(&before_);
+    (void)cudaSetDevice(device);
+  }
+  ~OnDevice() { (void)cudaSetDevice(before_); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
 class RealNccl final : public NcclCalls {
  public:
+  explicit RealNccl(int device) : device_(device) {}
+
   NcclResult get_unique_id(NcclUniqueId* id) override {
+    const OnDevice here(device_);
     ncclUniqueId native;
     const ncclResult_t result = ncclGetUniqueId(&native);
     std::memcpy(id->data(), &native, sizeof(native));
@@ -33,6 +51,7 @@ class RealNccl final : public NcclCalls {
 
   NcclResult init_pair(NcclHandle* comm, const NcclUniqueId& id, int index,
                        const NcclOptions& options) override {
+    const OnDevice here(device_);
     ncclUniqueId native;
     std::memcpy(&native, id.data(), sizeof(native));
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
@@ -66,7 +85,10 @@ class RealNccl final : public NcclCalls {
     return result_of(result);
   }
 
-  NcclResult abort(NcclHandle comm) override { return result_of(ncclCommAbort(comm_of(comm))); }
+  NcclResult abort(NcclHandle comm) override {
+    const OnDevice here(device_);
+    return result_of(ncclCommAbort(comm_of(comm)));
+  }
 
   std::string describe(NcclResult result, NcclHandle comm) override {
     const char* const last = ncclGetLastError(comm_of(comm));
@@ -75,6 +97,9 @@ class RealNccl final : public NcclCalls {
     return has_more ? cat("NCCL: ", text, " (", last, ")")
                     : cat("NCCL: ", text, "; NCCL_DEBUG=WARN tells more");
   }
+
+ private:
+  const int device_;
 };
 
 int note_nccl(dl_phdr_info* info, std::size_t, void* found) {
@@ -99,12 +124,16 @@ std::string nccl_version() {
   return cat(code / 10'000, ".", code / 100 % 100, ".", code % 100);
 }
 
-std::shared_ptr<NcclCalls> nccl_calls() {
+void require_one_nccl() {
   const std::vector<std::string> found = loaded_nccls();
   DUALPIPE_USER_CHECK(found.size() < 2, "this process has two NCCLs, ", found[0], " and ", found[1],
                       "; torch needs its own: remove the other one from LD_PRELOAD, "
                       "LD_LIBRARY_PATH or the environment");
-  return std::make_shared<RealNccl>();
+}
+
+std::shared_ptr<NcclCalls> nccl_calls(int device) {
+  require_one_nccl();
+  return std::make_shared<RealNccl>(device);
 }
 
 }  // namespace dualpipe

@@ -8,9 +8,12 @@
 
 namespace dualpipe {
 
-// The NCCL that torch has loaded. UserError where the process has two: they would fight for the
-// same devices, and which one a call reaches is chance.
-[[nodiscard]] std::shared_ptr<NcclCalls> nccl_calls();
+// The NCCL that torch has loaded, for communicators on one GPU of this process. UserError where the
+// process has two: they would fight for the same devices, and which one a call reaches is chance.
+[[nodiscard]] std::shared_ptr<NcclCalls> nccl_calls(int device);
+
+// Throws what nccl_calls() does.
+void require_one_nccl();
 
 // "2.30.7", of the library that is loaded.
 [[nodiscard]] std::string nccl_version();

@@ -52,7 +52,7 @@ class EventPool {
 class CudaEvent final : public Event {
  public:
   CudaEvent(std::shared_ptr<EventPool> pool, int device, cudaStream_t stream)
-      : pool_(std::move(pool)), event_(pool_->take()) {
+      : pool_(std::move(pool)), device_(device), event_(pool_->take()) {
     const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
     C10_CUDA_CHECK(cudaEventRecord(event_, stream));
   }
@@ -61,6 +61,7 @@ class CudaEvent final : public Event {
   CudaEvent& operator=(const CudaEvent&) = delete;
 
   [[nodiscard]] bool done() const override {
+    const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device_));
     const cudaError_t state = cudaEventQuery(event_);
     if (state == cudaErrorNotReady) {
       (void)cudaGetLastError();  // an answer, not an error
@@ -69,7 +70,10 @@ class CudaEvent final : public Event {
     C10_CUDA_CHECK(state);
     return true;
   }
-  void synchronize() const override { C10_CUDA_CHECK(cudaEventSynchronize(event_)); }
+  void synchronize() const override {
+    const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device_));
+    C10_CUDA_CHECK(cudaEventSynchronize(event_));
+  }
   void hold_back(int device, cudaStream_t stream) const {
     const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
     C10_CUDA_CHECK(cudaStreamWaitEvent(stream, event_, 0));
@@ -77,6 +81,7 @@ class CudaEvent final : public Event {
 
  private:
   const std::shared_ptr<EventPool> pool_;
+  const int device_;
   const cudaEvent_t event_;
 };
 
