@@ -87,6 +87,8 @@ struct FakeNcclWorld::State {
       cv.notify_all();
     }
     cv.wait(lock, [&] { return transfer->done || pair->aborted[own_side]; });
+    // What was aborted takes part in nothing any more: its memory may be gone.
+    if (!transfer->done) std::erase(own_side == sender ? sends : receives, transfer);
   }
 };
 
