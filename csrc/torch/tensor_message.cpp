@@ -33,8 +33,7 @@ at::Tensor tensor_of(const TensorSpec& spec, std::byte* data, const std::shared_
   const auto options =
       at::TensorOptions().dtype(static_cast<at::ScalarType>(spec.dtype)).device(device);
   if (spec.num_bytes == 0) return at::empty(shape, options);
-  return at::from_blob(
-      data, shape, [owner](void*) {}, options);
+  return at::from_blob(data, shape, [owner](void*) {}, options);
 }
 
 }  // namespace
