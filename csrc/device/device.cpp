@@ -1,19 +1,25 @@
 #include "device/device.h"
 
-#include "common/error.h"
-
 namespace dualpipe {
 namespace {
+
+class HostWork final : public Stream {
+ public:
+  EventPtr record() override { return nullptr; }
+  [[nodiscard]] void* handle() const override { return nullptr; }
+};
 
 class HostDevice final : public Device {
  public:
   void begin() override {}
-  EventPtr record() override { return nullptr; }
-  void wait(const EventPtr& event) override {
-    if (event) event->synchronize();
-  }
-  std::unique_ptr<Stream> new_stream() override { throw InternalError("the host has no streams"); }
+  Stream& compute() override { return work_; }
+  Stream& reduction() override { return work_; }
+  void reduce(const std::function<void()>& work) override { work(); }
+  std::unique_ptr<Stream> new_stream() override { return std::make_unique<HostWork>(); }
   std::shared_ptr<Allocator> allocator() override { return host_allocator(); }
+
+ private:
+  HostWork work_;
 };
 
 }  // namespace

@@ -1,10 +1,13 @@
 #pragma once
 
+#include <functional>
 #include <memory>
 
 #include "memory/buffer_pool.h"
 
 namespace dualpipe {
+
+class Stream;
 
 // A point in the work of a stream. Immutable once recorded; any thread may ask.
 class Event {
@@ -12,6 +15,8 @@ class Event {
   virtual ~Event() = default;
   [[nodiscard]] virtual bool done() const = 0;
   virtual void synchronize() const = 0;  // blocks the host
+  // What is issued on the stream from now on starts after this.
+  virtual void hold_back(Stream& stream) const = 0;
 };
 using EventPtr = std::shared_ptr<Event>;  // null: what it stands for is done already
 
@@ -21,23 +26,27 @@ class Stream {
   virtual ~Stream() = default;
   // All work issued so far.
   [[nodiscard]] virtual EventPtr record() = 0;
-  // Work issued from now on starts after the event.
-  virtual void wait(const EventPtr& event) = 0;
   // What libraries call the stream: a cudaStream_t.
   [[nodiscard]] virtual void* handle() const = 0;
+
+  void wait(const EventPtr& event) {
+    if (event) event->hold_back(*this);
+  }
 };
 
-// What one rank computes on, as far as the engine must know it. On the host computation is over
-// when the call returns, so events are null, nothing waits and there are no streams;
-// csrc/device/cuda_* gives real ones. Any thread.
+// What one rank computes on, as far as the engine must know it. On the host work is over when the
+// call returns, so that events are null and nothing waits; csrc/torch/cuda_* gives a real one. Any
+// thread.
 class Device {
  public:
   virtual ~Device() = default;
   // A step begins on this thread: what it computes on now is the compute stream.
   virtual void begin() = 0;
-  // The compute stream, as Stream.
-  [[nodiscard]] virtual EventPtr record() = 0;
-  virtual void wait(const EventPtr& event) = 0;
+  [[nodiscard]] virtual Stream& compute() = 0;
+  // Beside the compute stream: for sums of gradients.
+  [[nodiscard]] virtual Stream& reduction() = 0;
+  // Calls work(); what it computes, it computes on the reduction stream.
+  virtual void reduce(const std::function<void()>& work) = 0;
   // A stream for messages, ahead of computation where the device lets one be.
   [[nodiscard]] virtual std::unique_ptr<Stream> new_stream() = 0;
   // Memory that streams may use.

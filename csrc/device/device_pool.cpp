@@ -9,7 +9,8 @@
 namespace dualpipe {
 
 struct DevicePool::State {
-  explicit State(std::shared_ptr<Device> of) : device(std::move(of)), memory(device->allocator()) {}
+  State(std::shared_ptr<Device> of, Stream& by, std::shared_ptr<Allocator> allocator)
+      : device(std::move(of)), reader(by), memory(std::move(allocator)) {}
 
   struct Returned {
     std::shared_ptr<Buffer> buffer;
@@ -21,9 +22,7 @@ struct DevicePool::State {
     const std::lock_guard lock(mutex);
     std::vector<Returned>& waiting = returned[capacity];
     if (waiting.empty()) {
-      // An allocator may give what work that is still queued uses: safe for the compute stream
-      // alone.
-      return {memory.acquire(capacity), device->record()};
+      return {memory.acquire(capacity), reader.record()};
     }
     // The one that was let go first: most likely nobody has to wait for it.
     Returned oldest = std::move(waiting.front());
@@ -32,7 +31,7 @@ struct DevicePool::State {
   }
 
   void give_back(std::shared_ptr<Buffer> buffer) noexcept try {
-    EventPtr free = device->record();
+    EventPtr free = reader.record();
     const std::lock_guard lock(mutex);
     const std::size_t capacity = buffer->capacity();
     returned[capacity].push_back({std::move(buffer), std::move(free)});
@@ -40,14 +39,16 @@ struct DevicePool::State {
     // The device is broken, which its next user gets to know: no event of it means anything.
   }
 
-  const std::shared_ptr<Device> device;
+  const std::shared_ptr<Device> device;  // keeps the reader
+  Stream& reader;
   BufferPool memory;
   std::mutex mutex;
   std::map<std::size_t, std::vector<Returned>> returned;  // by capacity, oldest first
 };
 
-DevicePool::DevicePool(std::shared_ptr<Device> device)
-    : state_(std::make_shared<State>(std::move(device))) {}
+DevicePool::DevicePool(std::shared_ptr<Device> device, Stream& reader,
+                       std::shared_ptr<Allocator> allocator)
+    : state_(std::make_shared<State>(std::move(device), reader, std::move(allocator))) {}
 
 DevicePool::Lease DevicePool::acquire(std::size_t num_bytes) {
   auto [buffer, free] = state_->take(num_bytes);

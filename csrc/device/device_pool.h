@@ -7,13 +7,15 @@
 
 namespace dualpipe {
 
-// Buffers that a message stream fills and the compute stream reads. Whoever lets go of one may have
-// left reads of it in the compute stream's queue: the next user waits for those, on its own stream,
-// and nobody else. No allocation once every size was seen as often as it is live at once.
-// Thread-safe; buffers may outlive the pool.
+// Buffers that message streams fill and one stream reads. Whoever lets go of one may have left
+// reads of it in the reader's queue: the next user waits for those, on its own stream, and nobody
+// else. No allocation once every size was seen as often as it is live at once. Thread-safe; buffers
+// may outlive the pool.
 class DevicePool {
  public:
-  explicit DevicePool(std::shared_ptr<Device> device);
+  // The allocator may give what work that is still in the reader's queue uses. The device must
+  // outlive all buffers and is kept alive; `reader` is one of its streams.
+  DevicePool(std::shared_ptr<Device> device, Stream& reader, std::shared_ptr<Allocator> allocator);
 
   struct Lease {
     std::byte* data;

@@ -8,6 +8,7 @@
 #include <cuda_runtime_api.h>
 
 #include <atomic>
+#include <functional>
 #include <mutex>
 #include <vector>
 
@@ -49,20 +50,32 @@ class EventPool {
   std::vector<cudaEvent_t> free_;
 };
 
+// An event of a pool, given back to it.
+class LentEvent {
+ public:
+  explicit LentEvent(std::shared_ptr<EventPool> pool)
+      : pool_(std::move(pool)), event_(pool_->take()) {}
+  ~LentEvent() { pool_->give_back(event_); }
+  LentEvent(const LentEvent&) = delete;
+  LentEvent& operator=(const LentEvent&) = delete;
+  [[nodiscard]] cudaEvent_t get() const { return event_; }
+
+ private:
+  const std::shared_ptr<EventPool> pool_;
+  const cudaEvent_t event_;
+};
+
 class CudaEvent final : public Event {
  public:
   CudaEvent(std::shared_ptr<EventPool> pool, int device, cudaStream_t stream)
-      : pool_(std::move(pool)), device_(device), event_(pool_->take()) {
+      : device_(device), event_(std::move(pool)) {
     const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
-    C10_CUDA_CHECK(cudaEventRecord(event_, stream));
+    C10_CUDA_CHECK(cudaEventRecord(event_.get(), stream));
   }
-  ~CudaEvent() override { pool_->give_back(event_); }
-  CudaEvent(const CudaEvent&) = delete;
-  CudaEvent& operator=(const CudaEvent&) = delete;
 
   [[nodiscard]] bool done() const override {
     const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device_));
-    const cudaError_t state = cudaEventQuery(event_);
+    const cudaError_t state = cudaEventQuery(event_.get());
     if (state == cudaErrorNotReady) {
       (void)cudaGetLastError();  // an answer, not an error
       return false;
@@ -72,41 +85,37 @@ class CudaEvent final : public Event {
   }
   void synchronize() const override {
     const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device_));
-    C10_CUDA_CHECK(cudaEventSynchronize(event_));
+    c10::cuda::warn_or_error_on_sync();  // what torch.cuda.set_sync_debug_mode() asks for
+    C10_CUDA_CHECK(cudaEventSynchronize(event_.get()));
   }
-  void hold_back(int device, cudaStream_t stream) const {
-    const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
-    C10_CUDA_CHECK(cudaStreamWaitEvent(stream, event_, 0));
+  void hold_back(Stream& stream) const override {
+    const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device_));
+    C10_CUDA_CHECK(
+        cudaStreamWaitEvent(static_cast<cudaStream_t>(stream.handle()), event_.get(), 0));
   }
 
  private:
-  const std::shared_ptr<EventPool> pool_;
   const int device_;
-  const cudaEvent_t event_;
+  const LentEvent event_;
 };
-
-// What a stream of another kind would give cannot get here: all events of an engine are its
-// device's.
-void make_wait(int device, cudaStream_t stream, const EventPtr& event) {
-  if (event) static_cast<const CudaEvent&>(*event).hold_back(device, stream);
-}
 
 class CudaStream final : public Stream {
  public:
-  CudaStream(std::shared_ptr<EventPool> pool, int device)
+  enum class Priority { kLowest, kHighest };
+  CudaStream(std::shared_ptr<EventPool> pool, int device, Priority priority)
       : pool_(std::move(pool)), device_(device) {
     const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device_));
     int lowest = 0;
     int highest = 0;
     C10_CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
-    C10_CUDA_CHECK(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, highest));
+    C10_CUDA_CHECK(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking,
+                                                priority == Priority::kHighest ? highest : lowest));
   }
   ~CudaStream() override { (void)cudaStreamDestroy(stream_); }
   CudaStream(const CudaStream&) = delete;
   CudaStream& operator=(const CudaStream&) = delete;
 
   EventPtr record() override { return std::make_shared<CudaEvent>(pool_, device_, stream_); }
-  void wait(const EventPtr& event) override { make_wait(device_, stream_, event); }
   [[nodiscard]] void* handle() const override { return stream_; }
 
  private:
@@ -128,22 +137,43 @@ class CudaAllocator final : public Allocator {
   const int device_;
 };
 
+// The stream that its thread computes on, which is torch's.
+class ComputeStream final : public Stream {
+ public:
+  ComputeStream(std::shared_ptr<EventPool> pool, int device)
+      : pool_(std::move(pool)), device_(device) {}
+
+  void begin() {
+    stream_ = c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device_)).stream();
+  }
+  EventPtr record() override { return std::make_shared<CudaEvent>(pool_, device_, stream_.load()); }
+  [[nodiscard]] void* handle() const override { return stream_.load(); }
+
+ private:
+  const std::shared_ptr<EventPool> pool_;
+  const int device_;
+  std::atomic<cudaStream_t> stream_ = nullptr;
+};
+
 class CudaDevice final : public Device {
  public:
   explicit CudaDevice(int index)
       : index_(index),
         events_(std::make_shared<EventPool>(index)),
-        allocator_(std::make_shared<CudaAllocator>(index)) {}
+        allocator_(std::make_shared<CudaAllocator>(index)),
+        compute_(events_, index),
+        reduction_(events_, index, CudaStream::Priority::kLowest) {}
 
-  void begin() override {
-    compute_ = c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(index_)).stream();
+  void begin() override { compute_.begin(); }
+  Stream& compute() override { return compute_; }
+  Stream& reduction() override { return reduction_; }
+  void reduce(const std::function<void()>& work) override {
+    const c10::cuda::CUDAStreamGuard guard(c10::cuda::getStreamFromExternal(
+        static_cast<cudaStream_t>(reduction_.handle()), static_cast<c10::DeviceIndex>(index_)));
+    work();
   }
-  EventPtr record() override {
-    return std::make_shared<CudaEvent>(events_, index_, compute_.load());
-  }
-  void wait(const EventPtr& event) override { make_wait(index_, compute_, event); }
   std::unique_ptr<Stream> new_stream() override {
-    return std::make_unique<CudaStream>(events_, index_);
+    return std::make_unique<CudaStream>(events_, index_, CudaStream::Priority::kHighest);
   }
   std::shared_ptr<Allocator> allocator() override { return allocator_; }
 
@@ -151,7 +181,8 @@ class CudaDevice final : public Device {
   const int index_;
   const std::shared_ptr<EventPool> events_;
   const std::shared_ptr<Allocator> allocator_;
-  std::atomic<cudaStream_t> compute_ = nullptr;
+  ComputeStream compute_;
+  CudaStream reduction_;
 };
 
 }  // namespace

@@ -7,7 +7,7 @@
 namespace dualpipe::testing {
 namespace {
 
-class FakeEvent final : public Event {
+class FakeEvent final : public Event, public std::enable_shared_from_this<FakeEvent> {
  public:
   [[nodiscard]] bool done() const override {
     const std::lock_guard lock(mutex_);
@@ -16,6 +16,10 @@ class FakeEvent final : public Event {
   void synchronize() const override {
     std::unique_lock lock(mutex_);
     cv_.wait(lock, [this] { return done_; });
+  }
+  void hold_back(Stream& stream) const override {
+    dynamic_cast<FakeStream&>(stream).launch(
+        [event = shared_from_this()] { event->synchronize(); });
   }
   void set() {
     {
@@ -56,10 +60,6 @@ EventPtr FakeStream::record() {
   auto event = std::make_shared<FakeEvent>();
   launch([event] { event->set(); });
   return event;
-}
-
-void FakeStream::wait(const EventPtr& event) {
-  if (event) launch([event] { event->synchronize(); });
 }
 
 FakeDevice::FakeDevice() : allocator_(std::make_shared<PoisonedAllocator>(num_allocations_)) {}

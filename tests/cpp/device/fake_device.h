@@ -18,7 +18,6 @@ class FakeStream final : public Stream {
   FakeStream(const FakeStream&) = delete;
   FakeStream& operator=(const FakeStream&) = delete;
   [[nodiscard]] EventPtr record() override;
-  void wait(const EventPtr& event) override;
   [[nodiscard]] void* handle() const override { return nullptr; }
 
   // Issues work, as a kernel launch does.
@@ -33,20 +32,21 @@ class FakeDevice final : public Device {
  public:
   FakeDevice();
   void begin() override {}
-  [[nodiscard]] EventPtr record() override { return compute_->record(); }
-  void wait(const EventPtr& event) override { compute_->wait(event); }
+  [[nodiscard]] FakeStream& compute() override { return compute_; }
+  [[nodiscard]] FakeStream& reduction() override { return reduction_; }
+  void reduce(const std::function<void()>& work) override { work(); }
   [[nodiscard]] std::unique_ptr<Stream> new_stream() override {
     return std::make_unique<FakeStream>();
   }
   [[nodiscard]] std::shared_ptr<Allocator> allocator() override { return allocator_; }
 
-  [[nodiscard]] FakeStream& compute() { return *compute_; }
   [[nodiscard]] int num_allocations() const { return *num_allocations_; }
 
  private:
   std::shared_ptr<std::atomic<int>> num_allocations_ = std::make_shared<std::atomic<int>>(0);
   std::shared_ptr<Allocator> allocator_;
-  std::unique_ptr<FakeStream> compute_ = std::make_unique<FakeStream>();
+  FakeStream compute_;
+  FakeStream reduction_;
 };
 
 }  // namespace dualpipe::testing

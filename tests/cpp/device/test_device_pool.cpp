@@ -11,9 +11,13 @@ namespace {
 
 using testing::FakeDevice;
 
+DevicePool pool_of(const std::shared_ptr<FakeDevice>& device) {
+  return DevicePool(device, device->compute(), device->allocator());
+}
+
 TEST(DevicePool, ABufferIsFreeWhenWhoeverHadItHasReadIt) {
   const auto device = std::make_shared<FakeDevice>();
-  DevicePool pool(device);
+  DevicePool pool = pool_of(device);
   auto first = pool.acquire(1000);
   std::latch may_read(1);
   std::atomic<bool> has_read{false};
@@ -31,8 +35,18 @@ TEST(DevicePool, ABufferIsFreeWhenWhoeverHadItHasReadIt) {
   EXPECT_TRUE(has_read);
 }
 
+TEST(DevicePool, OnlyItsReaderIsWaitedFor) {
+  const auto device = std::make_shared<FakeDevice>();
+  DevicePool pool(device, device->reduction(), device->allocator());
+  std::latch may_compute(1);
+  device->compute().launch([&] { may_compute.wait(); });
+  pool.acquire(1000).owner.reset();
+  pool.acquire(1000).free->synchronize();
+  may_compute.count_down();
+}
+
 TEST(DevicePool, AllocatesNothingInTheSteadyState) {
-  DevicePool pool(std::make_shared<FakeDevice>());
+  DevicePool pool = pool_of(std::make_shared<FakeDevice>());
   for (int step = 0; step < 10; ++step) {
     const auto one = pool.acquire(1000);
     const auto other = pool.acquire(1000);
@@ -45,7 +59,7 @@ TEST(DevicePool, AllocatesNothingInTheSteadyState) {
 TEST(DevicePool, BuffersMayOutliveIt) {
   std::shared_ptr<void> owner;
   {
-    DevicePool pool(std::make_shared<FakeDevice>());
+    DevicePool pool = pool_of(std::make_shared<FakeDevice>());
     auto lease = pool.acquire(64);
     owner = lease.owner;
     *lease.data = std::byte{1};

@@ -101,8 +101,8 @@ TEST(HostStream, ManyThreadsEnqueue) {
 
 TEST(HostDevice, ComputationIsOverWhenTheCallReturns) {
   const auto device = host_device();
-  EXPECT_EQ(device->record(), nullptr);
-  EXPECT_NO_THROW(device->wait(nullptr));
+  EXPECT_EQ(device->compute().record(), nullptr);
+  EXPECT_NO_THROW(device->compute().wait(nullptr));
 }
 
 }  // namespace
