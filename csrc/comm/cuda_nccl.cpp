@@ -9,39 +9,26 @@
 #include <filesystem>
 
 #include "common/error.h"
+#include "device/cuda_current.h"
 
 namespace dualpipe {
 namespace {
 
-static_assert(sizeof(ncclUniqueId) == sizeof(NcclUniqueId));
+static_assert(sizeof(ncclUniqueId) == sizeof(Invitation));
 static_assert(static_cast<int>(ncclRemoteError) == static_cast<int>(NcclResult::kRemoteError));
 static_assert(static_cast<int>(ncclInProgress) == static_cast<int>(NcclResult::kInProgress));
-static_assert(NCCL_VERSION_CODE >= NCCL_VERSION(2, 18, 0), "communicators need ncclConfig.maxCTAs");
+static_assert(NCCL_VERSION_CODE >= NCCL_VERSION(2, 22, 0), "communicators are aborted together");
 
 NcclResult result_of(ncclResult_t result) { return static_cast<NcclResult>(result); }
 ncclComm_t comm_of(NcclHandle comm) { return static_cast<ncclComm_t>(comm); }
 cudaStream_t stream_of(const Stream& stream) { return static_cast<cudaStream_t>(stream.handle()); }
 
-// NCCL takes the thread's current device for a new communicator, and leaves a context on it.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    (void)cudaGetDevice(&before_);
-    (void)cudaSetDevice(device);
-  }
-  ~OnDevice() { (void)cudaSetDevice(before_); }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-};
-
+// NCCL takes the thread's current device for a new communicator.
 class RealNccl final : public NcclCalls {
  public:
   explicit RealNccl(int device) : device_(device) {}
 
-  NcclResult get_unique_id(NcclUniqueId* id) override {
+  NcclResult get_unique_id(Invitation* id) override {
     const OnDevice here(device_);
     ncclUniqueId native;
     const ncclResult_t result = ncclGetUniqueId(&native);
@@ -49,25 +36,27 @@ class RealNccl final : public NcclCalls {
     return result_of(result);
   }
 
-  NcclResult init_pair(NcclHandle* comm, const NcclUniqueId& id, int index,
+  NcclResult init_pair(NcclHandle* comm, const Invitation& id, int index,
                        const NcclOptions& options) override {
     const OnDevice here(device_);
     ncclUniqueId native;
     std::memcpy(&native, id.data(), sizeof(native));
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-    config.blocking = 0;
+    config.blocking = 1;
     if (options.max_ctas > 0) {
       config.minCTAs = 1;
       config.maxCTAs = options.max_ctas;
     }
-    ncclComm_t made = nullptr;
-    const ncclResult_t result = ncclCommInitRankConfig(&made, 2, native, index, &config);
-    *comm = made;
-    return result_of(result);
+    return result_of(
+        ncclCommInitRankConfig(reinterpret_cast<ncclComm_t*>(comm), 2, native, index, &config));
   }
 
   NcclResult group_start() override { return result_of(ncclGroupStart()); }
-  NcclResult group_end() override { return result_of(ncclGroupEnd()); }
+  // NCCL leaves a context on the device that was the thread's current one.
+  NcclResult group_end() override {
+    const OnDevice here(device_);
+    return result_of(ncclGroupEnd());
+  }
 
   NcclResult send(const void* data, std::size_t num_bytes, int peer, NcclHandle comm,
                   Stream& stream) override {
@@ -85,9 +74,11 @@ class RealNccl final : public NcclCalls {
     return result_of(result);
   }
 
-  NcclResult abort(NcclHandle comm) override {
+  NcclResult abort(const std::vector<NcclHandle>& comms) override {
     const OnDevice here(device_);
-    return result_of(ncclCommAbort(comm_of(comm)));
+    ncclResult_t worst = ncclGroupStart();
+    for (const NcclHandle comm : comms) worst = std::max(worst, ncclCommAbort(comm_of(comm)));
+    return result_of(std::max(worst, ncclGroupEnd()));
   }
 
   std::string describe(NcclResult result, NcclHandle comm) override {

@@ -16,7 +16,7 @@ FramedReceive::FramedReceive(const Step& step, Rank from, const MessageId& id, L
       handle_(step.session.receive(from, step.tags(epoch_, Traffic::kFrame, id.kind),
                                    place_.capacity)) {}
 
-Message FramedReceive::wait() {
+Arrival FramedReceive::wait() {
   step_.session.throw_if_failed();
   DUALPIPE_CHECK(epoch_ == step_.epoch, "a receive of a failed step is waited for");
   std::shared_ptr<Buffer> buffer = await(handle_);
@@ -25,12 +25,12 @@ Message FramedReceive::wait() {
   lane_.record(place_.number, header.num_bytes);
   if (!header.split) {
     std::byte* const body = buffer->data() + sizeof(FrameHeader);
-    return decode_body(header, body, std::move(buffer));
+    return {decode_body(header, body, std::move(buffer)), nullptr};
   }
   const std::uint32_t tag = step_.tags(epoch_, Traffic::kBody, id_.kind, place_.number);
   buffer = await(step_.session.receive(from_, tag, header.num_bytes - sizeof(FrameHeader)));
   std::byte* const body = buffer->data();
-  return decode_body(header, body, std::move(buffer));
+  return {decode_body(header, body, std::move(buffer)), nullptr};
 }
 
 std::shared_ptr<Buffer> FramedReceive::await(Operations::Handle handle) const {

@@ -21,7 +21,7 @@ class FramedReceive final : public PendingReceive {
   };
 
   FramedReceive(const Step& step, Rank from, const MessageId& id, Lane& lane);
-  [[nodiscard]] Message wait() override;
+  [[nodiscard]] Arrival wait() override;
 
  private:
   [[nodiscard]] std::shared_ptr<Buffer> await(Operations::Handle handle) const;

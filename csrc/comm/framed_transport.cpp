@@ -32,8 +32,7 @@ class FramedTransport final : public HostTransport {
   ~FramedTransport() override { stop("the transport is gone"); }
 
   void begin_step(const StepInfo& info) override;
-  void send(Rank to, const MessageId& id, Message message,
-            const std::shared_ptr<Event>& ready) override;
+  EventPtr send(Rank to, const MessageId& id, Message message, const EventPtr& ready) override;
   std::unique_ptr<PendingReceive> receive(Rank from, const MessageId& id) override;
   void end_step() override;
   void abort(const Failure& failure) noexcept override {
@@ -90,8 +89,8 @@ void FramedTransport::read_greeting(Rank peer, Operations::Handle handle, const 
   session_.fail(FailureFlag::Kind::kUser, describe_mismatch(options_.rank, own, peer, theirs));
 }
 
-void FramedTransport::send(Rank to, const MessageId& id, Message message,
-                           const std::shared_ptr<Event>& ready) {
+EventPtr FramedTransport::send(Rank to, const MessageId& id, Message message,
+                               const EventPtr& ready) {
   session_.throw_if_failed();
   check_peer(to, id);
   if (ready) ready->synchronize();
@@ -104,6 +103,7 @@ void FramedTransport::send(Rank to, const MessageId& id, Message message,
   message = {};
   lane.record(place.number, num_bytes);
   sender_.send(to, {id, std::move(frame), num_bytes, split, place.number});
+  return nullptr;
 }
 
 std::unique_ptr<PendingReceive> FramedTransport::receive(Rank from, const MessageId& id) {

@@ -12,7 +12,7 @@ class Receipt final : public PendingReceive {
  public:
   Receipt(Endpoint& endpoint, Rank from, const MessageId& id, std::uint64_t number)
       : endpoint_(endpoint), from_(from), id_(id), number_(number) {}
-  Message wait() override { return endpoint_.take(from_, id_, number_); }
+  Arrival wait() override { return {endpoint_.take(from_, id_, number_), nullptr}; }
 
  private:
   Endpoint& endpoint_;
@@ -40,13 +40,12 @@ void Endpoint::begin_step(const StepInfo& info) {
   in_step_ = true;
 }
 
-void Endpoint::send(Rank to, const MessageId& id, Message message,
-                    const std::shared_ptr<Event>& ready) {
+EventPtr Endpoint::send(Rank to, const MessageId& id, Message message, const EventPtr& ready) {
   failure_.throw_if_set();
   DUALPIPE_CHECK(in_step_, "the ", to_string(id), " is sent outside of a step");
   hub_->check_rank(to);
   const Fault fault = hub_->fault_of(rank_, to, id);
-  if (fault == Fault::kDrop) return;
+  if (fault == Fault::kDrop) return nullptr;
   if (fault == Fault::kFail) {
     throw PipelineError(
         cat("rank ", rank_, " -> rank ", to, ": the link failed on the ", to_string(id)));
@@ -58,6 +57,7 @@ void Endpoint::send(Rank to, const MessageId& id, Message message,
   std::byte* const data = buffer->data();
   repoint(message, data, std::move(buffer));
   hub_->mailbox(rank_, to, id.kind).put(epoch(), id, std::move(message), num_bytes, hub_->link);
+  return nullptr;
 }
 
 std::unique_ptr<PendingReceive> Endpoint::receive(Rank from, const MessageId& id) {

@@ -21,8 +21,7 @@ class Endpoint final : public HostTransport {
   ~Endpoint() override;
 
   void begin_step(const StepInfo& info) override;
-  void send(Rank to, const MessageId& id, Message message,
-            const std::shared_ptr<Event>& ready) override;
+  EventPtr send(Rank to, const MessageId& id, Message message, const EventPtr& ready) override;
   std::unique_ptr<PendingReceive> receive(Rank from, const MessageId& id) override;
   void end_step() override;
   void abort(const Failure& failure) noexcept override;

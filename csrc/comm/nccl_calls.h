@@ -1,10 +1,10 @@
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <string>
+#include <vector>
 
-#include "device/device.h"
+#include "comm/device_link.h"
 
 namespace dualpipe {
 
@@ -24,22 +24,22 @@ enum class NcclResult : int {
 };
 
 using NcclHandle = void*;  // an ncclComm_t
-using NcclUniqueId = std::array<char, 128>;
 
 struct NcclOptions {
   // Thread blocks that a message may take from computation; 0: as NCCL likes.
   int max_ctas = 1;
 };
 
-// All communicators are non-blocking: a call that cannot end at once answers kInProgress, and
-// async_error() says when it has ended. Thread-safe for different communicators; a group belongs to
-// the thread that opened it.
+// All communicators are blocking: connecting, and the first message, wait for the peer; later
+// messages are issued at once. Thread-safe for different communicators; a group belongs to the
+// thread that opened it.
 class NcclCalls {
  public:
   virtual ~NcclCalls() = default;
-  virtual NcclResult get_unique_id(NcclUniqueId* id) = 0;
-  // Makes index `index` of a communicator of two.
-  virtual NcclResult init_pair(NcclHandle* comm, const NcclUniqueId& id, int index,
+  virtual NcclResult get_unique_id(Invitation* id) = 0;
+  // Makes index `index` of a communicator of two, when the group is closed: *comm is written until
+  // then.
+  virtual NcclResult init_pair(NcclHandle* comm, const Invitation& id, int index,
                                const NcclOptions& options) = 0;
   virtual NcclResult group_start() = 0;
   virtual NcclResult group_end() = 0;
@@ -49,8 +49,8 @@ class NcclCalls {
   virtual NcclResult receive(void* data, std::size_t num_bytes, int peer, NcclHandle comm,
                              Stream& stream) = 0;
   virtual NcclResult async_error(NcclHandle comm, NcclResult* state) = 0;
-  // Ends what is running and frees the communicator; never waits for the peer.
-  virtual NcclResult abort(NcclHandle comm) = 0;
+  // Ends what is running on all of them and frees them.
+  virtual NcclResult abort(const std::vector<NcclHandle>& comms) = 0;
   // "ncclRemoteError: remote process exited or there was a network error", with NCCL's last words.
   virtual std::string describe(NcclResult result, NcclHandle comm) = 0;
 };

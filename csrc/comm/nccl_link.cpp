@@ -1,7 +1,10 @@
 #include "comm/nccl_link.h"
 
-#include <algorithm>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
 #include <thread>
+#include <utility>
 
 #include "common/error.h"
 
@@ -9,7 +12,8 @@ namespace dualpipe {
 namespace {
 
 constexpr std::chrono::microseconds kPoll{50};
-constexpr std::size_t kScratchBytes = 512;  // a byte a way, each on lines of its own
+constexpr std::chrono::milliseconds kPatience{100};  // with a thread that connects
+constexpr std::size_t kScratchBytes = 512;           // a byte a way, each on lines of its own
 
 // A group is closed on every path: one that stays open swallows all later calls of its thread.
 class Group {
@@ -33,165 +37,285 @@ class Group {
   bool closed_ = false;
 };
 
+int index_of(Rank rank, Rank peer) { return rank < peer ? 0 : 1; }
+
 }  // namespace
 
-NcclLink::NcclLink(NcclCalls& calls, Device& device, Rank rank, NcclOptions options)
-    : calls_(calls), device_(device), rank_(rank), options_(options) {}
+class NcclLink::State {
+ public:
+  State(std::shared_ptr<NcclCalls> calls, std::shared_ptr<Device> device, Rank rank,
+        NcclOptions options)
+      : calls_(std::move(calls)), device_(std::move(device)), rank_(rank), options_(options) {}
 
-// Not destroyed in order: that could wait for a peer that is gone.
-NcclLink::~NcclLink() { abort(); }
+  [[nodiscard]] Invitation invite();
+  void prepare(std::vector<DeviceWay> ways);
+  // On the connecting thread; says how it ended to await().
+  void bring_up(const std::vector<Invitation>& invitations) noexcept;
+  void await(Clock::time_point deadline);
+  [[nodiscard]] bool is_up_within(Clock::duration patience);
+  [[nodiscard]] EventPtr transfer(Index way, const std::vector<Piece>& pieces,
+                                  const EventPtr& ready);
+  [[nodiscard]] std::shared_ptr<Allocator> allocator() { return device_->allocator(); }
+  [[nodiscard]] std::optional<std::string> error(Index way);
+  void abort() noexcept;
+  void drain();
 
-void NcclLink::connect(std::vector<NcclWay> ways, const std::vector<NcclUniqueId>& ids,
-                       Clock::duration timeout) {
-  DUALPIPE_CHECK(ways.size() == ids.size(), ways.size(), " ways, ", ids.size(), " ids");
-  timeout_ = timeout;
-  {
-    const std::lock_guard lock(mutex_);
-    DUALPIPE_CHECK(connections_.empty(), "connected twice");
-    for (NcclWay& way : ways) {
-      connections_.push_back({std::move(way), nullptr, device_.new_stream()});
-    }
-    init(ids);
+ private:
+  struct Connection {
+    DeviceWay way;
+    NcclHandle comm = nullptr;  // null: not made yet, or aborted
+    std::unique_ptr<Stream> stream;
+  };
+
+  void init(const std::vector<Invitation>& invitations);
+  void adopt(const std::vector<NcclHandle>& made);
+  void carry_a_byte();
+  void await_first_bytes(Clock::time_point deadline);
+  void issue(const Connection& connection, const Piece& piece);
+  void abort_all() noexcept;
+  void check(NcclResult result, const char* what, const Connection* connection) const;
+  void require_alive() const;
+  [[noreturn]] void fail_to_connect(const std::string& way) const;
+
+  const std::shared_ptr<NcclCalls> calls_;
+  const std::shared_ptr<Device> device_;
+  const Rank rank_;
+  const NcclOptions options_;
+  std::shared_ptr<std::byte> scratch_;  // for first bytes; as long as a device may write there
+
+  std::mutex mutex_;  // a communicator is aborted by one thread while another one may use it
+  std::condition_variable changed_;
+  std::vector<Connection> connections_;
+  std::exception_ptr error_;  // of bring_up()
+  bool is_up_ = false;        // bring_up() is through
+  bool aborted_ = false;
+};
+
+Invitation NcclLink::State::invite() {
+  Invitation id{};
+  const NcclResult result = calls_->get_unique_id(&id);
+  check(result, "cannot start a communicator", nullptr);
+  return id;
+}
+
+// On the caller's thread: memory is the current stream's, and the connecting thread has none.
+void NcclLink::State::prepare(std::vector<DeviceWay> ways) {
+  const std::lock_guard lock(mutex_);
+  DUALPIPE_CHECK(connections_.empty(), "connected twice");
+  const std::shared_ptr<Allocator> allocator = device_->allocator();
+  scratch_ = std::shared_ptr<std::byte>(
+      static_cast<std::byte*>(allocator->allocate(ways.size() * kScratchBytes)),
+      [allocator](std::byte* data) { allocator->free(data); });
+  const EventPtr free = device_->compute().record();
+  for (DeviceWay& way : ways) {
+    connections_.push_back({std::move(way), nullptr, device_->new_stream()});
+    connections_.back().stream->wait(free);
   }
-  settle_all("cannot connect");
-  {
-    const std::lock_guard lock(mutex_);
-    require_alive();
+}
+
+void NcclLink::State::bring_up(const std::vector<Invitation>& invitations) noexcept {
+  std::exception_ptr error;
+  try {
+    init(invitations);
     carry_a_byte();
+  } catch (...) {
+    error = std::current_exception();
   }
-  settle_all("cannot carry a byte");
-  const Clock::time_point deadline = Clock::now() + timeout_;
-  for (const Connection& connection : connections_) {
-    const EventPtr arrived = connection.stream->record();
-    while (!arrived->done()) {
-      {
-        const std::lock_guard lock(mutex_);
-        require_alive();
-        if (Clock::now() > deadline) fail(NcclResult::kInProgress, connection.way.name, nullptr);
-      }
-      std::this_thread::sleep_for(kPoll);
+  {
+    const std::lock_guard lock(mutex_);
+    error_ = std::move(error);
+    is_up_ = true;
+    if (aborted_) abort_all();
+  }
+  changed_.notify_all();
+}
+
+void NcclLink::State::init(const std::vector<Invitation>& invitations) {
+  std::vector<NcclHandle> made(invitations.size(), nullptr);
+  try {
+    Group group(*calls_);
+    check(group.start(), "cannot open a group", nullptr);
+    for (std::size_t i = 0; i < invitations.size(); ++i) {
+      const Connection& connection = connections_[i];
+      const int index = index_of(rank_, connection.way.peer);
+      check(calls_->init_pair(&made[i], invitations[i], index, options_), "cannot connect",
+            &connection);
     }
+    check(group.close(), "cannot connect", nullptr);
+  } catch (...) {
+    adopt(made);
+    throw;
   }
+  adopt(made);
 }
 
-void NcclLink::init(const std::vector<NcclUniqueId>& ids) {
-  Group group(calls_);
-  check(group.start(), "cannot open a group", nullptr);
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    Connection& connection = connections_[i];
-    const int index = index_of(rank_, connection.way.peer);
-    check(calls_.init_pair(&connection.comm, ids[i], index, options_), "cannot connect",
-          &connection);
-  }
-  check(group.close(), "cannot connect", nullptr);
+void NcclLink::State::adopt(const std::vector<NcclHandle>& made) {
+  const std::lock_guard lock(mutex_);
+  for (std::size_t i = 0; i < made.size(); ++i) connections_[i].comm = made[i];
 }
 
-void NcclLink::carry_a_byte() {
-  allocator_ = device_.allocator();
-  std::byte* place = static_cast<std::byte*>(
-      allocator_->allocate(std::max<std::size_t>(1, connections_.size()) * kScratchBytes));
-  scratch_ = std::shared_ptr<void>(place, [from = allocator_](void* data) { from->free(data); });
-  const EventPtr free = device_.record();
-  Group group(calls_);
+// The first message of a communicator makes the connection, which waits for the peer.
+void NcclLink::State::carry_a_byte() {
+  std::byte* place = scratch_.get();
+  Group group(*calls_);
   check(group.start(), "cannot open a group", nullptr);
   for (const Connection& connection : connections_) {
-    connection.stream->wait(free);
     issue(connection, {place, 1});
     place += kScratchBytes;
   }
   check(group.close(), "cannot carry a byte", nullptr);
 }
 
-EventPtr NcclLink::transfer(Index way, const std::vector<NcclPiece>& pieces,
-                            const EventPtr& ready) {
-  const Connection& connection = connections_.at(way);
+void NcclLink::State::await(Clock::time_point deadline) {
   {
-    const std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
+    const auto over = [this] { return is_up_ || aborted_; };
+    const bool in_time = changed_.wait_until(lock, deadline, over);
+    if (error_) std::rethrow_exception(error_);
     require_alive();
-    connection.stream->wait(ready);
-    Group group(calls_);
-    check(group.start(), "cannot open a group", &connection);
-    for (const NcclPiece& piece : pieces) issue(connection, piece);
-    check(group.close(), "cannot issue a message", &connection);
+    if (!in_time) fail_to_connect(connections_.front().way.name);
   }
-  settle(connection, "cannot issue a message");
+  await_first_bytes(deadline);
+}
+
+bool NcclLink::State::is_up_within(Clock::duration patience) {
+  std::unique_lock lock(mutex_);
+  return changed_.wait_for(lock, patience, [this] { return is_up_; });
+}
+
+void NcclLink::State::await_first_bytes(Clock::time_point deadline) {
+  for (const Connection& connection : connections_) {
+    const EventPtr arrived = connection.stream->record();
+    while (!arrived->done()) {
+      {
+        const std::lock_guard lock(mutex_);
+        require_alive();
+        if (Clock::now() > deadline) fail_to_connect(connection.way.name);
+      }
+      std::this_thread::sleep_for(kPoll);
+    }
+  }
+}
+
+EventPtr NcclLink::State::transfer(Index way, const std::vector<Piece>& pieces,
+                                   const EventPtr& ready) {
+  const Connection& connection = connections_.at(way);
+  const std::lock_guard lock(mutex_);
+  require_alive();
+  connection.stream->wait(ready);
+  Group group(*calls_);
+  check(group.start(), "cannot open a group", &connection);
+  for (const Piece& piece : pieces) issue(connection, piece);
+  check(group.close(), "cannot issue a message", &connection);
   return connection.stream->record();
 }
 
-void NcclLink::issue(const Connection& connection, const NcclPiece& piece) {
+void NcclLink::State::issue(const Connection& connection, const Piece& piece) {
   const int peer = index_of(connection.way.peer, rank_);
   const NcclResult result =
       connection.way.outgoing
-          ? calls_.send(piece.data, piece.num_bytes, peer, connection.comm, *connection.stream)
-          : calls_.receive(piece.data, piece.num_bytes, peer, connection.comm, *connection.stream);
+          ? calls_->send(piece.data, piece.num_bytes, peer, connection.comm, *connection.stream)
+          : calls_->receive(piece.data, piece.num_bytes, peer, connection.comm, *connection.stream);
   check(result, connection.way.outgoing ? "cannot send" : "cannot receive", &connection);
 }
 
-std::optional<std::string> NcclLink::error() {
+std::optional<std::string> NcclLink::State::error(Index way) {
   const std::lock_guard lock(mutex_);
-  for (const Connection& connection : connections_) {
-    if (connection.comm == nullptr) continue;
-    NcclResult state = NcclResult::kSuccess;
-    const NcclResult asked = calls_.async_error(connection.comm, &state);
-    const NcclResult worse = asked == NcclResult::kSuccess ? state : asked;
-    if (worse == NcclResult::kSuccess || worse == NcclResult::kInProgress) continue;
-    return cat("rank ", rank_, ": ", connection.way.name, ": ",
-               calls_.describe(worse, connection.comm));
-  }
-  return std::nullopt;
+  if (!is_up_) return std::nullopt;
+  const Connection& connection = connections_.at(way);
+  if (connection.comm == nullptr) return std::nullopt;
+  NcclResult state = NcclResult::kSuccess;
+  const NcclResult asked = calls_->async_error(connection.comm, &state);
+  const NcclResult worse = asked == NcclResult::kSuccess ? state : asked;
+  if (worse == NcclResult::kSuccess || worse == NcclResult::kInProgress) return std::nullopt;
+  return cat("rank ", rank_, ": ", connection.way.name, ": ",
+             calls_->describe(worse, connection.comm));
 }
 
-void NcclLink::abort() noexcept {
-  const std::lock_guard lock(mutex_);
-  aborted_ = true;
+// While a thread is in NCCL with these communicators, bring_up() ends them after it.
+void NcclLink::State::abort() noexcept {
+  {
+    const std::lock_guard lock(mutex_);
+    aborted_ = true;
+    if (is_up_) abort_all();
+  }
+  changed_.notify_all();
+}
+
+// Holds the lock. All at once: the end of one may wait for the device, where kernels of the others
+// wait for their peers.
+void NcclLink::State::abort_all() noexcept {
+  std::vector<NcclHandle> comms;
   for (Connection& connection : connections_) {
-    if (connection.comm == nullptr) continue;
-    (void)calls_.abort(std::exchange(connection.comm, nullptr));
+    if (connection.comm != nullptr) comms.push_back(std::exchange(connection.comm, nullptr));
   }
+  if (!comms.empty()) (void)calls_->abort(comms);
 }
 
-void NcclLink::drain() {
+void NcclLink::State::drain() {
   for (const Connection& connection : connections_) connection.stream->record()->synchronize();
 }
 
-void NcclLink::settle_all(const char* what) {
-  for (const Connection& connection : connections_) settle(connection, what);
+void NcclLink::State::check(NcclResult result, const char* what,
+                            const Connection* connection) const {
+  if (result == NcclResult::kSuccess) return;
+  const std::string place = connection == nullptr ? "" : cat(connection->way.name, ": ");
+  throw PipelineError(
+      cat("rank ", rank_, ": ", place, what, ": ",
+          calls_->describe(result, connection == nullptr ? nullptr : connection->comm)));
 }
 
-// Waits until a communicator is through with what it was asked for: before that, an event of its
-// stream says nothing of it, and it takes no other call. An abort may come in between.
-void NcclLink::settle(const Connection& connection, const char* what) {
-  const Clock::time_point deadline = Clock::now() + timeout_;
-  while (true) {
-    {
-      const std::lock_guard lock(mutex_);
-      require_alive();
-      NcclResult state = NcclResult::kSuccess;
-      check(calls_.async_error(connection.comm, &state), what, &connection);
-      check(state, what, &connection);
-      if (state != NcclResult::kInProgress) return;
-      if (Clock::now() > deadline) fail(state, connection.way.name, connection.comm);
-    }
-    std::this_thread::yield();
-  }
-}
-
-void NcclLink::check(NcclResult result, const char* what, const Connection* connection) const {
-  if (result == NcclResult::kSuccess || result == NcclResult::kInProgress) return;
-  fail(result, connection == nullptr ? what : cat(connection->way.name, ": ", what),
-       connection == nullptr ? nullptr : connection->comm);
-}
-
-void NcclLink::require_alive() const {
+void NcclLink::State::require_alive() const {
   if (aborted_) throw PipelineError(cat("rank ", rank_, ": the communicators were aborted"));
 }
 
-void NcclLink::fail(NcclResult result, const std::string& what, NcclHandle comm) const {
-  if (result == NcclResult::kInProgress) {
-    throw PipelineError(cat("rank ", rank_, " waited too long for NCCL to connect ", what,
-                            "; does every rank run, on a GPU that the others can reach?"));
-  }
-  throw PipelineError(cat("rank ", rank_, ": ", what, ": ", calls_.describe(result, comm)));
+void NcclLink::State::fail_to_connect(const std::string& way) const {
+  throw PipelineError(cat("rank ", rank_, " waited too long for NCCL to connect the ", way,
+                          "; does every rank run, on a GPU that the others can reach?"));
 }
+
+NcclLink::NcclLink(std::shared_ptr<NcclCalls> calls, std::shared_ptr<Device> device, Rank rank,
+                   NcclOptions options)
+    : state_(std::make_shared<State>(std::move(calls), std::move(device), rank, options)) {}
+
+// Aborted, not destroyed in order: that could wait for a peer that is gone. So may the thread that
+// connects; what it uses then stays, as nobody can tell how long it will be there.
+NcclLink::~NcclLink() {
+  abort();
+  if (!connecting_.joinable()) return;
+  if (state_->is_up_within(kPatience)) {
+    connecting_.join();
+    return;
+  }
+  static std::mutex mutex;
+  static auto* const left_behind = new std::vector<std::shared_ptr<State>>;
+  const std::lock_guard lock(mutex);
+  left_behind->push_back(state_);
+  connecting_.detach();
+}
+
+Invitation NcclLink::invite() { return state_->invite(); }
+
+void NcclLink::connect(std::vector<DeviceWay> ways, const std::vector<Invitation>& invitations,
+                       Clock::duration timeout) {
+  DUALPIPE_CHECK(ways.size() == invitations.size(), ways.size(), " ways, ", invitations.size(),
+                 " invitations");
+  const Clock::time_point deadline = Clock::now() + timeout;
+  if (ways.empty()) return;
+  state_->prepare(std::move(ways));
+  connecting_ = std::thread([state = state_, invitations] { state->bring_up(invitations); });
+  state_->await(deadline);
+}
+
+EventPtr NcclLink::transfer(Index way, const std::vector<Piece>& pieces, const EventPtr& ready) {
+  return state_->transfer(way, pieces, ready);
+}
+
+std::shared_ptr<Allocator> NcclLink::allocator() { return state_->allocator(); }
+std::optional<std::string> NcclLink::error(Index way, bool is_busy) {
+  return is_busy ? state_->error(way) : std::nullopt;
+}
+void NcclLink::abort() noexcept { state_->abort(); }
+void NcclLink::drain() { state_->drain(); }
 
 }  // namespace dualpipe

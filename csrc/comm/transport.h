@@ -16,6 +16,19 @@ namespace dualpipe {
 enum class MessageKind : std::uint8_t { kActivation, kGradient, kMirrorLow, kMirrorHigh };
 inline constexpr int kNumMessageKinds = 4;
 
+// Whether both copies of a stage exchange such messages, beside the schedule's.
+[[nodiscard]] constexpr bool is_mirror(MessageKind kind) {
+  return kind == MessageKind::kMirrorLow || kind == MessageKind::kMirrorHigh;
+}
+
+// One way for one kind of message between a rank and another one.
+struct MessageWay {
+  Rank peer;
+  MessageKind kind;
+  bool outgoing;
+  auto operator<=>(const MessageWay&) const = default;
+};
+
 // What a message is, as the schedule sees it. Messages between the same two ranks of one kind form
 // a channel and arrive in the order in which they are sent; stage and micro-batch travel along and
 // are checked. stage is the one that uses the data; microbatch is a bucket for mirrors.
@@ -50,13 +63,20 @@ struct Failure {
   std::string text;
 };
 
+// A message that was received. Device transports return it before its bytes are there: only what
+// waits for `ready` (null: they are) may read them.
+struct Arrival {
+  Message message;
+  EventPtr ready;
+};
+
 // A message that was asked for.
 class PendingReceive {
  public:
   virtual ~PendingReceive() = default;
-  // Host transports block until the message is there; device transports make the compute stream
-  // wait and return at once. Once only. Throws PipelineError after abort().
-  [[nodiscard]] virtual Message wait() = 0;
+  // Host transports block until the message is there; device transports return at once, unless they
+  // have yet to hear what is coming. Once only. Throws PipelineError after abort().
+  [[nodiscard]] virtual Arrival wait() = 0;
 };
 
 // Moves messages between the ranks of one pipeline. send, receive and wait may be called by
@@ -80,9 +100,8 @@ class Transport {
   virtual void begin_step(const StepInfo& info) = 0;
 
   // Returns at once. The message is kept until it has left, not longer; `ready` says when its
-  // bytes are final (null: now).
-  virtual void send(Rank to, const MessageId& id, Message message,
-                    const std::shared_ptr<Event>& ready) = 0;
+  // bytes are final (null: now). Answers when they may change (null: now).
+  virtual EventPtr send(Rank to, const MessageId& id, Message message, const EventPtr& ready) = 0;
 
   // Asks for the next message of the channel. Returns at once.
   [[nodiscard]] virtual std::unique_ptr<PendingReceive> receive(Rank from, const MessageId& id) = 0;

@@ -1,6 +1,8 @@
 #include "torch/process_group_transport.h"
 
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/tensor.h>
 
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -159,6 +161,22 @@ ProcessGroupEnds process_group_ends(c10d::ProcessGroup& group, Rank rank,
 std::unique_ptr<StoreExchange> process_group_exchange(c10d::ProcessGroup& group, Rank rank) {
   auto keys = std::make_unique<C10dStore>("dualpipe_ext", store_of(group));
   return std::make_unique<StoreExchange>(std::move(keys), rank, group.getSize());
+}
+
+std::vector<std::vector<double>> process_group_all_gather(c10d::ProcessGroup& group,
+                                                          const std::vector<double>& values) {
+  std::vector<at::Tensor> own = {at::tensor(values, at::kDouble)};
+  std::vector<std::vector<at::Tensor>> gathered(1);
+  for (int rank = 0; rank < group.getSize(); ++rank) gathered[0].push_back(at::empty_like(own[0]));
+  const auto backend = cpu_backend(group);
+  or_pipeline_error("the ranks' numbers cannot be gathered",
+                    [&] { return backend->allgather(gathered, own)->wait(); });
+  std::vector<std::vector<double>> by_rank;
+  for (const at::Tensor& found : gathered[0]) {
+    const double* first = found.const_data_ptr<double>();
+    by_rank.emplace_back(first, first + found.numel());
+  }
+  return by_rank;
 }
 
 const std::type_info& process_group_type() { return typeid(c10d::ProcessGroup); }

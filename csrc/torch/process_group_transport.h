@@ -32,6 +32,12 @@ struct ProcessGroupEnds {
 [[nodiscard]] std::unique_ptr<StoreExchange> process_group_exchange(c10d::ProcessGroup& group,
                                                                     Rank rank);
 
+// Every rank's numbers, by rank of the group. All ranks give equally many. Its tensors have no
+// Python object: gloo's threads let go of them when they like, and take no interpreter lock to do
+// so, which at the interpreter's end would abort the process.
+[[nodiscard]] std::vector<std::vector<double>> process_group_all_gather(
+    c10d::ProcessGroup& group, const std::vector<double>& values);
+
 // c10d::ProcessGroup, for those that include no torch header.
 [[nodiscard]] const std::type_info& process_group_type();
 

@@ -43,7 +43,7 @@ void transfer(Transports& transports, const std::vector<Layout>& layouts) {
       [&](Transport& transport) {
         for (std::size_t i = 0; i < layouts.size(); ++i) {
           auto receive = transport.receive(kFirst, activation(static_cast<int>(i)));
-          EXPECT_TRUE(has_pattern(receive->wait(), layouts[i], i + 1)) << "message " << i;
+          EXPECT_TRUE(has_pattern(receive->wait().message, layouts[i], i + 1)) << "message " << i;
         }
       });
 }
@@ -66,7 +66,8 @@ void keeps_kinds_apart(const Factory& factory) {
       [](Transport& transport) {
         for (int i = 3; i >= 0; --i) {
           const MessageId id{static_cast<MessageKind>(i), Stage(1), Microbatch(7)};
-          EXPECT_TRUE(has_pattern(transport.receive(kFirst, id)->wait(), {bytes_spec(8)}, i));
+          EXPECT_TRUE(
+              has_pattern(transport.receive(kFirst, id)->wait().message, {bytes_spec(8)}, i));
         }
       });
 }
@@ -83,7 +84,7 @@ void posts_ahead_and_both_ways(const Factory& factory) {
       transport.send(peer, gradient(i), make_message({bytes_spec(100)}, 10 * rank + i), nullptr);
     }
     for (int i = 0; i < 3; ++i) {
-      const Message message = receives[static_cast<std::size_t>(i)]->wait();
+      const Message message = receives[static_cast<std::size_t>(i)]->wait().message;
       EXPECT_TRUE(has_pattern(message, {bytes_spec(100)}, 10 * (1 - rank) + i));
     }
     transport.end_step();
@@ -139,8 +140,8 @@ void releases_sent_messages(const Factory& factory) {
         transport.send(kSecond, activation(0), std::move(message), nullptr);
       },
       [](Transport& transport) {
-        EXPECT_TRUE(
-            has_pattern(transport.receive(kFirst, activation(0))->wait(), {bytes_spec(64)}, 1));
+        EXPECT_TRUE(has_pattern(transport.receive(kFirst, activation(0))->wait().message,
+                                {bytes_spec(64)}, 1));
       });
   EXPECT_TRUE(sent.expired());
 }
@@ -157,7 +158,7 @@ void refuses_different_steps(const Factory& factory) {
       transport.begin_step(info);
       auto receive = transport.receive(Rank(1 - rank), activation(0));
       transport.send(Rank(1 - rank), activation(0), make_message({bytes_spec(8)}, 0), nullptr);
-      (void)receive->wait();
+      (void)receive->wait().message;
       transport.end_step();
     });
     transport.recover();
@@ -179,7 +180,7 @@ void abort_wakes_a_blocked_wait(const Factory& factory) {
     transports[1]->abort({Rank(1), 1, "too late"});
   });
   auto receive = transports[1]->receive(kFirst, activation(0));
-  EXPECT_EQ(text_of<PipelineError>([&] { (void)receive->wait(); }), "rank 0 gave up");
+  EXPECT_EQ(text_of<PipelineError>([&] { (void)receive->wait().message; }), "rank 0 gave up");
   aborter.join();
 }
 
@@ -202,7 +203,7 @@ void throws_after_abort(const Factory& factory) {
   auto receive = transport.receive(kSecond, gradient(0));
   transport.abort({Rank(1), 1, "over"});
   const auto text = [](const std::function<void()>& call) { return text_of<PipelineError>(call); };
-  EXPECT_EQ(text([&] { (void)receive->wait(); }), "over");
+  EXPECT_EQ(text([&] { (void)receive->wait().message; }), "over");
   EXPECT_EQ(text([&] { (void)transport.receive(kSecond, gradient(1)); }), "over");
   EXPECT_EQ(text([&] {
               transport.send(kSecond, activation(0), make_message({bytes_spec(8)}, 0), nullptr);
@@ -224,7 +225,7 @@ void recovers(const Factory& factory) {
         transport.send(kSecond, activation(0), make_message({bytes_spec(24)}, 99), nullptr);
         transport.send(kSecond, activation(1), make_message({bytes_spec(9999)}, 98), nullptr);
       } else {
-        (void)transport.receive(kFirst, activation(0))->wait();
+        (void)transport.receive(kFirst, activation(0))->wait().message;
         (void)transport.receive(kFirst, gradient(0));
       }
       arrived.arrive_and_wait();
@@ -241,7 +242,7 @@ void names_a_lost_order(const Factory& factory) {
             [&](int rank) { transports[static_cast<std::size_t>(rank)]->begin_step(step_info()); });
   transports[0]->send(kSecond, activation(5), make_message({bytes_spec(8)}, 0), nullptr);
   auto receive = transports[1]->receive(kFirst, activation(4));
-  const std::string text = text_of<PipelineError>([&] { (void)receive->wait(); });
+  const std::string text = text_of<PipelineError>([&] { (void)receive->wait().message; });
   EXPECT_NE(text.find("rank 0 -> rank 1"), std::string::npos) << text;
   EXPECT_NE(text.find("activation of micro-batch 4"), std::string::npos) << text;
   EXPECT_NE(text.find("activation of micro-batch 5"), std::string::npos) << text;
@@ -260,7 +261,7 @@ void commits_in_step(const Factory& factory) {
       transport.begin_step(step_info(step));
       auto receive = transport.receive(previous, activation(step));
       transport.send(next, activation(step), make_message({bytes_spec(32)}, step), nullptr);
-      EXPECT_TRUE(has_pattern(receive->wait(), {bytes_spec(32)}, step));
+      EXPECT_TRUE(has_pattern(receive->wait().message, {bytes_spec(32)}, step));
       ++entered;
       transport.end_step();
       EXPECT_GE(entered.load(), kRanks * step);

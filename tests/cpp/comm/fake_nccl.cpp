@@ -2,14 +2,14 @@
 
 #include <gtest/gtest.h>
 
-#include <chrono>
+#include <algorithm>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <map>
 #include <mutex>
-#include <thread>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -27,6 +27,7 @@ struct Transfer {
 // What two ranks share; the sides of a communicator are 0 and 1.
 struct Pair {
   bool joined[2] = {false, false};
+  bool warm[2] = {false, false};
   bool aborted[2] = {false, false};
   std::deque<std::shared_ptr<Transfer>> sends[2];     // by the side that sends
   std::deque<std::shared_ptr<Transfer>> receives[2];  // by the side that sends
@@ -35,13 +36,13 @@ struct Pair {
 struct Communicator {
   std::shared_ptr<Pair> pair;
   int side;
-  bool busy = false;  // with a group that is closed and not issued yet
+  int num_running = 0;  // messages that wait for the peer
 };
 using CommunicatorPtr = std::shared_ptr<Communicator>;
 
 struct Issue {
   CommunicatorPtr comm;
-  std::function<void()> launch;
+  std::function<void()> launch;  // null: the communicator is made
 };
 
 thread_local int open_groups_of_thread = 0;
@@ -53,14 +54,24 @@ thread_local std::vector<Issue> grouped;
 struct FakeNcclWorld::State {
   std::mutex mutex;
   std::condition_variable cv;
-  std::map<NcclUniqueId, std::shared_ptr<Pair>> pairs;
+  std::map<Invitation, std::shared_ptr<Pair>> pairs;
   std::map<std::string, std::pair<int, NcclResult>> faults;  // how many calls are left before it
   std::uint64_t num_ids = 0;
   int num_open_groups = 0;
   int num_communicators = 0;
   int num_messages = 0;
+  int num_stuck = 0;  // in NCCL, waiting for a peer
   bool broken = false;
-  HostStream helpers{"fake_nccl"};  // last: what it runs uses what is above
+  bool is_over = false;
+
+  // Holds the lock. Waits for a peer as a blocking communicator does: for ever.
+  bool wait_for_peer(std::unique_lock<std::mutex>& lock, const std::function<bool()>& is_there) {
+    ++num_stuck;
+    cv.wait(lock, [&] { return is_there() || is_over; });
+    --num_stuck;
+    cv.notify_all();
+    return !is_over;
+  }
 
   // Holds the lock. The fault that this call meets, or success.
   NcclResult fault(const std::string& call) {
@@ -72,9 +83,11 @@ struct FakeNcclWorld::State {
   }
 
   // Runs on a stream: waits for the other side, as a kernel of NCCL does, or for the end.
-  void run(const std::shared_ptr<Pair>& pair, int own_side, int sender,
-           const std::shared_ptr<Transfer>& transfer) {
+  void run(const CommunicatorPtr& own, int sender, const std::shared_ptr<Transfer>& transfer) {
     std::unique_lock lock(mutex);
+    const std::shared_ptr<Pair> pair = own->pair;
+    const int own_side = own->side;
+    ++own->num_running;
     (own_side == sender ? pair->sends : pair->receives)[sender].push_back(transfer);
     auto& sends = pair->sends[sender];
     auto& receives = pair->receives[sender];
@@ -89,6 +102,8 @@ struct FakeNcclWorld::State {
     cv.wait(lock, [&] { return transfer->done || pair->aborted[own_side]; });
     // What was aborted takes part in nothing any more: its memory may be gone.
     if (!transfer->done) std::erase(own_side == sender ? sends : receives, transfer);
+    --own->num_running;
+    cv.notify_all();
   }
 };
 
@@ -98,25 +113,28 @@ class FakeNccl final : public NcclCalls {
  public:
   explicit FakeNccl(std::shared_ptr<FakeNcclWorld::State> state) : state_(std::move(state)) {}
 
-  NcclResult get_unique_id(NcclUniqueId* id) override {
+  NcclResult get_unique_id(Invitation* id) override {
     const std::lock_guard lock(state_->mutex);
     const std::uint64_t number = ++state_->num_ids;
     std::memcpy(id->data(), &number, sizeof(number));
     return state_->fault("get_unique_id");
   }
 
-  NcclResult init_pair(NcclHandle* comm, const NcclUniqueId& id, int index,
+  NcclResult init_pair(NcclHandle* comm, const Invitation& id, int index,
                        const NcclOptions&) override {
+    EXPECT_GT(open_groups_of_thread, 0) << "communicators are made in a group";
     const std::lock_guard lock(state_->mutex);
     const NcclResult fault = state_->fault("init_pair");
+    group_failed = group_failed || fault != NcclResult::kSuccess;
     if (fault != NcclResult::kSuccess) return fault;
     auto& pair = state_->pairs[id];
     if (!pair) pair = std::make_shared<Pair>();
-    EXPECT_FALSE(pair->joined[index]) << "two ranks are the same side of a communicator";
-    pair->joined[index] = true;
-    *comm = new CommunicatorPtr(std::make_shared<Communicator>(Communicator{pair, index}));
+    auto made = std::make_shared<Communicator>(Communicator{pair, index});
+    *comm = new CommunicatorPtr(made);
+    open_.insert(made);
     ++state_->num_communicators;
-    return NcclResult::kInProgress;
+    grouped.push_back({made, nullptr});
+    return NcclResult::kSuccess;
   }
 
   NcclResult group_start() override {
@@ -129,29 +147,31 @@ class FakeNccl final : public NcclCalls {
     return NcclResult::kSuccess;
   }
 
-  // As NCCL does for communicators that do not block: a thread issues the group a little later.
   NcclResult group_end() override {
     EXPECT_GT(open_groups_of_thread, 0) << "a group is closed that nobody opened";
     --open_groups_of_thread;
-    auto issued = std::exchange(grouped, {});
-    const std::lock_guard lock(state_->mutex);
+    const auto issued = std::exchange(grouped, {});
+    std::unique_lock lock(state_->mutex);
     --state_->num_open_groups;
+    state_->cv.notify_all();
     const NcclResult fault = state_->fault("group_end");
     if (fault != NcclResult::kSuccess) return fault;
     if (group_failed) return NcclResult::kInvalidUsage;
-    if (issued.empty()) return NcclResult::kSuccess;
-    state_->num_messages += static_cast<int>(issued.size());
-    for (const Issue& issue : issued) issue.comm->busy = true;
-    state_->helpers.enqueue([state = state_.get(), issued = std::move(issued)] {
-      std::this_thread::sleep_for(std::chrono::microseconds(50));
-      const std::lock_guard inner(state->mutex);
-      for (const Issue& issue : issued) {
-        if (!issue.comm->pair->aborted[issue.comm->side]) issue.launch();
-        issue.comm->busy = false;
-      }
-      state->cv.notify_all();
-    });
-    return NcclResult::kInProgress;
+    for (const Issue& issue : issued) {
+      (issue.launch ? issue.comm->pair->warm : issue.comm->pair->joined)[issue.comm->side] = true;
+    }
+    state_->cv.notify_all();
+    for (const Issue& issue : issued) {
+      const auto& there = issue.launch ? issue.comm->pair->warm : issue.comm->pair->joined;
+      const bool* const peer = &there[1 - issue.comm->side];
+      if (!state_->wait_for_peer(lock, [peer] { return *peer; })) return NcclResult::kSystemError;
+    }
+    for (const Issue& issue : issued) {
+      if (!issue.launch) continue;
+      ++state_->num_messages;
+      issue.launch();
+    }
+    return NcclResult::kSuccess;
   }
 
   NcclResult send(const void* data, std::size_t num_bytes, int peer, NcclHandle comm,
@@ -166,23 +186,26 @@ class FakeNccl final : public NcclCalls {
   NcclResult async_error(NcclHandle comm, NcclResult* state) override {
     const CommunicatorPtr own = *static_cast<CommunicatorPtr*>(comm);
     const std::lock_guard lock(state_->mutex);
-    const bool up = own->pair->joined[0] && own->pair->joined[1] && !own->busy;
     const bool lost = state_->broken || own->pair->aborted[1 - own->side];
-    *state = lost ? NcclResult::kRemoteError : up ? NcclResult::kSuccess : NcclResult::kInProgress;
+    *state = lost ? NcclResult::kRemoteError : NcclResult::kSuccess;
     return state_->fault("async_error");
   }
 
-  NcclResult abort(NcclHandle comm) override {
-    const std::unique_ptr<CommunicatorPtr> handle(static_cast<CommunicatorPtr*>(comm));
-    const CommunicatorPtr own = *handle;
-    {
-      std::unique_lock lock(state_->mutex);
-      own->pair->aborted[own->side] = true;
-      state_->cv.notify_all();
-      state_->cv.wait(lock, [&] { return !own->busy; });
+  // The end of a communicator may wait for all that runs on the device, so that those which are
+  // ended one by one wait for each other: here, for ever.
+  NcclResult abort(const std::vector<NcclHandle>& comms) override {
+    std::unique_lock lock(state_->mutex);
+    for (const NcclHandle comm : comms) {
+      const std::unique_ptr<CommunicatorPtr> handle(static_cast<CommunicatorPtr*>(comm));
+      (*handle)->pair->aborted[(*handle)->side] = true;
+      open_.erase(*handle);
       --state_->num_communicators;
     }
     state_->cv.notify_all();
+    state_->cv.wait(lock, [this] {
+      return std::none_of(open_.begin(), open_.end(),
+                          [](const CommunicatorPtr& comm) { return comm->num_running > 0; });
+    });
     return NcclResult::kSuccess;
   }
 
@@ -197,27 +220,34 @@ class FakeNccl final : public NcclCalls {
     const CommunicatorPtr own = *static_cast<CommunicatorPtr*>(comm);
     EXPECT_EQ(peer, 1 - own->side);
     const std::lock_guard lock(state_->mutex);
-    EXPECT_FALSE(own->busy) << "a call before the one before has ended";
     const NcclResult fault = state_->fault(call);
     group_failed = group_failed || fault != NcclResult::kSuccess;
     if (fault != NcclResult::kSuccess) return fault;
     const int sender = std::string(call) == "send" ? own->side : peer;
     auto transfer = std::make_shared<Transfer>(Transfer{data, num_bytes});
     auto& fake = dynamic_cast<FakeStream&>(stream);
-    auto launch = [state = state_, pair = own->pair, side = own->side, sender, transfer, &fake] {
-      fake.launch([=] { state->run(pair, side, sender, transfer); });
+    auto launch = [state = state_, own, sender, transfer, &fake] {
+      fake.launch([=] { state->run(own, sender, transfer); });
     };
     grouped.push_back({own, std::move(launch)});
     return NcclResult::kSuccess;
   }
 
   const std::shared_ptr<FakeNcclWorld::State> state_;
+  std::set<CommunicatorPtr> open_;  // of this device
 };
 
 }  // namespace
 
 FakeNcclWorld::FakeNcclWorld() : state_(std::make_shared<State>()) {}
-FakeNcclWorld::~FakeNcclWorld() = default;
+
+// Who is stuck gets out, so that no thread is left behind.
+FakeNcclWorld::~FakeNcclWorld() {
+  std::unique_lock lock(state_->mutex);
+  state_->is_over = true;
+  state_->cv.notify_all();
+  state_->cv.wait(lock, [this] { return state_->num_stuck == 0; });
+}
 
 std::shared_ptr<NcclCalls> FakeNcclWorld::calls() { return std::make_shared<FakeNccl>(state_); }
 
@@ -236,9 +266,9 @@ void FakeNcclWorld::mend_network() {
   state_->broken = false;
 }
 
-int FakeNcclWorld::num_open_groups() const {
-  const std::lock_guard lock(state_->mutex);
-  return state_->num_open_groups;
+void FakeNcclWorld::wait_until_groups_are_closed() const {
+  std::unique_lock lock(state_->mutex);
+  state_->cv.wait(lock, [this] { return state_->num_open_groups == 0; });
 }
 
 int FakeNcclWorld::num_communicators() const {

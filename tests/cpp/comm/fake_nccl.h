@@ -8,7 +8,7 @@
 
 namespace dualpipe::testing {
 
-// NCCL among threads, on FakeStreams: communicators of two that come up when both have asked,
+// NCCL among threads, on FakeStreams: communicators of two that block until both have asked,
 // messages that wait for each other in the order of their streams, groups that do nothing before
 // they are closed. All that are made of one world can meet. Faults are those that real ones report.
 class FakeNcclWorld {
@@ -25,7 +25,7 @@ class FakeNcclWorld {
   void break_network();
   void mend_network();
 
-  [[nodiscard]] int num_open_groups() const;
+  void wait_until_groups_are_closed() const;
   [[nodiscard]] int num_communicators() const;  // made and not aborted
   [[nodiscard]] int num_messages() const;       // issued: sends and receives
 

@@ -78,7 +78,8 @@ TEST(FramedTransport, ALargeMessageIsOneMessageOfTheLinkFromTheSecondStepOn) {
       if (rank == 0) {
         transport.send(Rank(1), activation(0), make_message(layout, 1), nullptr);
       } else {
-        EXPECT_TRUE(has_pattern(transport.receive(Rank(0), activation(0))->wait(), layout, 1));
+        EXPECT_TRUE(
+            has_pattern(transport.receive(Rank(0), activation(0))->wait().message, layout, 1));
       }
       transport.end_step();
     });
@@ -94,7 +95,7 @@ TEST(FramedTransport, SendsDoNotWaitForAPeerThatIsLate) {
   transports[0]->begin_step(step_info());
   transports[0]->send(Rank(1), activation(0), make_message({bytes_spec(8)}, 4), nullptr);
   transports[1]->begin_step(step_info());
-  const Message message = transports[1]->receive(Rank(0), activation(0))->wait();
+  const Message message = transports[1]->receive(Rank(0), activation(0))->wait().message;
   EXPECT_TRUE(has_pattern(message, {bytes_spec(8)}, 4));
 }
 
@@ -108,7 +109,8 @@ TEST(FramedTransport, SmallFramesDoNotOvertakeLargeOnes) {
   }
   for (int i = 0; i < 20; ++i) {
     const Layout layout = {bytes_spec(i % 2 == 0 ? 1'000'000 : 10)};
-    EXPECT_TRUE(has_pattern(transports[1]->receive(Rank(0), activation(i))->wait(), layout, i));
+    EXPECT_TRUE(
+        has_pattern(transports[1]->receive(Rank(0), activation(i))->wait().message, layout, i));
   }
 }
 
@@ -121,8 +123,10 @@ TEST(FramedTransport, PipelinesOnOneLinkDoNotMix) {
   }
   second[0]->send(Rank(1), activation(0), make_message({bytes_spec(8)}, 2), nullptr);
   first[0]->send(Rank(1), activation(0), make_message({bytes_spec(8)}, 1), nullptr);
-  EXPECT_TRUE(has_pattern(first[1]->receive(Rank(0), activation(0))->wait(), {bytes_spec(8)}, 1));
-  EXPECT_TRUE(has_pattern(second[1]->receive(Rank(0), activation(0))->wait(), {bytes_spec(8)}, 2));
+  EXPECT_TRUE(
+      has_pattern(first[1]->receive(Rank(0), activation(0))->wait().message, {bytes_spec(8)}, 1));
+  EXPECT_TRUE(
+      has_pattern(second[1]->receive(Rank(0), activation(0))->wait().message, {bytes_spec(8)}, 2));
 }
 
 TEST(FramedTransport, ADeadPeerIsNamedWithWhatWasAwaited) {
@@ -134,7 +138,7 @@ TEST(FramedTransport, ADeadPeerIsNamedWithWhatWasAwaited) {
     std::this_thread::sleep_for(20ms);
     fabric.kill(Rank(0));
   });
-  const std::string text = text_of<PipelineError>([&] { (void)receive->wait(); });
+  const std::string text = text_of<PipelineError>([&] { (void)receive->wait().message; });
   killer.join();
   EXPECT_EQ(text,
             "rank 1 waits for the activation of micro-batch 6 for stage 1 from rank 0: connection "
@@ -156,8 +160,8 @@ TEST(FramedTransport, OutOfOrderWaitsOfSplitMessages) {
     transports[0]->send(Rank(1), activation(i), make_message(large, i), nullptr);
     receives.push_back(transports[1]->receive(Rank(0), activation(i)));
   }
-  EXPECT_TRUE(has_pattern(receives[1]->wait(), large, 1));
-  EXPECT_TRUE(has_pattern(receives[0]->wait(), large, 0));
+  EXPECT_TRUE(has_pattern(receives[1]->wait().message, large, 1));
+  EXPECT_TRUE(has_pattern(receives[0]->wait().message, large, 0));
 }
 
 TEST(FramedTransport, AnUnknownPeerIsABug) {

@@ -51,7 +51,8 @@ Clock::duration time_transfer(LinkOptions link, int count, std::uint64_t num_byt
   for (int i = 0; i < count; ++i) {
     transports[0]->send(Rank(1), activation(i), make_message({bytes_spec(num_bytes)}, 0), nullptr);
   }
-  for (int i = 0; i < count; ++i) (void)transports[1]->receive(Rank(0), activation(i))->wait();
+  for (int i = 0; i < count; ++i)
+    (void)transports[1]->receive(Rank(0), activation(i))->wait().message;
   return Clock::now() - start;
 }
 
@@ -91,7 +92,7 @@ TEST(LoopbackFaults, DropLosesTheMessage) {
   transports[0]->send(Rank(1), activation(0), make_message({}, 0), nullptr);
   transports[0]->send(Rank(1), activation(1), make_message({}, 0), nullptr);
   auto receive = transports[1]->receive(Rank(0), activation(0));
-  const std::string text = text_of<PipelineError>([&] { (void)receive->wait(); });
+  const std::string text = text_of<PipelineError>([&] { (void)receive->wait().message; });
   EXPECT_NE(text.find("expected the activation of micro-batch 0"), std::string::npos) << text;
 }
 
@@ -113,7 +114,7 @@ TEST(LoopbackHub, TransportsOutliveTheHubAndEachOther) {
   transports[1]->begin_step(step_info());
   transports[0]->send(Rank(1), activation(0), make_message({bytes_spec(8)}, 3), nullptr);
   transports[0].reset();
-  const Message message = transports[1]->receive(Rank(0), activation(0))->wait();
+  const Message message = transports[1]->receive(Rank(0), activation(0))->wait().message;
   transports.clear();
   EXPECT_TRUE(has_pattern(message, {bytes_spec(8)}, 3));
 }

@@ -54,7 +54,8 @@ struct Ranks {
   }
   // What a receive that nobody serves throws on this rank.
   std::string blocked(std::size_t rank, Rank from, const MessageId& id) {
-    return text_of<PipelineError>([&] { (void)transports[rank]->receive(from, id)->wait(); });
+    return text_of<PipelineError>(
+        [&] { (void)transports[rank]->receive(from, id)->wait().message; });
   }
   std::shared_ptr<LoopbackHub> hub;
   std::vector<std::unique_ptr<Transport>> transports;

@@ -26,7 +26,7 @@ class NoProgress final : public Progress {
 class BusyTransport final : public Transport {
  public:
   void begin_step(const StepInfo&) override {}
-  void send(Rank, const MessageId&, Message, const EventPtr&) override {}
+  EventPtr send(Rank, const MessageId&, Message, const EventPtr&) override { return nullptr; }
   std::unique_ptr<PendingReceive> receive(Rank, const MessageId&) override { return nullptr; }
   void end_step() override {}
   void recover() override {}

@@ -1,4 +1,4 @@
-#include "comm/nccl_layouts.h"
+#include "comm/bytes.h"
 
 #include <cstring>
 
@@ -23,17 +23,6 @@ void read_bytes(const Message& message, void* data, std::size_t num_bytes) {
   DUALPIPE_CHECK(message.num_tensors() == 1 && message.layout[0].num_bytes == num_bytes,
                  "expected ", num_bytes, " bytes, got ", to_string(message.layout));
   if (num_bytes > 0) std::memcpy(data, message.data[0], num_bytes);
-}
-
-Message layout_message(const Layout& layout) {
-  return bytes_message(layout.data(), layout.size() * sizeof(TensorSpec));
-}
-
-Layout layout_of(const Message& message) {
-  DUALPIPE_CHECK(message.num_tensors() == 1, "not a layout: ", to_string(message.layout));
-  Layout layout(message.layout[0].num_bytes / sizeof(TensorSpec));
-  read_bytes(message, layout.data(), layout.size() * sizeof(TensorSpec));
-  return layout;
 }
 
 }  // namespace dualpipe

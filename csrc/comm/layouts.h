@@ -41,10 +41,6 @@ struct StepLayouts {
   std::vector<WayLayouts> ways;
 };
 
-// Bytes as a message of host memory, and back.
-[[nodiscard]] Message bytes_message(const void* data, std::size_t num_bytes);
-void read_bytes(const Message& message, void* data, std::size_t num_bytes);
-
 // A layout as a message of host memory, and back.
 [[nodiscard]] Message layout_message(const Layout& layout);
 [[nodiscard]] Layout layout_of(const Message& message);

@@ -1,0 +1,364 @@
+#include "comm/device_transport.h"
+
+#include <deque>
+#include <map>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#include "comm/device_ways.h"
+#include "comm/failure_flag.h"
+#include "comm/in_flight.h"
+#include "comm/layouts.h"
+#include "common/error.h"
+#include "device/device_pool.h"
+
+namespace dualpipe {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Marks the step in which ranks meet; no program has it.
+constexpr std::uint64_t kMeeting = ~std::uint64_t{0};
+
+constexpr std::chrono::milliseconds kPoll{1};
+constexpr std::chrono::milliseconds kPatience{100};
+constexpr std::chrono::seconds kExitPatience{30};  // with a device that finishes nothing
+
+// A device that is stuck must not fill its queues: who issues then waits in the driver, where no
+// abort reaches it.
+constexpr std::size_t kMaxInFlight = 256;
+
+std::vector<Piece> pieces_of(const Message& message) {
+  std::vector<Piece> pieces;
+  for (std::size_t i = 0; i < message.num_tensors(); ++i) {
+    const std::uint64_t num_bytes = message.layout[i].num_bytes;
+    if (num_bytes > 0) pieces.push_back({message.data[i], num_bytes});
+  }
+  return pieces;
+}
+
+// A receive, issued as soon as its layout is known.
+struct Incoming {
+  MessageId id;
+  std::unique_ptr<PendingReceive> description;  // null: the layout is known
+  Layout layout;
+  bool issued = false;
+  Arrival arrival;
+};
+using IncomingPtr = std::shared_ptr<Incoming>;
+
+class DeviceTransport final : public Transport {
+ public:
+  DeviceTransport(LinkMaker make_link, std::shared_ptr<Device> device,
+                  std::unique_ptr<HostTransport> host, DeviceTransportOptions options)
+      : make_link_(std::move(make_link)),
+        device_(std::move(device)),
+        host_(std::move(host)),
+        options_(std::move(options)),
+        ways_(options_.rank, options_.ways),
+        unknown_(ways_.size()),
+        in_flight_(ways_.size()) {}
+  ~DeviceTransport() override;
+
+  void connect() override;
+  void begin_step(const StepInfo& info) override;
+  EventPtr send(Rank to, const MessageId& id, Message message, const EventPtr& ready) override;
+  std::unique_ptr<PendingReceive> receive(Rank from, const MessageId& id) override;
+  void end_step() override;
+  void abort(const Failure& failure) noexcept override;
+  void recover() override;
+  [[nodiscard]] bool carries_device_memory() const override { return true; }
+  std::optional<std::string> fault() override;
+  bool busy() override { return !failure_.is_set() && in_flight_.any(); }
+
+  // Blocks for the layout if it is not known, never for the device.
+  [[nodiscard]] Arrival take(std::size_t way, const IncomingPtr& incoming);
+
+ private:
+  struct Pools {
+    DevicePool compute;
+    DevicePool reduction;
+  };
+
+  void meet(std::int64_t step);
+  [[nodiscard]] std::shared_ptr<DeviceLink> link();
+  [[nodiscard]] std::optional<std::size_t> find_way(Rank peer, MessageKind kind,
+                                                    bool outgoing) const;
+  [[nodiscard]] WayLayouts& layouts_of_way(std::size_t way) { return layouts_->ways[way]; }
+  void describe(std::size_t way, Rank to, const MessageId& id, const Layout& layout);
+  void issue(std::size_t way, Incoming& incoming);
+  void wait_for_room(std::size_t way);
+  [[nodiscard]] std::optional<std::string> overdue() const;
+  template <typename Call>
+  auto unless_failed(const Call& call);
+
+  const LinkMaker make_link_;
+  const std::shared_ptr<Device> device_;
+  const std::unique_ptr<HostTransport> host_;
+  const DeviceTransportOptions options_;
+  const DeviceWays ways_;
+  FailureFlag failure_;
+
+  std::mutex mutex_;  // link_, for others than the thread of the engine, which alone changes it
+  std::shared_ptr<DeviceLink> link_;  // null: the ranks have to meet
+  std::optional<Pools> pools_;        // of the link's memory
+
+  std::vector<std::deque<IncomingPtr>> unknown_;  // by way: wait for their layouts, in order
+  InFlight in_flight_;
+
+  std::map<StepKind, StepLayouts> known_;
+  std::optional<StepLayouts> unkept_;  // of a step whose layouts nobody may keep
+  StepLayouts* layouts_ = nullptr;     // of the step at work; null: none
+};
+
+class DeviceReceive final : public PendingReceive {
+ public:
+  DeviceReceive(DeviceTransport& transport, std::size_t way, IncomingPtr incoming)
+      : transport_(transport), way_(way), incoming_(std::move(incoming)) {}
+  Arrival wait() override { return transport_.take(way_, incoming_); }
+
+ private:
+  DeviceTransport& transport_;
+  const std::size_t way_;
+  const IncomingPtr incoming_;
+};
+
+// A step is done when all ranks have issued it: the devices of this one and of its peers may still
+// be at it, and get as long as something moves.
+DeviceTransport::~DeviceTransport() {
+  try {
+    std::size_t num_left = in_flight_.forget_done();
+    auto deadline = Clock::now() + kExitPatience;
+    while (busy() && !fault() && Clock::now() < deadline) {
+      std::this_thread::sleep_for(kPoll);
+      if (const std::size_t left = in_flight_.forget_done(); left != num_left) {
+        num_left = left;
+        deadline = Clock::now() + kExitPatience;
+      }
+    }
+  } catch (const std::exception&) {
+    // The device is broken.
+  }
+  abort({options_.rank, 0, "the transport is gone"});
+  try {
+    if (link_) link_->drain();  // before what is sent goes
+  } catch (const std::exception&) {
+    // The device is broken.
+  }
+}
+
+// What fails here by itself ends the link; the host's failures come with their own words.
+template <typename Call>
+auto DeviceTransport::unless_failed(const Call& call) {
+  failure_.throw_if_set();
+  try {
+    if (link_ != nullptr) link_->progress();
+    return call();
+  } catch (const PipelineError&) {
+    // An abort in the middle of the call says why. A peer that ends its step aborts its link, and
+    // why it did so comes by way of the host.
+    for (auto waited = kPoll; waited < kPatience; waited += kPoll) {
+      failure_.throw_if_set();
+      host_->throw_if_failed();
+      std::this_thread::sleep_for(kPoll);
+    }
+    throw;
+  }
+}
+
+void DeviceTransport::connect() {
+  unless_failed([&] {
+    if (link_ == nullptr) meet(0);
+  });
+}
+
+void DeviceTransport::begin_step(const StepInfo& info) {
+  unless_failed([&] {
+    DUALPIPE_CHECK(layouts_ == nullptr, "begin_step within a step");
+    if (link_ == nullptr) meet(info.step);
+    host_->begin_step(info);
+    if (options_.dynamic_shapes) {
+      layouts_ = &unkept_.emplace(ways_.size());
+    } else {
+      const HostTransport::Extremes all = host_->agree(info.shapes);
+      const StepKind kind{info.program_digest, all.smallest, all.largest};
+      layouts_ = &known_.try_emplace(kind, ways_.size()).first->second;
+    }
+    for (WayLayouts& way : layouts_->ways) way.begin();
+  });
+}
+
+// A step of the host's that only connects the link.
+void DeviceTransport::meet(std::int64_t step) {
+  const std::shared_ptr<DeviceLink> made = make_link_();
+  host_->begin_step({step, kMeeting, "the meeting of the ranks' GPUs", 0});
+  const std::vector<Invitation> invitations = ways_.exchange_invitations(*made, *host_);
+  host_->end_step();
+  {
+    const std::lock_guard lock(mutex_);
+    link_ = made;
+  }
+  failure_.throw_if_set();  // an abort before it was there
+  pools_.emplace(Pools{DevicePool(device_, device_->compute(), made->allocator()),
+                       DevicePool(device_, device_->reduction(), made->allocator())});
+  made->connect(ways_.named(), invitations, options_.timeout);
+}
+
+EventPtr DeviceTransport::send(Rank to, const MessageId& id, Message message,
+                               const EventPtr& ready) {
+  return unless_failed([&]() -> EventPtr {
+    const auto way = find_way(to, id.kind, true);
+    if (!way) {
+      DUALPIPE_CHECK(!message.on_device, "the ", to_string(id), " has no way from GPU to GPU");
+      return host_->send(to, id, std::move(message), ready);
+    }
+    describe(*way, to, id, message.layout);
+    const std::vector<Piece> pieces = pieces_of(message);
+    if (pieces.empty()) return nullptr;
+    wait_for_room(*way);
+    EventPtr end = link_->transfer(*way, pieces, ready);
+    in_flight_.add(*way, id, end, std::move(message.owner));
+    return end;
+  });
+}
+
+void DeviceTransport::describe(std::size_t way, Rank to, const MessageId& id,
+                               const Layout& layout) {
+  const Layout* const known = is_mirror(id.kind) ? nullptr : layouts_of_way(way).next();
+  if (known == nullptr) {
+    (void)host_->send(to, id, layout_message(layout), nullptr);
+    layouts_of_way(way).write_down(layout);
+    return;
+  }
+  DUALPIPE_USER_CHECK(
+      *known == layout, "rank ", options_.rank, ": the ", to_string(id), " is ", to_string(layout),
+      "; it was ", to_string(*known),
+      " in an earlier step whose inputs had the same shapes. Where shapes depend on more than "
+      "those, pass DualPipeConfig(dynamic_shapes=True)");
+}
+
+std::unique_ptr<PendingReceive> DeviceTransport::receive(Rank from, const MessageId& id) {
+  return unless_failed([&]() -> std::unique_ptr<PendingReceive> {
+    const auto way = find_way(from, id.kind, false);
+    if (!way) return host_->receive(from, id);
+    auto incoming = std::make_shared<Incoming>();
+    incoming->id = id;
+    const Layout* const known = is_mirror(id.kind) ? nullptr : layouts_of_way(*way).next();
+    if (known != nullptr) {
+      incoming->layout = *known;
+      issue(*way, *incoming);
+    } else {
+      incoming->description = host_->receive(from, id);
+      unknown_[*way].push_back(incoming);
+    }
+    return std::make_unique<DeviceReceive>(*this, *way, std::move(incoming));
+  });
+}
+
+Arrival DeviceTransport::take(std::size_t way, const IncomingPtr& incoming) {
+  return unless_failed([&] {
+    while (!incoming->issued) {
+      // The peer sends in order, so those before come first.
+      const IncomingPtr next = std::move(unknown_[way].front());
+      unknown_[way].pop_front();
+      next->layout = layout_of(next->description->wait().message);
+      next->description.reset();
+      layouts_of_way(way).write_down(next->layout);
+      issue(way, *next);
+    }
+    return std::move(incoming->arrival);
+  });
+}
+
+void DeviceTransport::issue(std::size_t way, Incoming& incoming) {
+  wait_for_room(way);
+  DevicePool& pool = is_mirror(incoming.id.kind) ? pools_->reduction : pools_->compute;
+  DevicePool::Lease lease = pool.acquire(packed_bytes(incoming.layout));
+  incoming.arrival.message = unpack(incoming.layout, lease.data, lease.owner);
+  incoming.arrival.message.on_device = true;
+  incoming.issued = true;
+  const std::vector<Piece> pieces = pieces_of(incoming.arrival.message);
+  if (pieces.empty()) return;
+  incoming.arrival.ready = link_->transfer(way, pieces, lease.free);
+  in_flight_.add(way, incoming.id, incoming.arrival.ready, nullptr);
+}
+
+void DeviceTransport::wait_for_room(std::size_t way) {
+  while (in_flight_.num_of(way) >= kMaxInFlight) {
+    failure_.throw_if_set();
+    std::this_thread::sleep_for(kPoll);
+  }
+}
+
+void DeviceTransport::end_step() {
+  unless_failed([&] {
+    DUALPIPE_CHECK(layouts_ != nullptr, "end_step outside of a step");
+    host_->end_step();
+    for (WayLayouts& way : layouts_->ways) way.commit();
+    layouts_ = nullptr;
+    in_flight_.forget_done();
+  });
+}
+
+void DeviceTransport::abort(const Failure& failure) noexcept {
+  if (!failure_.set(FailureFlag::Kind::kPipeline, failure.text)) return;
+  host_->abort(failure);
+  if (const std::shared_ptr<DeviceLink> live = link()) live->abort();
+}
+
+void DeviceTransport::recover() {
+  abort({options_.rank, 0, "the step failed"});
+  host_->recover();
+  if (link_) link_->drain();
+  in_flight_.clear();
+  unknown_ = std::vector<std::deque<IncomingPtr>>(ways_.size());
+  pools_.reset();  // what was to be filled is nobody's now
+  known_.clear();  // a rank that has committed and one that has not must agree again
+  layouts_ = nullptr;
+  {
+    const std::lock_guard lock(mutex_);
+    link_.reset();
+  }
+  failure_.clear();
+}
+
+std::optional<std::string> DeviceTransport::fault() {
+  const std::shared_ptr<DeviceLink> live = link();
+  if (live == nullptr || failure_.is_set()) return std::nullopt;
+  for (std::size_t way = 0; way < ways_.size(); ++way) {
+    if (auto error = live->error(way, in_flight_.any_of(way))) return error;
+  }
+  return overdue();
+}
+
+std::shared_ptr<DeviceLink> DeviceTransport::link() {
+  const std::lock_guard lock(mutex_);
+  return link_;
+}
+
+std::optional<std::string> DeviceTransport::overdue() const {
+  const auto late = in_flight_.overdue(options_.timeout);
+  if (!late) return std::nullopt;
+  const MessageWay& way = ways_[late->way];
+  return cat("rank ", options_.rank, "'s GPU has waited longer than ",
+             static_cast<double>(options_.timeout.count()) / 1000, " s for rank ", way.peer,
+             way.outgoing ? " to take the " : " to send the ", to_string(late->id));
+}
+
+std::optional<std::size_t> DeviceTransport::find_way(Rank peer, MessageKind kind,
+                                                     bool outgoing) const {
+  DUALPIPE_CHECK(layouts_ != nullptr, "a message outside of a step");
+  return ways_.find(peer, kind, outgoing);
+}
+
+}  // namespace
+
+std::unique_ptr<Transport> device_transport(LinkMaker make_link, std::shared_ptr<Device> device,
+                                            std::unique_ptr<HostTransport> host,
+                                            DeviceTransportOptions options) {
+  return std::make_unique<DeviceTransport>(std::move(make_link), std::move(device), std::move(host),
+                                           std::move(options));
+}
+
+}  // namespace dualpipe

@@ -1,0 +1,86 @@
+#include <chrono>
+#include <deque>
+#include <thread>
+#include <utility>
+
+#include "comm/copy_way.h"
+#include "common/error.h"
+
+namespace dualpipe {
+namespace {
+
+constexpr std::chrono::microseconds kPoll{20};
+
+// The end of a receive: the flag. A stream waits for it only where the message is late. Where the
+// way ends first, streams are let through, as nothing may stay stuck; the host is told.
+class Receipt final : public Event {
+ public:
+  Receipt(std::shared_ptr<CopyMailbox> mailbox, std::uint32_t number)
+      : mailbox_(std::move(mailbox)), number_(number) {}
+
+  [[nodiscard]] bool done() const override {
+    return mailbox_->has_reached(CopyMailbox::kArrived, number_);
+  }
+  void synchronize() const override {
+    while (!done()) std::this_thread::sleep_for(kPoll);
+    if (mailbox_->is_over()) {
+      throw PipelineError("a message may not have come: one of its two ranks has given up");
+    }
+  }
+  void hold_back(Stream& stream) const override {
+    if (!done()) mailbox_->hold_back(stream, CopyMailbox::kArrived, number_);
+  }
+
+ private:
+  const std::shared_ptr<CopyMailbox> mailbox_;
+  const std::uint32_t number_;
+};
+
+// A receive is posted as soon as it is asked for and there is room for it; its stream says when the
+// memory is free.
+class IncomingWay final : public CopyWay {
+ public:
+  IncomingWay(std::shared_ptr<CopyBlocks> blocks, DeviceWay way, std::unique_ptr<Stream> stream,
+              std::shared_ptr<CopyMailbox> mailbox)
+      : CopyWay(std::move(way), std::move(stream), std::move(mailbox)),
+        blocks_(std::move(blocks)) {}
+
+  EventPtr transfer(const std::vector<Piece>& pieces, const EventPtr& ready) override {
+    stream_->wait(ready);
+    mailbox_->write(CopyMailbox::kReady, ++num_issued_, *stream_);
+    for (const Piece& piece : pieces) {
+      const auto [block, offset] = blocks_->find(piece.data);
+      unposted_.push_back({block, offset, piece.num_bytes, &piece == &pieces.back()});
+    }
+    advance();
+    return std::make_shared<Receipt>(mailbox_, num_issued_);
+  }
+
+  bool advance() override {
+    while (!unposted_.empty() && mailbox_->post(unposted_.front())) unposted_.pop_front();
+    return unposted_.empty();
+  }
+
+ protected:
+  std::uint32_t last_message() const override { return num_issued_; }
+  void forget(const EventPtr&) noexcept override { unposted_.clear(); }
+  void leave() noexcept override {}
+  bool peer_is_through() const override {
+    return mailbox_->peer_quiet() || !mailbox_->peer_came() || !mailbox_->peer_lives();
+  }
+
+ private:
+  const std::shared_ptr<CopyBlocks> blocks_;
+  std::deque<Posting> unposted_;
+};
+
+}  // namespace
+
+std::unique_ptr<CopyWay> incoming_way(std::shared_ptr<CopyBlocks> blocks, DeviceWay way,
+                                      std::unique_ptr<Stream> stream,
+                                      std::shared_ptr<CopyMailbox> mailbox) {
+  return std::make_unique<IncomingWay>(std::move(blocks), std::move(way), std::move(stream),
+                                       std::move(mailbox));
+}
+
+}  // namespace dualpipe
