@@ -1,0 +1,47 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "comm/copy_calls.h"
+
+namespace dualpipe {
+
+// Device memory that other ranks write into. It comes in blocks, each of which they open once. What
+// is freed is kept: all blocks go together, with the allocator, since peers may have them open.
+// Thread-safe.
+class CopyBlocks final : public Allocator {
+ public:
+  explicit CopyBlocks(std::shared_ptr<CopyCalls> calls) : calls_(std::move(calls)) {}
+  ~CopyBlocks() override;
+  CopyBlocks(const CopyBlocks&) = delete;
+  CopyBlocks& operator=(const CopyBlocks&) = delete;
+
+  [[nodiscard]] void* allocate(std::size_t num_bytes) override;
+  void free(void*) noexcept override {}
+
+  struct Place {
+    BlockHandle block;
+    std::uint64_t offset;
+  };
+  // Of memory that was allocated here.
+  [[nodiscard]] Place find(const std::byte* data) const;
+
+ private:
+  struct Block {
+    std::size_t num_bytes;
+    BlockHandle handle;
+  };
+  [[nodiscard]] std::byte* new_block(std::size_t num_bytes);
+
+  const std::shared_ptr<CopyCalls> calls_;
+  mutable std::mutex mutex_;
+  std::map<std::byte*, Block> blocks_;
+  std::byte* open_ = nullptr;  // the block that small pieces come from
+  std::size_t num_taken_ = 0;  // of its bytes
+};
+
+}  // namespace dualpipe

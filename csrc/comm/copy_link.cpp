@@ -1,0 +1,290 @@
+#include "comm/copy_link.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <exception>
+#include <map>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#include "comm/copy_invitation.h"
+#include "comm/copy_way.h"
+#include "common/error.h"
+#include "device/host_stream.h"
+
+namespace dualpipe {
+namespace {
+
+using Clock = DeviceLink::Clock;
+
+constexpr std::chrono::microseconds kBusyPoll{50};
+constexpr std::chrono::milliseconds kIdlePoll{10};
+constexpr std::chrono::seconds kPatience{10};  // with peers that may still use memory of this rank
+constexpr std::size_t kScratchBytes = 512;
+
+class CopyLink final : public DeviceLink {
+ public:
+  CopyLink(std::shared_ptr<CopyCalls> calls, std::shared_ptr<Device> device, Rank rank);
+  ~CopyLink() override;
+
+  Invitation invite() override;
+  void connect(std::vector<DeviceWay> ways, const std::vector<Invitation>& invitations,
+               Clock::duration timeout) override;
+  EventPtr transfer(Index way, const std::vector<Piece>& pieces, const EventPtr& ready) override;
+  void progress() override;
+  std::shared_ptr<Allocator> allocator() override { return blocks_; }
+  std::optional<std::string> error(Index way, bool is_busy) override;
+  void abort() noexcept override;
+  void drain() override;
+
+ private:
+  using Lock = std::unique_lock<std::mutex>;
+
+  void add_ways(std::vector<DeviceWay> ways, const std::vector<Invitation>& invitations);
+  [[nodiscard]] std::shared_ptr<CopyMailbox> mailbox(const DeviceWay& way,
+                                                     const Invitation& invitation);
+  void carry_a_byte(Clock::time_point deadline);
+
+  void watch();                    // on a thread of its own
+  bool look_after_all() noexcept;  // whether nothing is left to do
+  bool look_after(CopyWay& way) noexcept;
+  [[nodiscard]] bool settled() noexcept;
+  void leak();
+
+  template <typename Call>
+  auto noting_failures(const std::string& what, const Call& call);
+  void require_alive() const;
+
+  const std::shared_ptr<CopyCalls> calls_;
+  const std::shared_ptr<Device> device_;
+  const Rank rank_;
+  const pid_t process_ = getpid();
+  std::shared_ptr<CopyBlocks> blocks_;
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::map<std::string, std::shared_ptr<CopyMailbox>> invited_;  // by name
+  std::vector<std::unique_ptr<CopyWay>> ways_;
+  std::exception_ptr failure_;  // the first one
+  bool aborted_ = false;
+  bool idle_ = false;  // nothing was left to do
+  bool stopping_ = false;
+  HostStream watcher_{"copy_link"};  // last: what it runs uses what is above
+};
+
+// The lock is held.
+template <typename Call>
+auto CopyLink::noting_failures(const std::string& what, const Call& call) {
+  const auto described = [&](const std::exception& error) {
+    return cat("rank ", rank_, ": ", what, ": ", error.what());
+  };
+  try {
+    try {
+      return call();
+    } catch (const UserError& error) {
+      throw UserError(described(error));
+    } catch (const PipelineError& error) {
+      throw PipelineError(described(error));
+    }
+  } catch (const std::exception&) {
+    if (!failure_) failure_ = std::current_exception();
+    throw;
+  }
+}
+
+CopyLink::CopyLink(std::shared_ptr<CopyCalls> calls, std::shared_ptr<Device> device, Rank rank)
+    : calls_(std::move(calls)),
+      device_(std::move(device)),
+      rank_(rank),
+      blocks_(std::make_shared<CopyBlocks>(calls_)) {
+  watcher_.enqueue([this] { watch(); });
+}
+
+CopyLink::~CopyLink() {
+  if (getpid() != process_) {  // a forked child: ways and memory are its parent's
+    leak();
+    return;
+  }
+  abort();
+  drain();
+  const Lock lock(mutex_);
+  stopping_ = true;
+  wake_.notify_all();
+  if (!settled()) leak();
+}
+
+void CopyLink::leak() {
+  for (auto& way : ways_) (void)way.release();
+  for (auto& [name, mailbox] : invited_) new std::shared_ptr<CopyMailbox>(mailbox);
+  new std::shared_ptr<CopyBlocks>(blocks_);
+}
+
+Invitation CopyLink::invite() {
+  auto mailbox = CopyMailbox::create(calls_);
+  const Invitation invitation = invitation_to(mailbox->name());
+  const Lock lock(mutex_);
+  invited_.emplace(mailbox->name(), std::move(mailbox));
+  return invitation;
+}
+
+void CopyLink::connect(std::vector<DeviceWay> ways, const std::vector<Invitation>& invitations,
+                       Clock::duration timeout) {
+  DUALPIPE_CHECK(ways.size() == invitations.size(), ways.size(), " ways, ", invitations.size(),
+                 " invitations");
+  {
+    const Lock lock(mutex_);
+    require_alive();
+    DUALPIPE_CHECK(ways_.empty(), "connected twice");
+    add_ways(std::move(ways), invitations);
+  }
+  carry_a_byte(Clock::now() + timeout);
+}
+
+void CopyLink::add_ways(std::vector<DeviceWay> ways, const std::vector<Invitation>& invitations) {
+  for (std::size_t i = 0; i < ways.size(); ++i) {
+    DeviceWay& way = ways[i];
+    noting_failures(way.name, [&] {
+      auto box = mailbox(way, invitations[i]);
+      auto stream = device_->new_stream();
+      ways_.push_back(
+          way.outgoing ? outgoing_way(calls_, std::move(way), std::move(stream), std::move(box))
+                       : incoming_way(blocks_, std::move(way), std::move(stream), std::move(box)));
+    });
+  }
+}
+
+std::shared_ptr<CopyMailbox> CopyLink::mailbox(const DeviceWay& way, const Invitation& invitation) {
+  if (way.peer < rank_) return CopyMailbox::open(calls_, name_in(invitation, way.peer));
+  const auto own = invited_.extract(name_in(invitation, rank_));
+  DUALPIPE_CHECK(!own.empty(), "an invitation of somebody else");
+  return own.mapped();
+}
+
+// What cannot work between two devices fails here, and not in the first step.
+void CopyLink::carry_a_byte(Clock::time_point deadline) {
+  std::vector<EventPtr> ends;
+  auto* place = static_cast<std::byte*>(blocks_->allocate(ways_.size() * kScratchBytes));
+  for (Index way = 0; way < ways_.size(); ++way, place += kScratchBytes) {
+    ends.push_back(transfer(way, {{place, 1}}, nullptr));
+  }
+  for (Index way = 0; way < ways_.size(); ++way) {
+    while (!ends[way]->done()) {
+      {
+        const Lock lock(mutex_);
+        require_alive();
+        if (const auto loss = ways_[way]->loss()) {
+          throw PipelineError(cat("rank ", rank_, ": ", ways_[way]->name(), ": ", *loss));
+        }
+        if (Clock::now() > deadline) {
+          throw PipelineError(cat("rank ", rank_, " waited too long to connect ",
+                                  ways_[way]->name(), "; does every rank run?"));
+        }
+      }
+      std::this_thread::sleep_for(kBusyPoll);
+    }
+  }
+}
+
+EventPtr CopyLink::transfer(Index index, const std::vector<Piece>& pieces, const EventPtr& ready) {
+  const Lock lock(mutex_);
+  require_alive();
+  CopyWay& way = *ways_.at(index);
+  return noting_failures(way.name(), [&] {
+    if (way.ended() || way.peer_ended()) throw PipelineError(way.peer_end());
+    EventPtr end = way.transfer(pieces, ready);
+    if (!way.advance() && std::exchange(idle_, false)) wake_.notify_all();
+    return end;
+  });
+}
+
+void CopyLink::progress() {
+  const Lock lock(mutex_);
+  (void)look_after_all();
+}
+
+std::optional<std::string> CopyLink::error(Index index, bool) {
+  const Lock lock(mutex_);
+  if (aborted_) return std::nullopt;
+  try {
+    require_alive();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  if (ways_.empty()) return std::nullopt;  // not connected yet
+  CopyWay& way = *ways_.at(index);
+  const auto loss = way.loss();
+  return loss ? std::optional(cat("rank ", rank_, ": ", way.name(), ": ", *loss)) : std::nullopt;
+}
+
+void CopyLink::abort() noexcept {
+  const Lock lock(mutex_);
+  aborted_ = true;
+  for (const auto& way : ways_) way->end();
+  for (const auto& [name, mailbox] : invited_) {  // nobody uses them here
+    mailbox->mark_aborted();
+    mailbox->mark_quiet();
+  }
+  idle_ = false;
+  wake_.notify_all();
+}
+
+void CopyLink::drain() {
+  const Clock::time_point deadline = Clock::now() + kPatience;
+  while (Clock::now() < deadline) {
+    {
+      const Lock lock(mutex_);
+      if (settled()) return;
+    }
+    std::this_thread::sleep_for(kBusyPoll);
+  }
+}
+
+void CopyLink::watch() {
+  Lock lock(mutex_);
+  while (!stopping_) {
+    idle_ = look_after_all();
+    if (idle_) {
+      wake_.wait_for(lock, kIdlePoll, [this] { return stopping_ || !idle_; });
+    } else {
+      wake_.wait_for(lock, kBusyPoll, [this] { return stopping_; });
+    }
+  }
+}
+
+bool CopyLink::look_after_all() noexcept {
+  bool all_done = true;
+  for (const auto& way : ways_) all_done = look_after(*way) && all_done;
+  return all_done;
+}
+
+bool CopyLink::look_after(CopyWay& way) noexcept {
+  if (way.peer_ended()) way.end();
+  if (way.ended()) return way.settled();
+  if (failure_) return true;
+  try {
+    return noting_failures(way.name(), [&] { return way.advance(); });
+  } catch (const std::exception&) {
+    return true;  // noted
+  }
+}
+
+bool CopyLink::settled() noexcept {
+  return std::all_of(ways_.begin(), ways_.end(), [](const auto& way) { return way->settled(); });
+}
+
+void CopyLink::require_alive() const {
+  if (aborted_) throw PipelineError(cat("rank ", rank_, ": the link was aborted"));
+  if (failure_) std::rethrow_exception(failure_);
+}
+
+}  // namespace
+
+std::unique_ptr<DeviceLink> copy_link(std::shared_ptr<CopyCalls> calls,
+                                      std::shared_ptr<Device> device, Rank rank) {
+  return std::make_unique<CopyLink>(std::move(calls), std::move(device), rank);
+}
+
+}  // namespace dualpipe

@@ -1,0 +1,60 @@
+#include "comm/copy_way.h"
+
+#include <exception>
+#include <utility>
+
+#include "common/error.h"
+
+namespace dualpipe {
+
+CopyWay::CopyWay(DeviceWay way, std::unique_ptr<Stream> stream,
+                 std::shared_ptr<CopyMailbox> mailbox)
+    : peer_(way.peer),
+      name_(std::move(way.name)),
+      stream_(std::move(stream)),
+      mailbox_(std::move(mailbox)) {}
+
+std::optional<std::string> CopyWay::loss() const {
+  const bool is_gone = mailbox_->peer_came() && !mailbox_->peer_lives();
+  if (!is_gone && !mailbox_->peer_aborted()) return std::nullopt;
+  if (mailbox_->has_arrived(last_message())) return std::nullopt;
+  return peer_end();
+}
+
+std::string CopyWay::peer_end() const {
+  return mailbox_->peer_aborted() ? cat("rank ", peer_, " has ended its side")
+                                  : cat("rank ", peer_, " is gone: its process has ended");
+}
+
+void CopyWay::end() noexcept {
+  if (std::exchange(ended_, true)) return;
+  mailbox_->mark_aborted();
+  mailbox_->release_all(num_issued_);
+  try {
+    last_ = stream_->record();
+  } catch (const std::exception&) {
+    // The device is broken: nothing runs on it any more.
+  }
+  forget(last_);
+}
+
+bool CopyWay::settled() noexcept {
+  mailbox_->release_all(num_issued_);  // first: a stream that is stuck may hold up the question
+  if (!through_) {
+    through_ = is_through();
+    if (through_) leave();
+  }
+  if (!through_ || !peer_is_through()) return false;
+  mailbox_->release_all(num_issued_);  // what either stream wrote last may hold up a stream
+  return true;
+}
+
+bool CopyWay::is_through() const noexcept {
+  try {
+    return !last_ || last_->done();
+  } catch (const std::exception&) {
+    return true;  // the device is broken
+  }
+}
+
+}  // namespace dualpipe
