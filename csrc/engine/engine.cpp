@@ -57,11 +57,24 @@ void Engine::run_guarded(const Program& program, StageRunner* runner, GradientRe
 }
 
 void Engine::connect() {
+  run_nothing([this] { executor_.connect(); });
+}
+
+void Engine::synchronize() {
+  run_nothing([this] {
+    if (const EventPtr computed = device_->compute().record()) computed->synchronize();
+    executor_.run(0);
+  });
+}
+
+template <typename Work>
+void Engine::run_nothing(const Work& work) {
+  const KeepsTrace keeps_trace(executor_);
   const Program nothing = make_reduce_program(rank_, {});
   executor_.begin(nothing, num_steps_ + 1, nullptr, nullptr);
-  guard(nullptr, [this] {
+  guard(nullptr, [&] {
     device_->begin();
-    executor_.connect();
+    work();
   });
 }
 
@@ -92,14 +105,15 @@ void Engine::raise_failure(GradientReducer* reducer) {
     throw;
   } catch (const PipelineError& error) {
     std::optional<Failure> failure = await_report();
-    const std::string own = cat(where, ": ", error.what());
-    if (failure.has_value()) {
-      transport_->abort(*failure);  // a reducer's threads may still wait
-    } else {
+    if (!failure.has_value()) {
+      const std::string own = cat(where, ": ", error.what());
       report(own);
+      recover(reducer);
+      throw PipelineError(own);
     }
+    transport_->abort(*failure);  // a reducer's threads may still wait
     recover(reducer);
-    if (!failure.has_value() || failure->rank == rank_) throw PipelineError(own);
+    if (failure->rank == rank_) throw PipelineError(cat(where, ": ", failure->text));
     throw PipelineError(cat(failure->text, "\n(noticed by ", where, ")"));
   } catch (const std::exception& error) {
     report(cat(where, ": ", error.what()));

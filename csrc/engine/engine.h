@@ -38,13 +38,17 @@ class Engine {
   // the trace stays that of the last run().
   void exchange(const Program& program, GradientReducer& reducer);
 
+  // A step of nothing: returns when the devices of all ranks are through with what they were told.
+  // The same contract as run(), which over device memory may return before a message fails.
+  void synchronize();
+
   // Fails a step before it begins, for a mistake that only this rank may have made: the others
   // must not wait for it. Returns; the caller raises its own error.
   void fail(const std::string& text) noexcept;
 
   [[nodiscard]] Rank rank() const { return rank_; }
   [[nodiscard]] Transport& transport() { return *transport_; }
-  [[nodiscard]] ControlPlane& control_plane() { return *control_; }
+  [[nodiscard]] Device& device() { return *device_; }
   [[nodiscard]] const std::shared_ptr<WeightQueue>& weight_queue() const { return weight_queue_; }
   [[nodiscard]] const Trace& trace() const { return executor_.trace(); }
   // What this rank last reported to the others.
@@ -57,6 +61,8 @@ class Engine {
  private:
   void run_guarded(const Program& program, StageRunner* runner, GradientReducer* reducer,
                    std::uint64_t shapes);
+  template <typename Work>
+  void run_nothing(const Work& work);
   template <typename Work>
   void guard(GradientReducer* reducer, const Work& work);
   // Called while an exception of the step is being handled.

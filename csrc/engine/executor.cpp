@@ -84,7 +84,8 @@ void Executor::post_receive(const Instruction& instruction) {
 
 void Executor::issue_send(const Instruction& instruction) {
   Message message = std::move(slots_[static_cast<std::size_t>(instruction.index)]);
-  transport_.send(instruction.peer, instruction.message, std::move(message), device_.record());
+  (void)transport_.send(instruction.peer, instruction.message, std::move(message),
+                        device_.compute().record());
 }
 
 void Executor::run_forward(const Instruction& instruction) {
@@ -110,7 +111,12 @@ void Executor::run_backward(const Instruction& instruction) {
 
 void Executor::run_weight(const Instruction& instruction) {
   const std::int64_t start = now_ns();
-  runner_->backward_weight(instruction.action.stage(), instruction.action.microbatch());
+  const Stage stage = instruction.action.stage();
+  WeightsAdvanced advanced;
+  if (instruction.is_last_weight && reducer_ != nullptr) {
+    advanced = [this, stage](const PendingWeights& pending) { reducer_->advance(stage, pending); };
+  }
+  runner_->backward_weight(stage, instruction.action.microbatch(), advanced);
   record(instruction.action, start);
 }
 
@@ -143,11 +149,12 @@ Message Executor::take_input(const Computation& computation) {
   const std::int64_t start = now_ns();
   awaited_.store(computation.index, std::memory_order_relaxed);
   waiting_since_ns_.store(start, std::memory_order_relaxed);
-  Message message = receives_[index]->wait();
+  Arrival arrival = receives_[index]->wait();
   waiting_since_ns_.store(0, std::memory_order_relaxed);
   receives_[index].reset();
+  device_.compute().wait(arrival.ready);
   wait_ns_ += now_ns() - start;
-  return message;
+  return std::move(arrival.message);
 }
 
 void Executor::keep_result(const Computation& computation, Message result) {

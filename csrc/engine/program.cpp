@@ -118,6 +118,20 @@ class Resolver {
   int num_slots_ = 0;
 };
 
+// A REDUCE_GRAD stands behind the last computation of its stage that adds to gradients.
+void mark_last_weights(std::vector<Instruction>& instructions) {
+  std::map<Stage, Instruction*> last;
+  for (Instruction& instruction : instructions) {
+    const Action& action = instruction.action;
+    if (action.op() == Op::kBackwardWeight) last[action.stage()] = &instruction;
+    if (action.op() == Op::kBackward) last.erase(action.stage());
+    if (action.op() == Op::kOverlap) last.erase(action.backward_half().stage());
+    if (action.op() != Op::kReduceGrad) continue;
+    const auto found = last.find(action.stage());
+    if (found != last.end()) found->second->is_last_weight = true;
+  }
+}
+
 }  // namespace
 
 Program make_program(const Schedule& lowered, Rank rank, std::string description) {
@@ -130,6 +144,7 @@ Program make_program(const Schedule& lowered, Rank rank, std::string description
       program.receives.push_back(static_cast<int>(program.instructions.size()));
     program.instructions.push_back(resolver.resolve(action));
   }
+  mark_last_weights(program.instructions);
   program.num_slots = resolver.num_slots();
   program.planned_peak_activations = peak_live_activations(lowered, rank);
   program.digest = digest(lowered);

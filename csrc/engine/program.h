@@ -26,12 +26,13 @@ struct Computation {
 };
 
 struct Instruction {
-  Action action;        // what stands in the schedule
-  Computation first;    // F, B, I, or the forward half of a pair
-  Computation second;   // the backward half of a pair
-  Rank peer;            // sends and receives
-  MessageId message{};  // sends and receives
-  int index = -1;       // a send's slot, a receive's number
+  Action action;                // what stands in the schedule
+  Computation first;            // F, B, I, or the forward half of a pair
+  Computation second;           // the backward half of a pair
+  Rank peer;                    // sends and receives
+  MessageId message{};          // sends and receives
+  int index = -1;               // a send's slot, a receive's number
+  bool is_last_weight = false;  // a W behind which the gradients of its stage are final
 };
 
 // One rank's lowered schedule with everything resolved. Immutable; shared by all steps that run it.
@@ -45,13 +46,6 @@ struct Program {
   std::string description;
 };
 
-// One way for one kind of message between this rank and another one.
-struct MessageWay {
-  Rank peer;
-  MessageKind kind;
-  bool outgoing;
-  auto operator<=>(const MessageWay&) const = default;
-};
 // All that a program sends and receives by, sorted.
 [[nodiscard]] std::vector<MessageWay> message_ways(const Program& program);
 

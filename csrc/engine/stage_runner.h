@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "common/ids.h"
+#include "engine/weight_queue.h"
 #include "memory/message.h"
 
 namespace dualpipe {
@@ -19,7 +20,9 @@ class StageRunner {
   // B: everything. I (defer_weights): gradients of the inputs; weights wait for backward_weight.
   [[nodiscard]] virtual Message backward(Stage stage, Microbatch microbatch, Message output_grad,
                                          bool defer_weights) = 0;
-  virtual void backward_weight(Stage stage, Microbatch microbatch) = 0;
+  // advanced: to be called as gradients become final, see WeightQueue::run().
+  virtual void backward_weight(Stage stage, Microbatch microbatch,
+                               const WeightsAdvanced& advanced) = 0;
 
   // A forward and a backward in one piece; returns (activation, input gradient). Called only where
   // the program keeps its pairs.
@@ -35,7 +38,9 @@ class StageRunner {
 class GradientReducer {
  public:
   virtual ~GradientReducer() = default;
-  virtual void start(Stage stage) = 0;  // its gradients are final; returns at once
+  // The last W of a stage is at work: what is not pending any more is final. Returns at once.
+  virtual void advance(Stage stage, const PendingWeights& pending) = 0;
+  virtual void start(Stage stage) = 0;  // all its gradients are final; returns at once
   virtual void finish() = 0;            // when it returns, all that was started is summed
   virtual void cancel() noexcept = 0;   // after a failed step: forgets what was started
 };

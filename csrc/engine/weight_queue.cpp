@@ -1,8 +1,20 @@
 #include "engine/weight_queue.h"
 
+#include <algorithm>
+
 #include "common/error.h"
 
 namespace dualpipe {
+
+void PendingWeights::add(const WeightTargets& targets) {
+  for (const void* target : targets) ++num_tasks_[target];
+}
+
+void PendingWeights::remove(const WeightTargets& targets) {
+  for (const void* target : targets) {
+    if (--num_tasks_[target] == 0) num_tasks_.erase(target);
+  }
+}
 
 void WeightQueue::begin_backward(Stage stage, Microbatch microbatch, bool defer) {
   current_ = {stage, microbatch};
@@ -11,18 +23,26 @@ void WeightQueue::begin_backward(Stage stage, Microbatch microbatch, bool defer)
 
 void WeightQueue::end_backward() { deferring_ = false; }
 
-void WeightQueue::put(Task task) {
+void WeightQueue::put(Task task, WeightTargets targets) {
   DUALPIPE_CHECK(deferring_,
                  "a weight gradient was deferred outside of a backward pass for inputs");
-  tasks_[current_].push_back(std::move(task));
+  tasks_[current_].push_back({std::move(task), std::move(targets)});
 }
 
-void WeightQueue::run(Stage stage, Microbatch microbatch) {
+void WeightQueue::run(Stage stage, Microbatch microbatch, const WeightsAdvanced& advanced) {
   auto node = tasks_.extract({stage, microbatch});
   if (node.empty()) return;
-  for (Task& task : node.mapped()) {
-    task();
-    task = nullptr;  // its tensors are not needed any more
+  std::vector<Deferred>& all = node.mapped();
+  const bool tells = advanced && std::none_of(all.begin(), all.end(), [](const Deferred& deferred) {
+                       return deferred.targets.empty();
+                     });
+  PendingWeights pending;
+  for (const Deferred& deferred : all) pending.add(deferred.targets);
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    all[i].task();
+    all[i].task = nullptr;  // its tensors are not needed any more
+    pending.remove(all[i].targets);
+    if (tells && i + 1 < all.size()) advanced(pending);
   }
 }
 

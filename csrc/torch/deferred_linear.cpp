@@ -88,6 +88,13 @@ bool pass_accumulates(const NodePtr& accumulator) {
   return found != asked_for->end() && found->second.needed_;
 }
 
+// False: hooks get the gradient, at the end of the W.
+bool add_target(const GradTarget& target, WeightTargets& targets) {
+  if (has_hooks(target.parameter)) return false;
+  targets.push_back(identity_of(target));
+  return true;
+}
+
 // What one call leaves to its backward beside the saved tensors.
 struct DeferredCall final : torch::CustomClassHolder {
   DeferredCall(std::weak_ptr<WeightQueue> to, LinearParameters used)
@@ -101,6 +108,15 @@ struct DeferredCall final : torch::CustomClassHolder {
   [[nodiscard]] Wanted wanted_by_pass() const {
     return {wanted.weight && pass_accumulates(weight_accumulator),
             wanted.bias && pass_accumulates(bias_accumulator)};
+  }
+
+  [[nodiscard]] WeightTargets targets(Wanted now) const {
+    WeightTargets targets;
+    if (now.weight && !add_target({parameters.weight, parameters.weight_main_grad}, targets)) {
+      return {};
+    }
+    if (now.bias && !add_target({parameters.bias, parameters.bias_main_grad}, targets)) return {};
+    return targets;
   }
 
   void accumulate_grads(const at::Tensor& output_grad, const at::Tensor& input, Wanted now) const {
@@ -193,9 +209,9 @@ class DeferredLinear : public autograd::Function<DeferredLinear> {
     const at::Tensor input = saved_input.defined() ? saved_input.detach() : saved_input;
     const std::shared_ptr<WeightQueue> queue = call->queue.lock();
     if (queue && queue->deferring()) {
-      queue->put([call, output_grad, input, wanted] {
-        call->accumulate_grads(output_grad, input, wanted);
-      });
+      queue->put([call, output_grad, input,
+                  wanted] { call->accumulate_grads(output_grad, input, wanted); },
+                 call->targets(wanted));
     } else {
       call->accumulate_grads(output_grad, input, wanted);
     }
@@ -244,9 +260,10 @@ at::Tensor deferred_linear(const at::Tensor& input, const LinearParameters& para
   return DeferredLinear::apply(input, anchor, c10::make_intrusive<DeferredCall>(queue, parameters));
 }
 
-void run_weight_gradients(WeightQueue& queue, Stage stage, Microbatch microbatch) {
+void run_weight_gradients(WeightQueue& queue, Stage stage, Microbatch microbatch,
+                          const WeightsAdvanced& advanced) {
   HookedGradsScope hooked;
-  queue.run(stage, microbatch);
+  queue.run(stage, microbatch, advanced);
   hooked.flush();
 }
 

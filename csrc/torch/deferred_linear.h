@@ -43,6 +43,7 @@ struct LinearParameters {
 
 // WeightQueue::run for queues with tasks of deferred_linear: a parameter that is used several
 // times in the micro-batch has its hooks called once, with the sum.
-void run_weight_gradients(WeightQueue& queue, Stage stage, Microbatch microbatch);
+void run_weight_gradients(WeightQueue& queue, Stage stage, Microbatch microbatch,
+                          const WeightsAdvanced& advanced = {});
 
 }  // namespace dualpipe

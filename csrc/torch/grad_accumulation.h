@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "torch/wide_product.h"
+
 namespace dualpipe {
 
 // A leaf parameter and where its gradient goes: .grad, or main_grad if that is defined.
@@ -23,6 +25,13 @@ struct GradTarget {
     return main_grad.defined() ? main_grad : parameter.grad();
   }
 };
+
+// What WeightTargets call it: a parameter's .grad may not be there yet.
+[[nodiscard]] inline const void* identity_of(const GradTarget& target) {
+  return target.main_grad.defined()
+             ? target.main_grad.const_data_ptr()
+             : static_cast<const void*>(target.parameter.unsafeGetTensorImpl());
+}
 
 // Gradients of parameters with hooks. Hooks belong to autograd, which alone knows when and in what
 // order to call them: flush() hands it one gradient a parameter. What the hooks leave in .grad
@@ -137,17 +146,23 @@ inline void accumulate(const GradTarget& target, const at::Tensor& grad) {
   }
 }
 
+// A .grad gets what autograd would add to it; main_grad is there for what that rounds away.
+[[nodiscard]] inline bool takes_products(const GradTarget& target, const at::Tensor& factor) {
+  const at::Tensor& sum = target.sum();
+  if (has_hooks(target.parameter) || !sum.defined()) return false;
+  if (sum.scalar_type() == factor.scalar_type()) return true;
+  return target.main_grad.defined() &&
+         c10::promoteTypes(sum.scalar_type(), factor.scalar_type()) == sum.scalar_type();
+}
+
 // Adds left @ right; in one kernel where the types allow.
 inline void accumulate_product(const GradTarget& target, const at::Tensor& left,
                                const at::Tensor& right) {
-  if (!has_hooks(target.parameter)) {
-    const at::Tensor& sum = target.sum();
-    if (sum.defined() && sum.scalar_type() == left.scalar_type()) {
-      sum.addmm_(left, right);
-      return;
-    }
+  if (takes_products(target, left)) {
+    add_product(target.sum(), left, right);
+  } else {
+    accumulate(target, at::mm(left, right));
   }
-  accumulate(target, at::mm(left, right));
 }
 
 }  // namespace dualpipe

@@ -22,16 +22,32 @@ struct StageTensors {
 //   kSumGradients  both add the other's gradient to their own: a + b = b + a, so that both hold
 //                  the same bits. A gradient that only one copy has becomes the other's as well.
 //   kCopy          the copy on the lower of the two ranks overwrites the other one.
-// Buckets of whole tensors travel as soon as their stage is started, each stage on a stream of its
-// own, so that one stage's wait never holds back the other's sends. together: the stages share
-// parameters, so none is final before all have been started.
+// Buckets of whole tensors, the last parameters of a stage first, as W finishes them, are sent as
+// soon as they are final. together: the stages share parameters, so none is final before all have
+// been started.
+//
+// Over a transport of host memory each stage has a thread, so that one stage's wait never holds
+// back the other's sends. On a device finish() adds what has come, on the reduction stream: by then
+// the host has issued the step, which the device still computes, and the sums hide in its
+// cool-down. The compute stream waits for them, nobody else.
 class MirrorExchange final : public GradientReducer {
  public:
   enum class Mode { kSumGradients, kCopy };
 
-  MirrorExchange(Transport& transport, Rank rank, int num_ranks, std::vector<StageTensors> stages,
-                 std::size_t bucket_bytes, Mode mode, bool together);
+  struct Options {
+    Rank rank;
+    int num_ranks;
+    std::size_t bucket_bytes;
+    Mode mode;
+    bool together = false;
+    bool on_threads = true;                // false: on the device's reduction stream
+    at::Device message_device = at::kCPU;  // whose memory the transport carries
+  };
 
+  MirrorExchange(Transport& transport, Device& device, std::vector<StageTensors> stages,
+                 Options options);
+
+  void advance(Stage stage, const PendingWeights& pending) override;
   void start(Stage stage) override;
   void finish() override;
   void cancel() noexcept override;
@@ -39,25 +55,35 @@ class MirrorExchange final : public GradientReducer {
  private:
   struct StageState {
     std::vector<Tensors> buckets;
-    std::unique_ptr<HostStream> stream;
+    std::unique_ptr<HostStream> thread;
     bool started = false;
+    std::size_t num_begun = 0;  // buckets, in order
+    // Of buckets, between begin() and complete():
+    std::vector<std::unique_ptr<PendingReceive>> incoming;
+    std::vector<EventPtr> left;
   };
 
-  void launch(Stage stage, StageState& state);
-  void exchange(Stage stage, StageState& state);
-  void send(Stage stage, const StageState& state);
-  void apply(Stage stage, const Tensors& bucket, Tensors theirs) const;
+  void launch(Stage stage, StageState& state, std::size_t num_buckets);
+  void complete_on_thread(Stage stage, StageState& state);
+  void begin(Stage stage, StageState& state, std::size_t bucket);
+  void complete(Stage stage, StageState& state);
+  void apply(Stage stage, const Tensors& bucket, const Tensors& theirs);
+  void add_gradient(const at::Tensor& parameter, const at::Tensor& theirs);
+  void hand_over_adopted();
+  [[nodiscard]] Message outgoing(const Tensors& bucket) const;
   [[nodiscard]] MessageId message(Stage stage, std::size_t bucket) const;
   [[nodiscard]] bool sends() const;
   [[nodiscard]] bool receives() const;
 
   Transport& transport_;
-  Rank rank_;
-  Rank mirror_;
-  int num_ranks_;
-  Mode mode_;
-  bool together_;
+  Device& device_;
+  const Options options_;
+  const Rank mirror_;
   std::map<Stage, StageState> stages_;
+  Tensors adopted_;  // gradients made on the reduction stream
 };
+
+// The ways that the exchanges of a rank take.
+[[nodiscard]] std::vector<MessageWay> mirror_ways(Rank rank, int num_ranks);
 
 }  // namespace dualpipe

@@ -78,8 +78,9 @@ Message TorchStageRunner::backward(Stage stage, Microbatch microbatch, Message o
   return input_grads(live);
 }
 
-void TorchStageRunner::backward_weight(Stage stage, Microbatch microbatch) {
-  without_stack([&] { run_weight_gradients(*weight_queue_, stage, microbatch); });
+void TorchStageRunner::backward_weight(Stage stage, Microbatch microbatch,
+                                       const WeightsAdvanced& advanced) {
+  without_stack([&] { run_weight_gradients(*weight_queue_, stage, microbatch, advanced); });
 }
 
 std::pair<Message, Message> TorchStageRunner::overlapped(Half forward, Half backward) {

@@ -59,7 +59,8 @@ class TorchStageRunner final : public StageRunner {
   [[nodiscard]] Message forward(Stage stage, Microbatch microbatch, Message input) override;
   [[nodiscard]] Message backward(Stage stage, Microbatch microbatch, Message output_grad,
                                  bool defer_weights) override;
-  void backward_weight(Stage stage, Microbatch microbatch) override;
+  void backward_weight(Stage stage, Microbatch microbatch,
+                       const WeightsAdvanced& advanced) override;
   [[nodiscard]] std::pair<Message, Message> overlapped(Half forward, Half backward) override;
 
  private:

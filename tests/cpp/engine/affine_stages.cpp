@@ -86,15 +86,16 @@ Message AffineStages::backward(Stage stage, Microbatch microbatch, Message outpu
   const Number input = saved_inputs_[placement_.cell(stage, microbatch)];
   const bool last = stage == placement_.last_stage();
   const Number grad = last ? scale(stage) * input + shift(stage) : from_message(output_grad);
-  auto weights = [this, stage, grad, input] {
-    results_.parameters[stage.index()].scale += grad * input;
-    results_.parameters[stage.index()].shift += grad;
-  };
+  auto& parameters = results_.parameters[stage.index()];
+  const auto add_scale = [&parameters, grad, input] { parameters.scale += grad * input; };
+  const auto add_shift = [&parameters, grad] { parameters.shift += grad; };
   queue_->begin_backward(stage, microbatch, defer_weights);
   if (queue_->deferring()) {
-    queue_->put(weights);
+    queue_->put(add_scale, {&parameters.scale});
+    queue_->put(add_shift, {&parameters.shift});
   } else {
-    weights();
+    add_scale();
+    add_shift();
   }
   queue_->end_backward();
   if (stage == placement_.first_stage()) {
@@ -103,9 +104,10 @@ Message AffineStages::backward(Stage stage, Microbatch microbatch, Message outpu
   return hand_over(grad * scale(stage));
 }
 
-void AffineStages::backward_weight(Stage stage, Microbatch microbatch) {
+void AffineStages::backward_weight(Stage stage, Microbatch microbatch,
+                                   const WeightsAdvanced& advanced) {
   before(Action(Op::kBackwardWeight, stage, microbatch));
-  queue_->run(stage, microbatch);
+  queue_->run(stage, microbatch, advanced);
 }
 
 std::pair<Message, Message> AffineStages::overlapped(Half forward_half, Half backward_half) {

@@ -40,7 +40,8 @@ class AffineStages final : public StageRunner {
   Message forward(Stage stage, Microbatch microbatch, Message input) override;
   Message backward(Stage stage, Microbatch microbatch, Message output_grad,
                    bool defer_weights) override;
-  void backward_weight(Stage stage, Microbatch microbatch) override;
+  void backward_weight(Stage stage, Microbatch microbatch,
+                       const WeightsAdvanced& advanced) override;
   std::pair<Message, Message> overlapped(Half forward_half, Half backward_half) override;
 
   // Called before each computation (a pair: with its two halves, and then once as a pair).

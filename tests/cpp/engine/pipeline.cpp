@@ -4,15 +4,15 @@
 
 #include <thread>
 
+#include "comm/device_ranks.h"
 #include "comm/framed_transport.h"
-#include "comm/nccl_ranks.h"
 #include "comm/store_control_plane.h"
 #include "schedule/planners/planners.h"
 
 namespace dualpipe::testing {
 
 std::string to_string(Over over) {
-  constexpr const char* kNames[] = {"Loopback", "Frames", "Nccl"};
+  constexpr const char* kNames[] = {"Loopback", "Frames", "Nccl", "Copy"};
   return kNames[static_cast<std::size_t>(over)];
 }
 
@@ -42,9 +42,10 @@ EnginePipeline::Ends EnginePipeline::ends(Rank rank, int num_ranks, Over over) {
 }
 
 std::unique_ptr<Transport> EnginePipeline::transport(Rank rank, int num_ranks, Over over) {
-  if (over == Over::kNccl) {
+  if (over == Over::kNccl || over == Over::kCopy) {
+    const LinkKind kind = over == Over::kNccl ? LinkKind::kNccl : LinkKind::kCopy;
     const auto device = std::make_shared<FakeDevice>();
-    return synchronized(nccl_rank(world_, fabric_, rank, num_ranks, device), device);
+    return synchronized(device_rank(world_, kind, fabric_, rank, num_ranks, device));
   }
   FramedOptions options{rank, num_ranks, {}, 0};
   for (int peer = 0; peer < num_ranks; ++peer) {

@@ -9,7 +9,7 @@
 #include <string_view>
 #include <vector>
 
-#include "comm/fake_nccl.h"
+#include "comm/device_ranks.h"
 #include "comm/loopback.h"
 #include "comm/memory_link.h"
 #include "engine/affine_stages.h"
@@ -42,7 +42,7 @@ class Outcome {
   std::exception_ptr error_;
 };
 
-enum class Over : std::uint8_t { kLoopback, kFrames, kNccl };
+enum class Over : std::uint8_t { kLoopback, kFrames, kNccl, kCopy };
 [[nodiscard]] std::string to_string(Over over);
 
 struct PipelineOptions {
@@ -53,16 +53,16 @@ struct PipelineOptions {
 };
 
 // The engines of all ranks, which are threads; over loopback, over the transport and the control
-// plane that processes use, on a link and a store in memory, or over those and the fake NCCL.
+// plane that processes use, on a link and a store in memory, or over those and a fake device link.
 class EnginePipeline {
  public:
   explicit EnginePipeline(int num_ranks, const PipelineOptions& options = {});
 
   [[nodiscard]] int num_ranks() const { return static_cast<int>(engines_.size()); }
   [[nodiscard]] Engine& engine(int rank) { return *engines_[static_cast<std::size_t>(rank)]; }
-  [[nodiscard]] LoopbackHub& hub() { return *hub_; }       // loopback
-  [[nodiscard]] LinkFabric& fabric() { return fabric_; }   // frames, nccl
-  [[nodiscard]] FakeNcclWorld& world() { return world_; }  // nccl
+  [[nodiscard]] LoopbackHub& hub() { return *hub_; }      // loopback
+  [[nodiscard]] LinkFabric& fabric() { return fabric_; }  // all others
+  [[nodiscard]] FakeWorld& world() { return world_; }     // nccl, copy
 
   // Runs the body on one thread a rank.
   std::vector<Outcome> on_all(const std::function<void(Engine&)>& body);
@@ -78,7 +78,7 @@ class EnginePipeline {
   std::shared_ptr<LoopbackHub> hub_;
   LinkFabric fabric_;
   SharedStore store_;
-  FakeNcclWorld world_;
+  FakeWorld world_;
   std::vector<std::unique_ptr<Engine>> engines_;
 };
 

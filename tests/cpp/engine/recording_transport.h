@@ -23,10 +23,9 @@ class RecordingTransport final : public Transport {
     log_("begin_step");
     inner_->begin_step(info);
   }
-  void send(Rank to, const MessageId& id, Message message,
-            const std::shared_ptr<Event>& ready) override {
+  EventPtr send(Rank to, const MessageId& id, Message message, const EventPtr& ready) override {
     log_("send " + to_string(id));
-    inner_->send(to, id, std::move(message), ready);
+    return inner_->send(to, id, std::move(message), ready);
   }
   std::unique_ptr<PendingReceive> receive(Rank from, const MessageId& id) override {
     log_("receive " + to_string(id));
@@ -52,7 +51,7 @@ class RecordingTransport final : public Transport {
    public:
     Receipt(std::unique_ptr<PendingReceive> inner, std::function<void()> log)
         : inner_(std::move(inner)), log_(std::move(log)) {}
-    Message wait() override {
+    Arrival wait() override {
       log_();
       return inner_->wait();
     }

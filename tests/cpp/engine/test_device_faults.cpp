@@ -24,7 +24,7 @@ class DeviceFault : public ::testing::Test {
     }
   }
   void expect_next_step_works() {
-    pipeline.world().mend_network();
+    pipeline.world().nccl.mend_network();
     job.stages(1).before = [](const Action&) {};
     expect_all_ok(job.step());
     EXPECT_EQ(job.results(), unsplit(job.lowered().placement));
@@ -43,7 +43,7 @@ class DeviceFault : public ::testing::Test {
 TEST_F(DeviceFault, InTheMiddleOfAStep) {
   expect_all_ok(job.step());
   job.stages(1).before = [this](const Action&) {
-    pipeline.world().break_network();
+    pipeline.world().nccl.break_network();
     std::this_thread::sleep_for(100ms);
   };
   expect_ended_by(job.step(), "the peer is gone");
@@ -51,16 +51,46 @@ TEST_F(DeviceFault, InTheMiddleOfAStep) {
 }
 
 TEST_F(DeviceFault, WhileTheRanksMeet) {
-  pipeline.world().fail("init_pair", NcclResult::kSystemError);
+  pipeline.world().nccl.fail("init_pair", NcclResult::kSystemError);
   expect_ended_by(job.step(), "cannot connect: NCCL says no");
   expect_next_step_works();
 }
 
 TEST_F(DeviceFault, AheadOfTheFirstStep) {
-  pipeline.world().fail("init_pair", NcclResult::kSystemError);
+  pipeline.world().nccl.fail("init_pair", NcclResult::kSystemError);
   expect_ended_by(pipeline.on_all([](Engine& engine) { engine.connect(); }), "cannot connect");
   expect_all_ok(pipeline.on_all([](Engine& engine) { engine.connect(); }));
   expect_next_step_works();
+}
+
+// The device of one rank fails after the step has returned everywhere.
+TEST_F(DeviceFault, AfterAStepEndsAllWhoSynchronize) {
+  const auto synchronize = [](Engine& engine) { engine.synchronize(); };
+  expect_all_ok(job.step());
+  const std::size_t num_events = pipeline.engine(0).trace().events.size();
+  expect_all_ok(pipeline.on_all(synchronize));
+  EXPECT_EQ(pipeline.engine(0).trace().events.size(), num_events);
+  pipeline.engine(1).transport().abort({Rank(1), 1, "rank 1: the peer is gone"});
+  expect_ended_by(pipeline.on_all(synchronize), "the peer is gone");
+  expect_next_step_works();
+}
+
+// The thread that issues a send late meets it, or the one that computes.
+TEST(BrokenDevice, EndsAStepThatCopies) {
+  PipelineOptions options;
+  options.over = Over::kCopy;
+  EnginePipeline pipeline(2, options);
+  AffineJob job(pipeline, "dualpipe", 4);
+  expect_all_ok(job.step());
+  job.stages(1).before = [&](const Action&) { pipeline.world().copies.break_device(); };
+  for (const Outcome& outcome : job.step()) {
+    EXPECT_TRUE(outcome.is<PipelineError>()) << outcome.text();
+    EXPECT_NE(outcome.text().find("the device says no to"), std::string::npos) << outcome.text();
+  }
+  pipeline.world().copies.mend_device();
+  job.stages(1).before = [](const Action&) {};
+  expect_all_ok(job.step());
+  EXPECT_EQ(job.results(), unsplit(job.lowered().placement));
 }
 
 // Over NCCL ranks wait for each other to begin: for a message that never comes, only earlier.

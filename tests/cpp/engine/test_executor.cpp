@@ -77,6 +77,8 @@ TEST_P(EveryPlanner, AlsoOverFrames) { expect_unsplit_results({}, Over::kFrames)
 
 TEST_P(EveryPlanner, AlsoOverNccl) { expect_unsplit_results({}, Over::kNccl); }
 
+TEST_P(EveryPlanner, AlsoByCopyEngines) { expect_unsplit_results({}, Over::kCopy); }
+
 TEST_P(EveryPlanner, AlsoWithoutBackward) {
   LoweringOptions options;
   options.with_backward = false;
@@ -161,6 +163,7 @@ TEST(Executor, CommitsOnceAtTheEnd) {
 
 class CountingReducer final : public GradientReducer {
  public:
+  void advance(Stage stage, const PendingWeights&) override { advanced.push_back(stage); }
   void start(Stage stage) override { started.push_back(stage); }
   void finish() override {
     if (throws) throw PipelineError("the sum went wrong");
@@ -168,6 +171,7 @@ class CountingReducer final : public GradientReducer {
   }
   void cancel() noexcept override { ++num_cancelled; }
 
+  std::vector<Stage> advanced;
   std::vector<Stage> started;
   int num_finished = 0;
   int num_cancelled = 0;
@@ -195,6 +199,7 @@ TEST(Executor, ReducesEachStageOnceItsGradientsAreFinal) {
   }));
   for (int rank = 0; rank < 4; ++rank) {
     CountingReducer& reducer = reducers[static_cast<std::size_t>(rank)];
+    EXPECT_EQ(reducer.advanced, reducer.started);  // by the last W of each stage alone
     std::sort(reducer.started.begin(), reducer.started.end());
     EXPECT_EQ(reducer.started,
               (std::vector{Stage(std::min(rank, 3 - rank)), Stage(std::max(rank, 3 - rank))}));

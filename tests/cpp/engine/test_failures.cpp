@@ -66,7 +66,8 @@ class FailingStage : public ::testing::TestWithParam<Over> {
 };
 
 INSTANTIATE_TEST_SUITE_P(Over, FailingStage,
-                         ::testing::Values(Over::kLoopback, Over::kFrames, Over::kNccl),
+                         ::testing::Values(Over::kLoopback, Over::kFrames, Over::kNccl,
+                                           Over::kCopy),
                          [](const auto& info) { return to_string(info.param); });
 
 TEST_P(FailingStage, MakesEveryRankThrowWithinASecond) {

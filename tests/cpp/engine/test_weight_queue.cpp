@@ -31,6 +31,36 @@ TEST(WeightQueue, RunsTheTasksOfOneWFirstInFirstOut) {
   EXPECT_EQ(queue.num_pending(), 0u);
 }
 
+TEST(WeightQueue, TellsWhatIsFinalAsItGoes) {
+  const int up = 0;
+  const int down = 0;
+  const int norm = 0;
+  WeightQueue queue;
+  queue.begin_backward(kStage, Microbatch(0), true);
+  queue.put([] {}, {&down});
+  queue.put([] {}, {&up, &down});  // a tied weight
+  queue.put([] {}, {&up});
+  queue.end_backward();
+  std::vector<std::vector<bool>> pending;
+  queue.run(kStage, Microbatch(0), [&](const PendingWeights& now) {
+    pending.push_back({now.contains(&up), now.contains(&down), now.contains(&norm)});
+  });
+  EXPECT_EQ(pending, (std::vector<std::vector<bool>>{{true, true, false}, {true, false, false}}));
+}
+
+TEST(WeightQueue, TellsNothingOfTasksWithUnknownTargets) {
+  const int weight = 0;
+  WeightQueue queue;
+  queue.begin_backward(kStage, Microbatch(0), true);
+  queue.put([] {});
+  queue.put([] {}, {&weight});
+  queue.put([] {}, {&weight});
+  queue.end_backward();
+  int num_calls = 0;
+  queue.run(kStage, Microbatch(0), [&](const PendingWeights&) { ++num_calls; });
+  EXPECT_EQ(num_calls, 0);
+}
+
 TEST(WeightQueue, KeepsStagesApart) {
   WeightQueue queue;
   int ran = 0;
