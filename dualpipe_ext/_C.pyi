@@ -18,6 +18,7 @@ __all__: list[str] = [
     "LoopbackHub",
     "MemoryStatistics",
     "MessageKind",
+    "MessageWay",
     "MirrorExchange",
     "PendingReceive",
     "PipelineError",
@@ -33,8 +34,10 @@ __all__: list[str] = [
     "WeightQueueScope",
     "current_weight_queue",
     "deferred_linear",
+    "mirror_ways",
     "plan_schedule",
     "planners",
+    "process_group_all_gather",
     "process_group_ends",
     "schedule_from_csv",
     "version",
@@ -427,6 +430,20 @@ class WeightQueue:
     @property
     def num_pending(self) -> int: ...
 
+class MessageWay:
+    """
+    One way for one kind of message to or from a rank.
+    """
+
+    __hash__: typing.ClassVar[None] = None
+    def __eq__(self, arg0: MessageWay) -> bool: ...
+    @property
+    def kind(self) -> MessageKind: ...
+    @property
+    def outgoing(self) -> bool: ...
+    @property
+    def peer(self) -> int: ...
+
 class Program:
     """
     One rank's schedule, resolved for the engine.
@@ -440,9 +457,9 @@ class Program:
     @property
     def digest(self) -> int: ...
     @property
-    def message_ways(self) -> list[tuple[int, MessageKind, bool]]:
+    def message_ways(self) -> list[MessageWay]:
         """
-        (peer, kind, outgoing) of all messages.
+        All that it sends and receives by.
         """
     @property
     def planned_peak_activations(self) -> int: ...
@@ -489,6 +506,8 @@ class Engine:
         bucket_bytes: typing.SupportsInt | typing.SupportsIndex,
         copy: bool,
         together: bool,
+        device: str,
+        on_threads: bool,
     ) -> MirrorExchange: ...
     def run(
         self,
@@ -500,6 +519,10 @@ class Engine:
         reducer: MirrorExchange | None,
         shapes: typing.SupportsInt | typing.SupportsIndex = 0,
     ) -> None: ...
+    def synchronize(self) -> None:
+        """
+        Waits for the devices of all ranks; on all of them, or on none.
+        """
     @property
     def busy_ns(self) -> int: ...
     @property
@@ -540,6 +563,14 @@ def deferred_linear(
     A linear layer that leaves the gradients of its parameters to the current queue.
     """
 
+def mirror_ways(
+    rank: typing.SupportsInt | typing.SupportsIndex,
+    num_ranks: typing.SupportsInt | typing.SupportsIndex,
+) -> list[MessageWay]:
+    """
+    The ways that the exchanges between mirrors take.
+    """
+
 def plan_schedule(
     name: str,
     num_ranks: typing.SupportsInt | typing.SupportsIndex,
@@ -553,6 +584,13 @@ def plan_schedule(
 def planners() -> list[PlannerInfo]:
     """
     All built-in planners.
+    """
+
+def process_group_all_gather(
+    group: typing.Any, values: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex]
+) -> list[list[float]]:
+    """
+    Every rank's numbers, by rank of the group. All ranks give equally many.
     """
 
 def process_group_ends(

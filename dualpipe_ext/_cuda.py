@@ -7,46 +7,66 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dualpipe_ext import _C
 
-__all__ = ["has_nccl", "nccl_engine", "require_nccl", "shapes_digest", "shared_queues"]
+__all__ = [
+    "gpu_engine",
+    "has_cuda",
+    "require_cuda",
+    "reserve_queues",
+    "shapes_digest",
+    "shared_queues",
+]
+
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"  # read by the driver when CUDA starts; 8 where not set
 
 
-def has_nccl() -> bool:
+def has_cuda() -> bool:
     """Whether this build can send from GPU to GPU."""
-    return hasattr(_C, "nccl_engine")
+    return hasattr(_C, "gpu_engine")
 
 
-def require_nccl() -> None:
-    """Raises ValueError where this build has no CUDA, or the process has two NCCLs."""
-    if not has_nccl():
+def require_cuda(transport: str) -> None:
+    """Raises ValueError where this build has no CUDA, or NCCL is wanted of a process with two."""
+    if not has_cuda():
         raise ValueError(
-            "transport='nccl' needs the extension with CUDA, and this one was built without; "
-            "python -m dualpipe_ext info shows what is missing, DUALPIPE_EXT_CUDA=1 asks for it"
+            f"transport={transport!r} needs the extension with CUDA, and this one was built "
+            f"without; python -m dualpipe_ext info shows what is missing, DUALPIPE_EXT_CUDA=1 asks "
+            f"for it"
         )
-    _C.require_one_nccl()  # type: ignore[attr-defined]
+    if transport == "nccl":
+        _C.require_one_nccl()  # type: ignore[attr-defined]
 
 
-def nccl_engine(*, threads: bool = False, **settings: Any) -> _C.Engine:
+def gpu_engine(*, threads: bool = False, **settings: Any) -> _C.Engine:
     """An engine whose messages stay on the GPU; ``threads``: ranks share this process and a hub."""
-    make: Callable[..., _C.Engine] = getattr(_C, "nccl_thread_engine" if threads else "nccl_engine")
+    make: Callable[..., _C.Engine] = getattr(_C, "gpu_thread_engine" if threads else "gpu_engine")
     return make(**settings)
+
+
+def reserve_queues() -> None:
+    """Asks for all hardware queues that a GPU has, where CUDA has not started in this process.
+
+    Once it has, the driver looks no more. A number that the user has set stays.
+    """
+    if has_cuda() and not torch.cuda.is_initialized():
+        os.environ.setdefault(QUEUES, "32")
 
 
 def shared_queues(num_streams: int) -> str | None:
     """What to tell the user where so many streams share hardware queues; ``None``: they do not.
 
-    A message that waits for its peer holds up computation behind it in the same queue. The driver
-    reads ``CUDA_DEVICE_MAX_CONNECTIONS`` when CUDA starts, before any stage is on a GPU.
+    A message that waits for its peer holds up computation behind it in the same queue.
     """
-    found = int(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "8") or 8)
+    found = int(os.environ.get(QUEUES) or 8)
     if found >= min(32, num_streams):
         return None
     return (
         f"{num_streams} streams share {found} hardware queues, so that a message which waits can "
-        f"hold up computation; set CUDA_DEVICE_MAX_CONNECTIONS=32 before the first use of CUDA"
+        f"hold up computation; import dualpipe_ext or set {QUEUES}=32 before the first use of CUDA"
     )
 
 

@@ -9,10 +9,12 @@ from typing import Any
 from dualpipe_ext._C import PipelineError
 from dualpipe_ext.groups import PipelineGroup
 
-__all__ = ["agree"]
+__all__ = ["agree", "collect"]
+
+Describe = Callable[[], dict[str, Any]]
 
 
-def agree(group: PipelineGroup, timeout: float, describe: Callable[[], dict[str, Any]]) -> None:
+def agree(group: PipelineGroup, timeout: float, describe: Describe) -> None:
     """Calls ``describe`` on every rank and compares the results.
 
     Entries must be equal on all ranks; those under ``"stages"``, where two ranks have the same.
@@ -23,6 +25,19 @@ def agree(group: PipelineGroup, timeout: float, describe: Callable[[], dict[str,
         ValueError: the ranks differ; on every rank, with what was found where.
         PipelineError: ``describe`` raised on another rank, or a rank did not come.
     """
+    _compare(collect(group, timeout, describe, "could not make its pipeline"))
+
+
+def collect(
+    group: PipelineGroup, timeout: float, describe: Describe, failure: str
+) -> list[dict[str, Any]]:
+    """Calls ``describe`` on every rank and returns the results, by rank. They travel as JSON.
+
+    Raises:
+        Exception: what ``describe`` raised on this rank, once the others know of it.
+        PipelineError: ``describe`` raised on another rank, which ``failure`` says more about, or a
+            rank did not come.
+    """
     try:
         own: dict[str, Any] = {"facts": describe()}
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
@@ -31,8 +46,8 @@ def agree(group: PipelineGroup, timeout: float, describe: Callable[[], dict[str,
     answers = [json.loads(text) for text in group.all_gather(json.dumps(own), timeout)]
     for rank, answer in enumerate(answers):
         if "error" in answer:
-            raise PipelineError(f"rank {rank} could not make its pipeline: {answer['error']}")
-    _compare([answer["facts"] for answer in answers])
+            raise PipelineError(f"rank {rank} {failure}: {answer['error']}")
+    return [answer["facts"] for answer in answers]
 
 
 def _compare(facts: list[dict[str, Any]]) -> None:

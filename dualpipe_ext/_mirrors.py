@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dualpipe_ext import _C
+from dualpipe_ext.gradients import main_grads
 
 __all__ = ["MirroredStages", "describe_stage"]
 
@@ -22,25 +23,33 @@ class MirroredStages:
     the lower stage, so that it travels and counts once.
     """
 
+    DEVICES_OF_THREADS = ("cpu",)  # elsewhere sums are work of the device's
+
     def __init__(
-        self, rank: int, num_ranks: int, stages: Sequence[int], modules: Sequence[nn.Module]
+        self,
+        rank: int,
+        num_ranks: int,
+        stages: Sequence[int],
+        modules: Sequence[nn.Module],
+        device: torch.device,
     ) -> None:
         self._rank = rank
         self._num_ranks = num_ranks
         self._modules = sorted(zip(stages, modules, strict=True), key=lambda pair: pair[0])
         self._tied = bool(_shared(modules))
+        self._device = device
         self._sum: _C.MirrorExchange | None = None
         self._summed: list[list[int]] = []  # the identities of what it sums
 
     def gradient_sum(self, engine: _C.Engine, bucket_bytes: int) -> _C.MirrorExchange:
         """What sums gradients: those in ``.grad``, and those in ``main_grad``."""
         parameters = self._tensors(with_buffers=False)
-        main_grads = [_main_grads(own) for _, own in parameters]
-        present = _identities([own for _, own in parameters] + main_grads)
+        in_main = [main_grads(own) for _, own in parameters]
+        present = _identities([own for _, own in parameters] + in_main)
         if self._sum is None or present != self._summed:  # parameters may be replaced
             tensors = [
                 (stage, own + [_bearer(grad) for grad in grads])
-                for (stage, own), grads in zip(parameters, main_grads, strict=True)
+                for (stage, own), grads in zip(parameters, in_main, strict=True)
             ]
             self._sum = self._exchange(engine, tensors, bucket_bytes, copy=False)
             self._summed = present
@@ -49,6 +58,23 @@ class MirroredStages:
     def copy(self, engine: _C.Engine, bucket_bytes: int) -> _C.MirrorExchange:
         """What overwrites parameters and buffers of the second copies with those of the first."""
         return self._exchange(engine, self._tensors(with_buffers=True), bucket_bytes, copy=True)
+
+    def swap(
+        self,
+        engine: _C.Engine,
+        bucket_bytes: int,
+        stages: Sequence[int],
+        own: Sequence[Tensor],
+        like: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """Gives the mirror tensors of this rank's, and returns those that it has given."""
+        # A gradient that one copy of a stage has becomes the other's as well, in the same bits.
+        given = [_bearer(tensor) for tensor in own]
+        taken = [tensor.detach() for tensor in like]
+        by_stage = {self._rank: given, self._num_ranks - 1 - self._rank: taken}
+        tensors = [(stage, by_stage[stage]) for stage, _ in self._modules]
+        engine.exchange(self._exchange(engine, tensors, bucket_bytes, copy=False), sorted(stages))
+        return [tensor.grad for tensor in taken if tensor.grad is not None]
 
     def average_buffers(self, engine: _C.Engine, bucket_bytes: int, stages: Sequence[int]) -> None:
         """Gives both copies of each floating-point buffer their mean, in the same bits."""
@@ -104,6 +130,8 @@ class MirroredStages:
             bucket_bytes=bucket_bytes,
             copy=copy,
             together=self._tied,
+            device=str(self._device),
+            on_threads=self._device.type in self.DEVICES_OF_THREADS,
         )
 
     def _tensors(self, with_buffers: bool) -> list[tuple[int, list[Tensor]]]:
@@ -131,12 +159,6 @@ def describe_stage(module: nn.Module, *, with_values: bool) -> list[Any]:
     if with_values:
         described.append(_digest(module))
     return described
-
-
-def _main_grads(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The ``main_grad`` of each parameter that has one, unless it is its ``.grad`` as well."""
-    found = [(p, getattr(p, "main_grad", None)) for p in parameters]
-    return [grad for p, grad in found if grad is not None and grad is not p.grad]
 
 
 def _identities(tensors: Sequence[Sequence[Tensor]]) -> list[list[int]]:

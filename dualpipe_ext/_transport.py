@@ -9,20 +9,27 @@ import torch
 
 from dualpipe_ext import _C
 from dualpipe_ext._advice import warn_caller
-from dualpipe_ext._cuda import require_nccl, shared_queues
+from dualpipe_ext._cuda import require_cuda, shared_queues
 from dualpipe_ext.config import DualPipeConfig
 
 __all__ = ["EngineSettings", "GpuSettings", "gpu_settings"]
 
-Way = tuple[int, _C.MessageKind, bool]  # peer, kind, outgoing
-
 
 @dataclass(frozen=True)
 class GpuSettings:
-    """Messages in device memory, over NCCL."""
+    """Messages in device memory.
 
-    ways: Sequence[Way]
+    Attributes:
+        ways: all that this rank sends and receives by.
+        device: the index of its GPU.
+        by_copies: by copy engines, not over NCCL.
+        max_ctas: thread blocks that a message over NCCL may take; 0: as NCCL likes.
+        dynamic_shapes: whether each message is described to its receiver.
+    """
+
+    ways: Sequence[_C.MessageWay]
     device: int
+    by_copies: bool
     max_ctas: int
     dynamic_shapes: bool
 
@@ -43,23 +50,37 @@ class EngineSettings:
 
 
 def gpu_settings(
-    config: DualPipeConfig, device: torch.device, ways: Sequence[Way]
+    config: DualPipeConfig,
+    device: torch.device,
+    ways: Sequence[_C.MessageWay],
+    ranks_in_process: int = 1,
 ) -> GpuSettings | None:
     """The settings for messages on the GPU, where the configuration asks for them.
+
+    Args:
+        config: the pipeline's.
+        device: that of the stages.
+        ways: all that the rank sends and receives by.
+        ranks_in_process: how many ranks share the hardware queues of this process.
 
     Raises:
         ValueError: it does, and the stages are elsewhere.
     """
     if config.transport == "host":
         return None
-    require_nccl()
+    require_cuda(config.transport)
     if device.type != "cuda":
         raise ValueError(
-            f"transport='nccl' is for stages on a GPU, and these are on {str(device)!r}; move them "
-            f"there before the pipeline is made, or choose transport='host'"
+            f"transport={config.transport!r} is for stages on a GPU, and these are on "
+            f"{str(device)!r}; move them there before the pipeline is made, or choose "
+            f"transport='host'"
         )
-    problem = shared_queues(len(ways) + 1)
+    # Beside those of its messages, a rank has a stream that computes and one that sums; a
+    # communicator has two of NCCL's own, which wait for its messages.
+    streams_per_way = 3 if config.transport == "nccl" else 1
+    problem = shared_queues(ranks_in_process * (streams_per_way * len(ways) + 2))
     if problem is not None:
         warn_caller(problem)
     index = torch.cuda.current_device() if device.index is None else device.index
-    return GpuSettings(ways, index, config.nccl_max_ctas, config.dynamic_shapes)
+    by_copies = config.transport == "copy"
+    return GpuSettings(ways, index, by_copies, config.nccl_max_ctas, config.dynamic_shapes)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
 
 __all__ = ["DualPipeConfig"]
 
+MemoryOptimization = Literal["none", "activation_checkpoint", "offload"]
 MirrorInit = Literal["broadcast", "check", "none"]
-Transport = Literal["host", "nccl"]
+OverlapStrategy = Literal["full", "none"]
+Transport = Literal["host", "nccl", "copy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +24,20 @@ class DualPipeConfig:
     """How the engine runs a pipeline. The same on every rank.
 
     Attributes:
-        num_microbatches: used by ``step`` where ``num_chunks`` is left out; 0: it must be given.
+        num_stages: of the whole model; a pipeline of another number is an error. 0: whatever the
+            schedule has on the ranks that there are.
+        num_microbatches: used by ``step`` where ``num_chunks`` is left out; 0: it must be given
+            (:class:`~dualpipe_ext.TrainingWrapper` takes the least that the schedule serves).
+        schedule: used where a pipeline is given none.
+        overlap_strategy: ``"full"``, or ``"none"``, to compare with or to look for a mistake:
+            receives are posted where they are used, weight gradients are computed with those of the
+            inputs, a pair runs one after the other and mirrored gradients are summed after the
+            step, whatever ``lookahead``, ``split_weight_gradients`` and ``use_overlapped`` say.
+        memory_optimization: what to do about activations that wait for their backward:
+            ``"activation_checkpoint"`` keeps the inputs of each layer of an adapter's partition (of
+            each stage that is another module) and computes the rest again; ``"offload"`` moves them
+            to host memory, which does nothing for stages that are there. Losses and gradients are
+            the same numbers. Offloading has not run on a GPU yet.
         lookahead: computations ahead of its use at which a receive is posted. More hides more
             latency and holds more receive buffers.
         timeout: seconds that a rank waits for one message, or for the others at construction,
@@ -28,20 +49,27 @@ class DualPipeConfig:
         split_weight_gradients: defer the weight gradients of ``nn.Linear`` to the W of the
             schedule. Off: everything is computed in I, correctly and with a larger bubble.
         transport: what messages between stages travel over: ``"host"``, the memory of the host
-            and the process group's backend for it, whatever device the stages are on; or
-            ``"nccl"``, from GPU to GPU, for stages on CUDA. The latter has not run on a GPU yet.
+            and the process group's backend for it, whatever device the stages are on;
+            ``"nccl"``, from GPU to GPU, for stages on CUDA; or ``"copy"``, the same by the copy
+            engines of GPUs on one node, which takes no processor from computation. The last two
+            have not run on a GPU yet.
         nccl_max_ctas: thread blocks that a message over NCCL may take from computation; 0: as many
             as NCCL likes.
-        dynamic_shapes: over NCCL, describe each message to its receiver. Needed where what a stage
-            returns changes its shape or type from step to step with equal inputs.
+        dynamic_shapes: from GPU to GPU, describe each message to its receiver. Needed where what a
+            stage returns changes its shape or type from step to step with equal inputs.
         use_overlapped: run a stage's own ``overlapped_forward_backward`` where it has one.
         seed: reseeds torch before every stage's forward from (seed, step, stage, micro-batch), so
             that dropout does not depend on the number of ranks or the schedule
-            (:func:`dualpipe_ext.microbatch_seed`). ``None``: random numbers are the caller's.
+            (:func:`dualpipe_ext.microbatch_seed`). ``None``: random numbers are the caller's
+            (:class:`~dualpipe_ext.TrainingWrapper` chooses a seed).
             For ranks that are processes: threads share torch's one generator and disturb it.
     """
 
+    num_stages: int = 0
     num_microbatches: int = 0
+    schedule: str = "dualpipe"
+    overlap_strategy: OverlapStrategy = "full"
+    memory_optimization: MemoryOptimization = "none"
     lookahead: int = 2
     timeout: float = 600.0
     bucket_bytes: int = 4 * 1024 * 1024
@@ -54,22 +82,101 @@ class DualPipeConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        _at_least("num_stages", self.num_stages, 0)
         _at_least("num_microbatches", self.num_microbatches, 0)
         _at_least("lookahead", self.lookahead, 0)
         _at_least("bucket_bytes", self.bucket_bytes, 1)
         _at_least("nccl_max_ctas", self.nccl_max_ctas, 0)
-        if self.transport not in ("host", "nccl"):
-            raise ValueError(f"transport={self.transport!r}: choose 'host' or 'nccl'")
+        _one_of("overlap_strategy", self.overlap_strategy, OverlapStrategy)
+        _one_of("memory_optimization", self.memory_optimization, MemoryOptimization)
+        _one_of("transport", self.transport, Transport)
+        _one_of("mirror_init", self.mirror_init, MirrorInit)
+        if not isinstance(self.schedule, str):
+            raise TypeError(
+                f"schedule={self.schedule!r}: it must be a name of dualpipe_ext.schedule."
+                f"schedules(); a schedule of your own is an argument of Pipeline"
+            )
+        for name in ("split_weight_gradients", "use_overlapped", "dynamic_shapes"):
+            _of_type(name, getattr(self, name), bool)
+        if self.seed is not None:
+            _of_type("seed", self.seed, int)
+        if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)):
+            raise TypeError(f"timeout={self.timeout!r}: it must be a number of seconds")
         if not self.timeout > 0:
             raise ValueError(f"timeout={self.timeout}: it is in seconds and must be above 0")
-        if self.mirror_init not in ("broadcast", "check", "none"):
-            raise ValueError(
-                f"mirror_init={self.mirror_init!r}: choose 'broadcast', 'check' or 'none'"
-            )
+
+    def resolved(self) -> DualPipeConfig:
+        """This configuration with what its ``overlap_strategy`` decides filled in."""
+        if self.overlap_strategy == "full":
+            return self
+        return replace(self, lookahead=0, split_weight_gradients=False, use_overlapped=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, by name."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> DualPipeConfig:
+        """The configuration with these settings; what is left out has its default.
+
+        Raises:
+            ValueError: an unknown setting, or a value that is not allowed.
+            TypeError: a value of a wrong type, or no mapping.
+        """
+        if not isinstance(settings, Mapping):
+            raise TypeError(f"settings must be a mapping; found {type(settings).__name__}")
+        known = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise ValueError(
+                    f"{name!r} is no setting of {cls.__name__}; {_nearest(name, known)}"
+                )
+        return cls(**settings)
+
+    def to_yaml(self, path: str | os.PathLike[str] | None = None) -> str:
+        """All settings as YAML; also written to ``path`` where one is given."""
+        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        if path is not None:
+            Path(path).write_text(text)
+        return text
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> DualPipeConfig:
+        """The configuration in a YAML file, as :meth:`from_dict` reads it.
+
+        Raises:
+            ValueError: as there, with the file's name; or a file that is no YAML.
+            TypeError: as there.
+        """
+        try:
+            settings = yaml.safe_load(Path(path).read_text())
+            return cls.from_dict({} if settings is None else settings)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{os.fspath(path)} is no YAML: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{os.fspath(path)}: {error}") from error
+
+
+def _of_type(name: str, value: object, wanted: type) -> None:
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise TypeError(
+            f"{name}={value!r}: it must be {'a' if wanted is bool else 'an'} {wanted.__name__}, not "
+            f"{type(value).__name__}"
+        )
 
 
 def _at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r}: it must be an int, not {type(value).__name__}")
+    _of_type(name, value, int)
     if value < least:
         raise ValueError(f"{name}={value}: it must be at least {least}")
+
+
+def _one_of(name: str, value: str, kind: Any) -> None:
+    allowed = [repr(each) for each in get_args(kind)]
+    if repr(value) not in allowed:
+        raise ValueError(f"{name}={value!r}: choose {', '.join(allowed[:-1])} or {allowed[-1]}")
+
+
+def _nearest(name: object, known: list[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"

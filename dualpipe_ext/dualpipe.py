@@ -24,7 +24,8 @@ class DualPipe(Pipeline):
     Source: DeepSeek-V3 Technical Report (arXiv 2412.19437), section 3.2.1.
 
     Args:
-        modules: (stage r, stage P-1-r).
+        modules: (stage r, stage P-1-r); or twice the same partition of an adapter
+            (:func:`dualpipe_ext.adapters.get_model_adapter`), which knows the other one.
         batch_dim: the dimension along which batches are cut.
         process_group: the ranks; torch's default group where left out.
         rank_mapping: entry i is the place in the pipeline of the group's rank i.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["clip_local_gradients", "gradients_of", "total_norm"]
+__all__ = ["clip_local_gradients", "gradients_of", "main_grads", "total_norm"]
 
 GatherFloats = Callable[[Sequence[float]], list[list[float]]]
 
@@ -35,6 +35,12 @@ def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Each parameter's ``.grad``; its ``main_grad``, if that is where its gradient is kept."""
     grads = (p.grad if p.grad is not None else getattr(p, "main_grad", None) for p in parameters)
     return [grad for grad in grads if grad is not None]
+
+
+def main_grads(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The ``main_grad`` of each parameter that has one, unless it is its ``.grad`` as well."""
+    found = [(p, getattr(p, "main_grad", None)) for p in parameters]
+    return [grad for p, grad in found if grad is not None and grad is not p.grad]
 
 
 def _power_sum(grads: Sequence[Tensor], norm_type: float) -> float:

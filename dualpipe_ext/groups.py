@@ -8,14 +8,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
-import torch
 import torch.distributed as dist
 
 from dualpipe_ext import _C
-from dualpipe_ext._cuda import nccl_engine
+from dualpipe_ext._cuda import gpu_engine
 from dualpipe_ext._transport import EngineSettings
 
-__all__ = ["FaultInjector", "LoopbackGroup", "PipelineGroup", "resolve_group"]
+__all__ = [
+    "FaultInjector",
+    "LoopbackGroup",
+    "PipelineGroup",
+    "has_group",
+    "is_first_rank",
+    "resolve_group",
+]
 
 FaultInjector = Callable[[int, int, _C.MessageKind, int, int], _C.Fault]
 
@@ -93,7 +99,7 @@ class LoopbackGroup(PipelineGroup):
         if settings.gpu is None:
             engine = _C.Engine.loopback(hub, self.rank, settings.timeout)
         else:
-            engine = nccl_engine(threads=True, hub=hub, rank=self.rank, **_over_nccl(settings))
+            engine = gpu_engine(threads=True, hub=hub, rank=self.rank, **_on_gpu(settings))
         self._engines.append(weakref.ref(engine))
         return engine
 
@@ -139,33 +145,46 @@ class _ProcessGroup(PipelineGroup):
             return _C.Engine.process_group(
                 self._group, self.rank, self._group_ranks, peers, settings.timeout
             )
-        return nccl_engine(
+        return gpu_engine(
             group=self._group,
             rank=self.rank,
             group_ranks=self._group_ranks,
             peers=peers,
-            **_over_nccl(settings),
+            **_on_gpu(settings),
         )
 
     def all_gather(self, text: str, timeout: float) -> list[str]:
         return self._texts.all_gather(text, timeout)
 
     def all_gather_floats(self, values: Sequence[float]) -> list[list[float]]:
-        own = torch.tensor(values, dtype=torch.float64)
-        gathered = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(gathered, own, group=self._group)
-        return [gathered[self._group_ranks[rank]].tolist() for rank in range(self.size)]
+        gathered = _C.process_group_all_gather(self._group, values)
+        return [gathered[self._group_ranks[rank]] for rank in range(self.size)]
 
 
-def _over_nccl(settings: EngineSettings) -> dict[str, Any]:
+def _on_gpu(settings: EngineSettings) -> dict[str, Any]:
     assert settings.gpu is not None
     return {
-        "channels": list(settings.gpu.ways),
+        "ways": list(settings.gpu.ways),
         "device": settings.gpu.device,
+        "by_copies": settings.gpu.by_copies,
         "max_ctas": settings.gpu.max_ctas,
         "dynamic_shapes": settings.gpu.dynamic_shapes,
         "timeout_seconds": settings.timeout,
     }
+
+
+def has_group(process_group: dist.ProcessGroup | PipelineGroup | None) -> bool:
+    """Whether :func:`resolve_group` would find one."""
+    known = process_group or getattr(_current, "group", None)
+    return known is not None or dist.is_initialized()
+
+
+def is_first_rank(process_group: dist.ProcessGroup | PipelineGroup | None) -> bool:
+    """Whether this is the first rank of the group that a new pipeline would have; true without."""
+    group = process_group or getattr(_current, "group", None)
+    if isinstance(group, PipelineGroup):
+        return group.rank == 0
+    return not has_group(group) or dist.get_rank(group) == 0
 
 
 def resolve_group(

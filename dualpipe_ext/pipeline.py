@@ -16,23 +16,19 @@ from dualpipe_ext._batch import check_num_chunks, cut_batch
 from dualpipe_ext._C import InternalError, PipelineError
 from dualpipe_ext._cuda import shapes_digest
 from dualpipe_ext._handshake import agree
-from dualpipe_ext._mirrors import MirroredStages, describe_stage
-from dualpipe_ext._overlap import find_overlapped
+from dualpipe_ext._local_stages import LocalStages
 from dualpipe_ext._plans import PlannedStep, StepPlanner
-from dualpipe_ext._source import ScheduleSource
 from dualpipe_ext._step import Criterion, LossHooks, Step, microbatch_seed
-from dualpipe_ext._transport import EngineSettings, gpu_settings
+from dualpipe_ext._transport import EngineSettings
 from dualpipe_ext.config import DualPipeConfig
 from dualpipe_ext.gradients import clip_local_gradients, total_norm
 from dualpipe_ext.groups import PipelineGroup, resolve_group
 from dualpipe_ext.microbatches import Joined
+from dualpipe_ext.profiling import record_step
 from dualpipe_ext.schedule import Schedule
 from dualpipe_ext.stats import StepStatistics, TraceEvent
 from dualpipe_ext.weight_grad import (
     WeightSplitReport,
-    defer_weight_gradients,
-    undo_defer_weight_gradients,
-    weight_split,
 )
 
 __all__ = ["Pipeline"]
@@ -46,8 +42,10 @@ class Pipeline(nn.Module):
     which is what the next stage is called with.
 
     Args:
-        modules: this rank's stages, in the order of :attr:`stages`.
-        schedule: a name of ``dualpipe_ext.schedule.schedules()``, or a schedule of one's own.
+        modules: this rank's stages, in the order of :attr:`stages`. A partition of
+            :mod:`dualpipe_ext.adapters` given twice stands for itself and the other one.
+        schedule: a name of ``dualpipe_ext.schedule.schedules()``, or a schedule of one's own; the
+            configuration's where left out.
         batch_dim: the dimension along which batches are cut.
         process_group: the ranks; torch's default group where left out.
         rank_mapping: entry i is the place in the pipeline of the group's rank i.
@@ -62,7 +60,7 @@ class Pipeline(nn.Module):
     def __init__(
         self,
         modules: Sequence[nn.Module],
-        schedule: str | Schedule = "dualpipe",
+        schedule: str | Schedule | None = None,
         batch_dim: int = 0,
         process_group: dist.ProcessGroup | PipelineGroup | None = None,
         rank_mapping: Sequence[int] | None = None,
@@ -71,14 +69,19 @@ class Pipeline(nn.Module):
     ) -> None:
         super().__init__()
         self.batch_dim = batch_dim
-        self.config = config or DualPipeConfig()
+        self.config = (config or DualPipeConfig()).resolved()
         self.group = resolve_group(process_group, rank_mapping)
         self.rank = self.group.rank
         self.num_ranks = self.group.size
-        agree(self.group, self.config.timeout, lambda: self._adopt(list(modules), schedule))
+        agree(
+            self.group,
+            self.config.timeout,
+            lambda: self._adopt(list(modules), schedule or self.config.schedule),
+        )
         self._hooks = LossHooks()
+        local = self._local
         self._planner = StepPlanner(
-            self._source, self.rank, self.config.lookahead, self._overlapped.function is not None
+            local.source, self.rank, self.config.lookahead, local.overlapped.function is not None
         )
         self._last_plan: PlannedStep | None = None
         self._num_steps = 0
@@ -86,9 +89,9 @@ class Pipeline(nn.Module):
         self._unsummed: int | None = None  # MirroredStages.num_changes() after a step, until a sum
         self._has_warned_of_sum = False
         self._engine = self.group.make_engine(
-            EngineSettings(self._peers(), self.config.timeout, self._gpu)
+            EngineSettings(local.peers(), self.config.timeout, local.gpu)
         )
-        if self._gpu is not None:
+        if local.gpu is not None:
             self._engine.connect()
         if self.config.mirror_init == "broadcast":
             self.sync_parameters()
@@ -98,17 +101,17 @@ class Pipeline(nn.Module):
     @property
     def stages(self) -> list[int]:
         """The stages that this rank holds, in the order of its modules."""
-        return list(self._stages)
+        return list(self._local.stages)
 
     @property
     def num_stages(self) -> int:
         """The stages of the whole model."""
-        return self._num_stages
+        return self._local.num_stages
 
     @property
     def is_mirrored(self) -> bool:
         """Whether every stage has two copies, on ranks r and P-1-r."""
-        return self._mirrors is not None
+        return self._local.mirrors is not None
 
     @property
     def weight_split(self) -> WeightSplitReport:
@@ -116,7 +119,17 @@ class Pipeline(nn.Module):
 
         Empty where the configuration does not split them.
         """
-        return self._weight_split
+        return self._local.weight_split
+
+    @property
+    def num_steps(self) -> int:
+        """Calls of :meth:`step` so far, of which random numbers depend where ``seed`` is set."""
+        return self._num_steps
+
+    def resume_at(self, num_steps: int) -> None:
+        """Goes on as after so many steps, with parameters that were loaded into all copies."""
+        self._num_steps = num_steps
+        self._unsummed = None
 
     # Steps
 
@@ -173,17 +186,29 @@ class Pipeline(nn.Module):
             check_num_chunks(num_chunks)
             if training:
                 self._warn_of_missing_sum()
-            plan = self._planner.plan(num_chunks, training, sync_gradients)
+            sum_within = sync_gradients and self.config.overlap_strategy == "full"
+            plan = self._planner.plan(num_chunks, training, sum_within)
             step = self._make_step(plan, inputs, labels, criterion, training, return_outputs)
-            reducer = self._gradient_sum() if sync_gradients and training else None
+            reducer = self._gradient_sum() if sum_within and training else None
         except BaseException as error:  # whatever it is, the other ranks must not wait for this one
-            self._engine.fail(f"{type(error).__name__}: {error}")
+            self.abandon_step(error)
             raise
         self._last_plan = plan
         self._run(plan, step, reducer)
-        if training and self._mirrors is not None:
-            self._unsummed = None if sync_gradients else self._mirrors.num_changes()
+        record_step(self, training)
+        if training and self._local.mirrors is not None:
+            self._unsummed = None if sum_within else self._local.mirrors.num_changes()
+            if sync_gradients and not sum_within:
+                self.sync_gradients()
         return step.loss(), step.gathered_outputs()
+
+    def abandon_step(self, error: BaseException) -> None:
+        """Tells the other ranks that this one does not come to the next :meth:`step`.
+
+        It fails on them with a ``PipelineError`` that has the text of the error, and counts as a
+        step here as well. For what goes wrong on one rank before the step.
+        """
+        self._engine.fail(f"{type(error).__name__}: {error}")
 
     def sync_gradients(self) -> None:
         """Sums the gradients of the two copies of each stage; both copies get the same bits.
@@ -193,17 +218,33 @@ class Pipeline(nn.Module):
         """
         exchange = self._gradient_sum()
         if exchange is not None:
-            self._engine.exchange(exchange, sorted(self._stages))
+            self._engine.exchange(exchange, sorted(self.stages))
             self._unsummed = None
+
+    def synchronize(self) -> None:
+        """Waits until the GPUs of all ranks are through with what they were told so far.
+
+        Call it on every rank before trusting results for good, saving them for one. Over
+        ``transport="nccl"`` and ``"copy"``, :meth:`step` returns before the GPU is done: a message
+        that fails after that ends the next call, not the step, whose results are then worthless.
+
+        Raises:
+            PipelineError: a message of the last step failed, on any rank.
+        """
+        self._engine.synchronize()
+
+    def mark_gradients_summed(self) -> None:
+        """For loops that sum gradients over all copies of each stage themselves."""
+        self._unsummed = None
 
     def sync_parameters(self) -> None:
         """Overwrites parameters and buffers of each stage's second copy with those of the first.
 
         The first copy of stage s is that on rank s. Called at construction by default.
         """
-        if self._mirrors is not None:
-            exchange = self._mirrors.copy(self._engine, self.config.bucket_bytes)
-            self._engine.exchange(exchange, sorted(self._stages))
+        if self._local.mirrors is not None:
+            exchange = self._local.mirrors.copy(self._engine, self.config.bucket_bytes)
+            self._engine.exchange(exchange, sorted(self.stages))
             self._unsummed = None
 
     def sync_buffers(self) -> None:
@@ -212,8 +253,25 @@ class Pipeline(nn.Module):
         For running statistics of batch norms, which each copy takes of its own micro-batches. Call
         it on every rank, before evaluating or saving. Nothing happens where stages have one copy.
         """
-        if self._mirrors is not None:
-            self._mirrors.average_buffers(self._engine, self.config.bucket_bytes, self._stages)
+        if self._local.mirrors is not None:
+            self._local.mirrors.average_buffers(self._engine, self.config.bucket_bytes, self.stages)
+
+    def swap_with_mirror(self, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+        """Gives tensors to the rank that has the other copies, and returns what that rank gives.
+
+        Call it on every rank of a pipeline whose stages have two copies; some may give nothing.
+
+        Args:
+            tensors: of a floating-point type.
+            like: tensors of the shapes and types that will come, whatever they hold.
+        """
+        if self._local.mirrors is None:
+            raise ValueError(
+                f"{self._local.source.name} has one copy of each stage: there are no mirrors"
+            )
+        return self._local.mirrors.swap(
+            self._engine, self.config.bucket_bytes, self.stages, tensors, like
+        )
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clips the gradients of the whole model by their norm; returns the norm before.
@@ -229,7 +287,9 @@ class Pipeline(nn.Module):
                 f"max_norm={max_norm}, norm_type={norm_type}: both must be above 0; "
                 f"use float('inf') as max_norm to measure without clipping"
             )
-        counted = self._mirrors.counted_parameters() if self._mirrors else self.parameters()
+        counted = (
+            self._local.mirrors.counted_parameters() if self._local.mirrors else self.parameters()
+        )
         norm = total_norm(counted, norm_type, self.group.all_gather_floats)
         clip_local_gradients(self.parameters(), norm, max_norm)
         return norm
@@ -288,98 +348,24 @@ class Pipeline(nn.Module):
 
     def _adopt(self, modules: list[nn.Module], schedule: str | Schedule) -> dict[str, Any]:
         """Checks and takes the modules; returns what must be equal on all ranks."""
-        self._source = ScheduleSource.of(schedule, self.num_ranks, len(modules))
-        layout = self._source.smallest()
-        self._num_stages = layout.num_stages
-        self._stages = layout.stages_of(self.rank)
-        self._check_modules(modules)
-        self.module = nn.ModuleList(modules)
-        self._overlapped = find_overlapped(modules if self.config.use_overlapped else [])
-        if not self.config.split_weight_gradients:
-            undo_defer_weight_gradients(self.module)
-            self._weight_split = weight_split(nn.ModuleList())
-        else:
-            self._weight_split = defer_weight_gradients(self.module)
-        mirrored = layout.mirror_of(self.rank) is not None
-        self._mirrors = (
-            MirroredStages(self.rank, self.num_ranks, self._stages, modules) if mirrored else None
-        )
-        program = _C.Program(layout.lower().native, self.rank, "")
-        self._gpu = gpu_settings(self.config, self._device(), program.message_ways)
-        self._warn_of_what_is_unusual()
-        with_values = self.config.mirror_init == "check"
-        described = {
-            str(stage): describe_stage(module, with_values=with_values)
-            for stage, module in zip(self._stages, modules, strict=True)
-        }
-        return {
-            "version": _C.version,
-            "torch": torch.__version__,
-            "ranks": self.num_ranks,
-            "schedule name": self._source.name,
-            "schedule": f"{layout.placement} placement, {layout.num_stages} stages, "
-            f"digest {layout.digest():016x}",
-            "config": repr(self.config),
-            "batch_dim": self.batch_dim,
-            "overlapped": self._overlapped.function is not None,
-            "stages": described if mirrored else {},
-        }
-
-    def _check_modules(self, modules: Sequence[nn.Module]) -> None:
-        for module in modules:
-            if not isinstance(module, nn.Module):
-                raise TypeError(f"modules must be nn.Modules; found a {type(module).__name__}")
-        if len(modules) != len(self._stages):
-            raise ValueError(
-                f"{len(modules)} modules were given; {self._source.name} on {self.num_ranks} ranks "
-                f"needs {len(self._stages)} on rank {self.rank}: those of stages {self._stages}"
-            )
-        if len({id(module) for module in modules}) < len(modules):
-            raise ValueError(
-                f"the same module was given twice; rank {self.rank} needs two different ones, "
-                f"those of stages {self._stages}"
-            )
-
-    def _warn_of_what_is_unusual(self) -> None:
-        if self._overlapped.problem:
-            warn_caller(
-                f"rank {self.rank}: {self._overlapped.problem}; forward and backward of a pair "
-                f"run one after the other"
-            )
-        if self.config.seed is not None and self.group.are_threads:
-            warn_caller(
-                f"rank {self.rank}: seed={self.config.seed} cannot hold for ranks that are threads: "
-                f"they share torch's one generator; use processes"
-            )
-        drifting = self._mirrors.drifting_buffers() if self._mirrors else []
-        if drifting:
-            more = f" and {len(drifting) - 1} more" if len(drifting) > 1 else ""
-            warn_caller(
-                f"rank {self.rank}: {drifting[0]}{more} will differ between the two copies of the "
-                f"stage, for each sees its own half of the batch; call sync_buffers() before "
-                f"evaluating or saving, or use a norm without running statistics"
-            )
-
-    def _peers(self) -> list[int]:
-        neighbours = {(self.rank - 1) % self.num_ranks, (self.rank + 1) % self.num_ranks}
-        if self.is_mirrored:
-            neighbours.add(self.num_ranks - 1 - self.rank)
-        return sorted(neighbours - {self.rank})
+        self._local = LocalStages(modules, schedule, self.group, self.config)
+        self.module = nn.ModuleList(self._local.modules)
+        return self._local.describe() | {"batch_dim": self.batch_dim}
 
     # One step
 
     def _warn_of_missing_sum(self) -> None:
         """Where parameters were changed by the gradients of one copy alone; once a pipeline."""
-        if self._mirrors is None or self._unsummed is None or self._has_warned_of_sum:
+        if self._local.mirrors is None or self._unsummed is None or self._has_warned_of_sum:
             return
-        if self._mirrors.num_changes() != self._unsummed:
+        if self._local.mirrors.num_changes() != self._unsummed:
             self._has_warned_of_sum = True
             warn_caller(
                 f"rank {self.rank}: parameters were changed after a step() whose gradients were "
                 f"not summed over the two copies of each stage, so the copies train apart, each on "
                 f"half of the batch; call sync_gradients() before the optimizer, or "
-                f"step(..., sync_gradients=True). If you sum gradients yourself, silence this with "
-                f'warnings.filterwarnings("ignore", message="rank .*: parameters were changed")'
+                f"step(..., sync_gradients=True). If you sum gradients yourself, call "
+                f"mark_gradients_summed() when you have"
             )
 
     def _make_step(
@@ -395,8 +381,8 @@ class Pipeline(nn.Module):
         number = self._num_steps
         seed = self.config.seed
         return Step(
-            modules=dict(zip(self._stages, self.module, strict=True)),
-            last_stage=self._num_stages - 1,
+            modules=dict(zip(self.stages, self.module, strict=True)),
+            last_stage=self.num_stages - 1,
             inputs=cut_batch(inputs, plan.batch.entering, self.batch_dim, "inputs"),
             labels=cut_batch(labels or (), plan.batch.leaving, self.batch_dim, "labels"),
             criterion=criterion,
@@ -405,7 +391,7 @@ class Pipeline(nn.Module):
             training=training,
             keep_outputs=return_outputs,
             seed=None if seed is None else lambda s, m: microbatch_seed(seed, number, s, m),
-            overlapped_function=self._overlapped.function,
+            overlapped_function=self._local.overlapped.function,
         )
 
     def _run(self, plan: PlannedStep, step: Step, reducer: _C.MirrorExchange | None) -> None:
@@ -416,7 +402,7 @@ class Pipeline(nn.Module):
                 step,
                 training=step.training,
                 keep_outputs=step.overlapped_function is not None,
-                device=str(self._device()),
+                device=str(self._local.device),
                 reducer=reducer,
                 shapes=self._shapes(step),
             )
@@ -435,18 +421,15 @@ class Pipeline(nn.Module):
         return plan.lowered.grid(self.rank, self._engine.cursor)
 
     def _gradient_sum(self) -> _C.MirrorExchange | None:
-        if self._mirrors is None:
+        if self._local.mirrors is None:
             return None
-        return self._mirrors.gradient_sum(self._engine, self.config.bucket_bytes)
+        return self._local.mirrors.gradient_sum(self._engine, self.config.bucket_bytes)
 
     def _shapes(self, step: Step) -> int:
         """What ranks agree on where messages are described in the first step of a kind alone."""
-        return 0 if self._gpu is None else shapes_digest(self.rank, list(step.inputs.values()))
-
-    def _device(self) -> torch.device:
-        for parameter in self.parameters():
-            return parameter.device
-        return torch.device("cpu")
+        return (
+            0 if self._local.gpu is None else shapes_digest(self.rank, list(step.inputs.values()))
+        )
 
 
 def _is_the_stages(error: BaseException, step: Step) -> bool:

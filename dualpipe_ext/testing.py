@@ -42,6 +42,9 @@ def run_ranks(
 ) -> list[Any]:
     """Calls ``fn(rank, num_ranks, *args)`` on every rank and returns the results, by rank.
 
+    On GPUs a rank that is a thread has a current stream of its own, on the caller's current device,
+    which begins after what the caller has issued and is through when its results are returned.
+
     Every rank computes with one thread: more of them would fight over the same cores. Ranks that
     are processes end with the process that started them, whatever ends it. Ranks that are threads
     share torch's generator of random numbers: ``torch.manual_seed`` on one of them disturbs the
@@ -82,14 +85,20 @@ def _run_threads(
     results: list[Any] = [None] * hubs.num_ranks
     errors: dict[int, BaseException] = {}
     grad_enabled = torch.is_grad_enabled()
+    issued = torch.cuda.current_stream() if torch.cuda.is_available() else None
+    all_ready = threading.Barrier(hubs.num_ranks)
 
     def run(rank: int) -> None:
         group = LoopbackGroup(hubs, rank)
         try:
-            with group, torch.set_grad_enabled(grad_enabled):
+            with group, torch.set_grad_enabled(grad_enabled), _stream_after(issued):
+                if issued is not None:
+                    _multiply_once()
+                    all_ready.wait(timeout)
                 results[rank] = fn(rank, hubs.num_ranks, *args)
         except BaseException as error:  # noqa: BLE001 - reported by the caller's thread
             errors[rank] = error
+            all_ready.abort()
             group.leave(f"rank {rank} has ended: {describe(error, error.__traceback__)}")
 
     threads = [
@@ -111,6 +120,35 @@ def _run_threads(
     if errors:
         raise _first_cause(errors)
     return results
+
+
+@contextmanager
+def _stream_after(issued: torch.cuda.Stream | None) -> Iterator[None]:
+    """A current stream of this thread's own: on the default one, ranks would wait for each other."""
+    if issued is None:
+        yield
+        return
+    with torch.cuda.device(issued.device):
+        # The streams that NCCL waits on by itself have the default priority. In a hardware queue with
+        # one of them, a rank's computation would wait for messages that wait for it.
+        stream = torch.cuda.Stream(priority=-1)
+        stream.wait_stream(issued)
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+
+
+def _multiply_once() -> None:
+    """Has cuBLAS make what it keeps for each thread, which may wait for all that runs on the device.
+
+    In a step that would be what waits for another rank, whose turn would never come.
+    """
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = torch.ones(16, 16, device="cuda", dtype=dtype)
+        weight = torch.ones_like(x, requires_grad=True)
+        with torch.enable_grad():
+            torch.nn.functional.linear(x, weight, x[0]).sum().backward()
+    torch.cuda.current_stream().synchronize()
 
 
 @contextmanager

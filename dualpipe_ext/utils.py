@@ -1,4 +1,4 @@
-"""Helpers for backward functions and overlapped stages of one's own."""
+"""Helpers for backward functions and overlapped stages of one's own; a profiler of steps."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dualpipe_ext.profiling import Profiler, disable_profiling, enable_profiling, get_profiler
 from dualpipe_ext.weight_grad import WeightGradStore
 
-__all__ = ["WeightGradStore", "run_backward"]
+__all__ = [
+    "Profiler",
+    "WeightGradStore",
+    "disable_profiling",
+    "enable_profiling",
+    "get_profiler",
+    "run_backward",
+]
 
 
 def run_backward(tensors: Sequence[Tensor | None], grad_tensors: Sequence[Tensor | None]) -> None:

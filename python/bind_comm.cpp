@@ -83,14 +83,14 @@ void send(Transport& transport, int to, MessageKind kind, int stage, int microba
           const RawMessage& tensors) {
   Message message = message_of(tensors);
   const py::gil_scoped_release unlocked;
-  transport.send(Rank(to), message_id(kind, stage, microbatch), std::move(message), nullptr);
+  (void)transport.send(Rank(to), message_id(kind, stage, microbatch), std::move(message), nullptr);
 }
 
 RawMessage wait(PendingReceive& receive) {
   Message message;
   {
     const py::gil_scoped_release unlocked;
-    message = receive.wait();
+    message = receive.wait().message;
   }
   return raw_message(message);
 }
@@ -220,6 +220,16 @@ void bind_process_group(py::module_& module) {
              py::arg("group_ranks"), py::arg("peers"),
              "The (Transport, ControlPlane) of a new pipeline on a process group. group_ranks[r] "
              "is the rank in the group of the pipeline's rank r.");
+
+  module.def(
+      "process_group_all_gather",
+      [](const py::object& group, const std::vector<double>& values) {
+        c10d::ProcessGroup& ranks = process_group(group);
+        const py::gil_scoped_release unlocked;
+        return process_group_all_gather(ranks, values);
+      },
+      py::arg("group"), py::arg("values"),
+      "Every rank's numbers, by rank of the group. All ranks give equally many.");
 
   py::class_<StoreExchange>(module, "StoreExchange", "Exchanges texts between processes.")
       .def(py::init([](const py::object& group, int rank) {

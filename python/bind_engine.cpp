@@ -1,3 +1,4 @@
+#include <pybind11/operators.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -8,6 +9,7 @@
 #include "comm/loopback.h"
 #include "common/error.h"
 #include "engine/engine.h"
+#include "engine_holder.h"
 #include "interrupts.h"
 #include "py_stage_functions.h"
 #include "torch/mirror_exchange.h"
@@ -26,24 +28,22 @@ Watchdog::Options watchdog_options(double timeout_seconds) {
   return options;
 }
 
-std::unique_ptr<Engine> loopback_engine(const std::shared_ptr<LoopbackHub>& hub, int rank,
-                                        double timeout_seconds) {
-  return std::make_unique<Engine>(Rank(rank), hub->transport(Rank(rank)),
-                                  hub->control_plane(Rank(rank)),
-                                  watchdog_options(timeout_seconds));
+EngineHolder loopback_engine(const std::shared_ptr<LoopbackHub>& hub, int rank,
+                             double timeout_seconds) {
+  return EngineHolder(new Engine(Rank(rank), hub->transport(Rank(rank)),
+                                 hub->control_plane(Rank(rank)),
+                                 watchdog_options(timeout_seconds)));
 }
 
-std::unique_ptr<Engine> process_group_engine(c10d::ProcessGroup& group, int rank,
-                                             std::vector<int> group_ranks,
-                                             const std::vector<int>& peers,
-                                             double timeout_seconds) {
+EngineHolder process_group_engine(c10d::ProcessGroup& group, int rank, std::vector<int> group_ranks,
+                                  const std::vector<int>& peers, double timeout_seconds) {
   std::vector<Rank> peer_ranks;
   for (const int peer : peers) peer_ranks.emplace_back(peer);
   const py::gil_scoped_release unlocked;
   ProcessGroupEnds ends =
       process_group_ends(group, Rank(rank), std::move(group_ranks), std::move(peer_ranks));
-  return std::make_unique<Engine>(Rank(rank), std::move(ends.transport), std::move(ends.control),
-                                  watchdog_options(timeout_seconds));
+  return EngineHolder(new Engine(Rank(rank), std::move(ends.transport), std::move(ends.control),
+                                 watchdog_options(timeout_seconds)));
 }
 
 // Runs what waits for other ranks, without the interpreter lock. What Ctrl-C raises comes before
@@ -60,16 +60,19 @@ void interruptible(const Work& work) {
   }
 }
 
+at::Device message_device(Engine& engine, const std::string& device) {
+  return at::Device(engine.transport().carries_device_memory() ? device : "cpu");
+}
+
 void run(Engine& engine, const Program& program, py::object functions, bool training,
          bool keep_outputs, const std::string& device, std::optional<MirrorExchange*> reducer,
          std::uint64_t shapes) {
   PyStageFunctions stages(std::move(functions));
-  TorchStageRunner runner(
-      stages, engine.weight_queue(),
-      {.training = training,
-       .keep_outputs = keep_outputs,
-       .device = at::Device(device),
-       .message_device = at::Device(engine.transport().carries_device_memory() ? device : "cpu")});
+  TorchStageRunner runner(stages, engine.weight_queue(),
+                          {.training = training,
+                           .keep_outputs = keep_outputs,
+                           .device = at::Device(device),
+                           .message_device = message_device(engine, device)});
   interruptible([&] { engine.run(program, runner, reducer.value_or(nullptr), shapes); });
 }
 
@@ -81,21 +84,20 @@ void exchange(Engine& engine, MirrorExchange& reducer, const std::vector<int>& s
 
 std::unique_ptr<MirrorExchange> mirror_exchange(Engine& engine, int num_ranks,
                                                 const std::vector<std::pair<int, Tensors>>& stages,
-                                                std::size_t bucket_bytes, bool copy,
-                                                bool together) {
+                                                std::size_t bucket_bytes, bool copy, bool together,
+                                                const std::string& device, bool on_threads) {
   std::vector<StageTensors> tensors;
   for (const auto& [stage, list] : stages) tensors.push_back({Stage(stage), list});
+  using Mode = MirrorExchange::Mode;
   return std::make_unique<MirrorExchange>(
-      engine.transport(), engine.rank(), num_ranks, std::move(tensors), bucket_bytes,
-      copy ? MirrorExchange::Mode::kCopy : MirrorExchange::Mode::kSumGradients, together);
-}
-
-std::vector<std::tuple<int, MessageKind, bool>> ways(const Program& program) {
-  std::vector<std::tuple<int, MessageKind, bool>> found;
-  for (const auto& [peer, kind, outgoing] : message_ways(program)) {
-    found.emplace_back(peer.value(), kind, outgoing);
-  }
-  return found;
+      engine.transport(), engine.device(), std::move(tensors),
+      MirrorExchange::Options{.rank = engine.rank(),
+                              .num_ranks = num_ranks,
+                              .bucket_bytes = bucket_bytes,
+                              .mode = copy ? Mode::kCopy : Mode::kSumGradients,
+                              .together = together,
+                              .on_threads = on_threads,
+                              .message_device = message_device(engine, device)});
 }
 
 py::list trace_events(const Trace& trace) {
@@ -110,21 +112,30 @@ py::list trace_events(const Trace& trace) {
 }  // namespace
 
 void bind_engine(py::module_& module) {
+  py::class_<MessageWay>(module, "MessageWay", "One way for one kind of message to or from a rank.")
+      .def_property_readonly("peer", [](const MessageWay& way) { return way.peer.value(); })
+      .def_readonly("kind", &MessageWay::kind)
+      .def_readonly("outgoing", &MessageWay::outgoing)
+      .def(py::self == py::self);
+
   py::class_<Program>(module, "Program", "One rank's schedule, resolved for the engine.")
       .def(py::init([](const Schedule& lowered, int rank, std::string description) {
              return make_program(lowered, Rank(rank), std::move(description));
            }),
            py::arg("lowered"), py::arg("rank"), py::arg("description"))
       .def_readonly("planned_peak_activations", &Program::planned_peak_activations)
-      .def_property_readonly("message_ways", &ways, "(peer, kind, outgoing) of all messages.")
+      .def_property_readonly("message_ways", &message_ways, "All that it sends and receives by.")
       .def_readonly("digest", &Program::digest)
       .def_readonly("description", &Program::description)
       .def("__len__", [](const Program& program) { return program.instructions.size(); });
 
   py::class_<MirrorExchange>(module, "MirrorExchange",
                              "Sums or copies the tensors of mirrored stages.");
+  module.def(
+      "mirror_ways", [](int rank, int num_ranks) { return mirror_ways(Rank(rank), num_ranks); },
+      py::arg("rank"), py::arg("num_ranks"), "The ways that the exchanges between mirrors take.");
 
-  py::class_<Engine>(module, "Engine", "One rank of one pipeline.")
+  py::class_<Engine, EngineHolder>(module, "Engine", "One rank of one pipeline.")
       .def_static("loopback", &loopback_engine, py::arg("hub"), py::arg("rank"),
                   py::arg("timeout_seconds"), py::call_guard<py::gil_scoped_release>())
       .def_static("process_group", &process_group_engine, py::arg("group"), py::arg("rank"),
@@ -134,10 +145,14 @@ void bind_engine(py::module_& module) {
       .def(
           "connect", [](Engine& engine) { interruptible([&] { engine.connect(); }); },
           "Meets the other ranks ahead of the first step; on all of them, or on none.")
+      .def(
+          "synchronize", [](Engine& engine) { interruptible([&] { engine.synchronize(); }); },
+          "Waits for the devices of all ranks; on all of them, or on none.")
       .def("exchange", &exchange, py::arg("reducer"), py::arg("stages"))
       .def("fail", &Engine::fail, py::arg("text"), py::call_guard<py::gil_scoped_release>())
       .def("mirror_exchange", &mirror_exchange, py::arg("num_ranks"), py::arg("stages"),
-           py::arg("bucket_bytes"), py::arg("copy"), py::arg("together"), py::keep_alive<0, 1>())
+           py::arg("bucket_bytes"), py::arg("copy"), py::arg("together"), py::arg("device"),
+           py::arg("on_threads"), py::keep_alive<0, 1>())
       .def_property_readonly("num_steps", &Engine::num_steps)
       .def_property_readonly("failure", &Engine::failure,
                              "What this rank last told the others; empty: nothing yet.")

@@ -1,0 +1,169 @@
+"""What one rank holds of a model: its stages, taken over from the user's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dualpipe_ext import _C
+from dualpipe_ext._advice import warn_caller
+from dualpipe_ext._memory import save_memory
+from dualpipe_ext._mirrors import MirroredStages, describe_stage
+from dualpipe_ext._overlap import find_overlapped
+from dualpipe_ext._source import ScheduleSource
+from dualpipe_ext._transport import gpu_settings
+from dualpipe_ext.adapters.placing import place_partitions, split_of
+from dualpipe_ext.config import DualPipeConfig
+from dualpipe_ext.groups import PipelineGroup
+from dualpipe_ext.schedule import Schedule
+from dualpipe_ext.weight_grad import (
+    WeightSplitReport,
+    defer_weight_gradients,
+    undo_defer_weight_gradients,
+    weight_split,
+)
+
+__all__ = ["LocalStages"]
+
+
+class LocalStages:
+    """The stages of one rank, checked and made ready for the engine.
+
+    Attributes:
+        source: where the schedules of steps come from.
+        num_stages: the stages of the whole model.
+        stages: those of this rank, in the order of ``modules``.
+        device: that of the parameters.
+        overlapped: the stages' own ``overlapped_forward_backward``, if they have one.
+        weight_split: which weight gradients W computes.
+        mirrors: the other copies of the stages; ``None``: there are none.
+        gpu: how messages travel from GPU to GPU; ``None``: in host memory.
+
+    Raises:
+        ValueError, TypeError: the modules or the configuration do not fit the schedule.
+    """
+
+    def __init__(
+        self,
+        modules: list[nn.Module],
+        schedule: str | Schedule,
+        group: PipelineGroup,
+        config: DualPipeConfig,
+    ) -> None:
+        self._group = group
+        self._config = config
+        self._rank = group.rank
+        self.source = ScheduleSource.of(schedule, group.size, len(modules))
+        self._layout = self.source.smallest()
+        self.num_stages = self._layout.num_stages
+        self.stages = self._layout.stages_of(self._rank)
+        self.modules = place_partitions(modules, self.stages, self.num_stages)
+        self._check()
+        self.device = _device_of(self.modules)
+        save_memory(self.modules, "none")  # what another pipeline did to them
+        self.overlapped = find_overlapped(self.modules if config.use_overlapped else [])
+        self.weight_split = self._split_weights()
+        save_memory(self.modules, config.memory_optimization)
+        self.mirrors = self._find_mirrors()
+        self.gpu = gpu_settings(
+            config, self.device, self._ways(), group.size if group.are_threads else 1
+        )
+        self._warn_of_what_is_unusual()
+
+    def peers(self) -> list[int]:
+        """The ranks that this one exchanges messages with."""
+        num_ranks = self._group.size
+        found = {(self._rank - 1) % num_ranks, (self._rank + 1) % num_ranks}
+        if self.mirrors is not None:
+            found.add(num_ranks - 1 - self._rank)
+        return sorted(found - {self._rank})
+
+    def describe(self) -> dict[str, Any]:
+        """What must be equal on all ranks."""
+        layout = self._layout
+        with_values = self._config.mirror_init == "check"
+        described = {
+            str(stage): describe_stage(module, with_values=with_values)
+            for stage, module in zip(self.stages, self.modules, strict=True)
+        }
+        return {
+            "version": _C.version,
+            "torch": torch.__version__,
+            "ranks": self._group.size,
+            "schedule name": self.source.name,
+            "schedule": f"{layout.placement} placement, {layout.num_stages} stages, "
+            f"digest {layout.digest():016x}",
+            "config": repr(self._config),
+            "layers of stages": split_of(self.modules),
+            "overlapped": self.overlapped.function is not None,
+            "stages": described if self.mirrors is not None else {},
+        }
+
+    def _check(self) -> None:
+        name, num_ranks = self.source.name, self._group.size
+        if self._config.num_stages not in (0, self.num_stages):
+            raise ValueError(
+                f"num_stages={self._config.num_stages}, but {name} on {num_ranks} ranks has "
+                f"{self.num_stages} stages; configure num_stages={self.num_stages}, or start "
+                f"another number of ranks"
+            )
+        for module in self.modules:
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"modules must be nn.Modules; found a {type(module).__name__}")
+        if len(self.modules) != len(self.stages):
+            raise ValueError(
+                f"{len(self.modules)} modules were given; {name} on {num_ranks} ranks needs "
+                f"{len(self.stages)} on rank {self._rank}: those of stages {self.stages}"
+            )
+        if len({id(module) for module in self.modules}) < len(self.modules):
+            raise ValueError(
+                f"the same module was given twice; rank {self._rank} needs two different ones, "
+                f"those of stages {self.stages} (a partition that an adapter made may be given "
+                f"twice: it knows the other one)"
+            )
+
+    def _split_weights(self) -> WeightSplitReport:
+        stages = nn.ModuleList(self.modules)
+        if self._config.split_weight_gradients:
+            return defer_weight_gradients(stages)
+        undo_defer_weight_gradients(stages)
+        return weight_split(nn.ModuleList())
+
+    def _find_mirrors(self) -> MirroredStages | None:
+        if self._layout.mirror_of(self._rank) is None:
+            return None
+        return MirroredStages(self._rank, self._group.size, self.stages, self.modules, self.device)
+
+    def _ways(self) -> list[_C.MessageWay]:
+        ways = _C.Program(self._layout.lower().native, self._rank, "").message_ways
+        if self.mirrors is not None:
+            ways += _C.mirror_ways(self._rank, self._group.size)
+        return ways
+
+    def _warn_of_what_is_unusual(self) -> None:
+        if self.overlapped.problem:
+            warn_caller(
+                f"rank {self._rank}: {self.overlapped.problem}; forward and backward of a pair "
+                f"run one after the other"
+            )
+        if self._config.seed is not None and self._group.are_threads:
+            warn_caller(
+                f"rank {self._rank}: seed={self._config.seed} cannot hold for ranks that are "
+                f"threads: they share torch's one generator; use processes"
+            )
+        drifting = self.mirrors.drifting_buffers() if self.mirrors else []
+        if drifting:
+            more = f" and {len(drifting) - 1} more" if len(drifting) > 1 else ""
+            warn_caller(
+                f"rank {self._rank}: {drifting[0]}{more} will differ between the two copies of the "
+                f"stage, for each sees its own half of the batch; call sync_buffers() before "
+                f"evaluating or saving, or use a norm without running statistics"
+            )
+
+
+def _device_of(modules: Sequence[nn.Module]) -> torch.device:
+    parameters = (parameter for module in modules for parameter in module.parameters())
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
