@@ -1,0 +1,70 @@
+"""Evening out the stages of a pipeline by what its layers cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import accumulate, pairwise
+from typing import Literal
+
+import torch.distributed as dist
+
+from dualpipe_ext._C import PipelineError
+from dualpipe_ext.adapters.cost import Cost
+from dualpipe_ext.adapters.split import best_for_ranks, fronts
+from dualpipe_ext.adapters.step_time import step_seconds
+from dualpipe_ext.groups import PipelineGroup, has_group, resolve_group
+
+__all__ = ["Balance", "agreed", "balanced_sizes", "sum_of"]
+
+Balance = Literal["time", "memory", "parameters"] | Sequence[int]
+
+_TIMEOUT_S = 600.0  # for ranks that measure more slowly than others
+
+
+def balanced_sizes(costs: Sequence[Cost], num_stages: int, criterion: str) -> list[int]:
+    """How many of the costs each stage gets, next to one another; each one at least one.
+
+    Rank r holds stages r and P-1-r, so what counts is the pair. For ``"memory"`` and
+    ``"parameters"`` it is the split whose fullest rank holds least, and of these the one whose
+    fullest stage does. For ``"time"``, the splits that no other beats in both the slowest rank and
+    the slowest stage are simulated, as steps of 3P micro-batches, and the fastest is taken.
+    """
+    if criterion == "parameters":
+        return best_for_ranks([cost.num_parameters for cost in costs], num_stages)
+    if criterion == "memory":
+        return best_for_ranks([cost.memory(num_stages) for cost in costs], num_stages)
+    candidates = [sizes for *_, sizes in fronts([cost.seconds for cost in costs], num_stages)]
+    return min(candidates, key=lambda sizes: step_seconds(sum_of(costs, sizes), 3 * num_stages))
+
+
+def sum_of(costs: Sequence[Cost], sizes: Sequence[int]) -> list[Cost]:
+    """The costs of stages of these sizes."""
+    ranges = pairwise(accumulate(sizes, initial=0))
+    return [sum(costs[start:stop], Cost()) for start, stop in ranges]
+
+
+def agreed(
+    measure: Callable[[], list[Cost]], process_group: dist.ProcessGroup | PipelineGroup | None
+) -> list[Cost]:
+    """What rank 0 measures, on every rank: they all have to cut the model alike.
+
+    Raises:
+        Exception: what ``measure`` raised on this rank, once the others know of it.
+        PipelineError: ``measure`` raised on another rank, or a rank did not come.
+    """
+    if not has_group(process_group):
+        return measure()
+    group = resolve_group(process_group, None)
+    try:
+        costs = [asdict(cost) for cost in measure()]
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        group.all_gather(json.dumps({"error": f"{type(error).__name__}: {error}"}), _TIMEOUT_S)
+        raise
+    own = {"costs": costs if group.rank == 0 else []}
+    answers = [json.loads(text) for text in group.all_gather(json.dumps(own), _TIMEOUT_S)]
+    for rank, answer in enumerate(answers):
+        if "error" in answer:
+            raise PipelineError(f"rank {rank} could not measure its layers: {answer['error']}")
+    return [Cost(**entry) for entry in answers[0]["costs"]]

@@ -1,0 +1,148 @@
+"""Stages that turn out uneven in training, and the layer to move."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from dualpipe_ext.adapters.cost import Cost
+from dualpipe_ext.adapters.partition import Partition
+from dualpipe_ext.adapters.plan import PartitionPlan
+from dualpipe_ext.adapters.step_time import step_seconds
+
+if TYPE_CHECKING:  # pipelines know partitions, too
+    from dualpipe_ext.pipeline import Pipeline
+
+__all__ = ["Imbalance", "report_imbalance"]
+
+_ACTION = re.compile(r"(\d+)([FBIW])\d+")
+
+
+@dataclass(frozen=True)
+class Imbalance:
+    """What the stages of a pipeline took in a step, and what would make the step shorter.
+
+    Attributes:
+        stages: seconds of F, I and W for one micro-batch, the mean of each stage.
+        slowest: the stage that takes longest.
+        sizes: how many layers each stage has.
+        better_sizes: the same with one layer moved, as for ``partition(balance=better_sizes)``;
+            ``sizes`` where no move helps.
+        layer: the layer to move, ``None`` where no move helps.
+        gain: by what share of itself the simulated step becomes shorter.
+        text: all of it in a sentence or two.
+    """
+
+    stages: tuple[Cost, ...]
+    slowest: int
+    sizes: tuple[int, ...]
+    better_sizes: tuple[int, ...]
+    layer: str | None
+    gain: float
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class _Move:
+    layer: str
+    seconds: float  # of the simulated step, were it moved
+    sizes: tuple[int, ...]
+
+
+def report_imbalance(pipeline: Pipeline, threshold: float = 0.02) -> Imbalance:
+    """Says, from the last step of a DualPipe of partitions, which layer to move where.
+
+    A layer's share of its stage is that of the plan where its layers were measured, and otherwise
+    an equal one. Call it on every rank, after a training step; all get the same.
+
+    Args:
+        pipeline: one whose modules are partitions.
+        threshold: moves that make the simulated step shorter by less than this share are not
+            worth it.
+
+    Raises:
+        ValueError: the modules are no partitions of DualPipe, or no training step was run.
+    """
+    plan = _plan_of(pipeline)
+    stages = _measured(pipeline)
+    slowest = max(range(len(stages)), key=lambda s: stages[s].seconds)
+    sizes = tuple(len(stage.layers) for stage in plan.stages)
+    now = step_seconds(stages, _num_microbatches(plan))
+    best = min(_moves(plan, stages), key=lambda move: move.seconds, default=None)
+    if best is None or best.seconds > (1 - threshold) * now:
+        text = f"{_describe(stages, slowest)}; moving one layer would not help"
+        return Imbalance(tuple(stages), slowest, sizes, sizes, None, 0.0, text)
+    gain = 1 - best.seconds / now
+    text = (
+        f"{_describe(stages, slowest)}; move {best.layer}: balance={list(best.sizes)} in place of "
+        f"{list(sizes)} makes the simulated step {gain:.0%} shorter"
+    )
+    return Imbalance(tuple(stages), slowest, sizes, best.sizes, best.layer, gain, text)
+
+
+def _plan_of(pipeline: Pipeline) -> PartitionPlan:
+    partition = next(iter(pipeline.module))
+    if not isinstance(partition, Partition) or not pipeline.is_mirrored:
+        raise ValueError(
+            "report_imbalance() is for a DualPipe whose modules are partitions of an adapter; "
+            "this pipeline has other modules or another schedule"
+        )
+    return partition.plan
+
+
+def _measured(pipeline: Pipeline) -> list[Cost]:
+    """The mean time of each stage's actions, over both of its copies."""
+    totals = [[0.0] * 4 for _ in range(pipeline.num_stages)]  # F, I, W, number of F
+    for event in pipeline.last_trace:
+        for stage, kind in _ACTION.findall(event.action):
+            seconds = event.end - event.start - event.wait
+            totals[int(stage)]["FIW".index("I" if kind == "B" else kind)] += seconds
+            totals[int(stage)][3] += kind == "F"
+    gathered = pipeline.group.all_gather_floats([x for row in totals for x in row])
+    sums = [sum(column) for column in zip(*gathered, strict=True)]
+    rows = [sums[i : i + 4] for i in range(0, len(sums), 4)]
+    if any(backward == 0 or count == 0 for _, backward, _, count in rows):
+        raise ValueError("there was no training step yet; call report_imbalance() after step()")
+    return [Cost(f / n, i / n, w / n) for f, i, w, n in rows]
+
+
+def _moves(plan: PartitionPlan, stages: Sequence[Cost]) -> list[_Move]:
+    """What it would be like if one layer went over a border between two stages."""
+    borders = list(pairwise(range(len(stages))))
+    ways = [(a, b, -1) for a, b in borders] + [(b, a, 0) for a, b in borders]
+    return [
+        _move(plan, stages, source, target, end)
+        for source, target, end in ways
+        if len(plan.stages[source].layers) > (source not in (0, len(stages) - 1))
+    ]
+
+
+def _move(plan: PartitionPlan, stages: Sequence[Cost], source: int, target: int, end: int) -> _Move:
+    layer = plan.stages[source].layers[end]
+    share = plan.share_of(layer)
+    moved = list(stages)
+    moved[source] = stages[source].scaled(1 - share)
+    moved[target] = stages[target] + stages[source].scaled(share)
+    sizes = [len(stage.layers) for stage in plan.stages]
+    sizes[source] -= 1
+    sizes[target] += 1
+    return _Move(layer, step_seconds(moved, _num_microbatches(plan)), tuple(sizes))
+
+
+def _num_microbatches(plan: PartitionPlan) -> int:
+    return 3 * plan.num_partitions
+
+
+def _describe(stages: Sequence[Cost], slowest: int) -> str:
+    mean = sum(cost.seconds for cost in stages) / len(stages)
+    seconds = stages[slowest].seconds
+    return (
+        f"stage {slowest} is the slowest: {1e3 * seconds:.2f} ms for a micro-batch, "
+        f"{seconds / mean:.2f} times the mean of {len(stages)} stages"
+    )

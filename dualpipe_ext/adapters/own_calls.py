@@ -1,0 +1,72 @@
+"""Modules that are called otherwise than their class says, which no stage would be."""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["check_call"]
+
+
+def check_call(module: nn.Module, name: str = "") -> None:
+    """Raises where a call of a module is more, or something else, than the forward of its class.
+
+    For modules that a cut copies or follows: what hangs on the one object would run the whole model
+    in every stage, or in none. Layers, which stay the objects that they are, may be called anyhow.
+
+    Args:
+        module: what is copied or followed.
+        name: its name in the model, empty for the model itself.
+
+    Raises:
+        ValueError: hooks, a compiled call, or a forward of the object's own; says how to undo it.
+    """
+    if problem := _problem(module):
+        place = f"{name or 'the model'} ({type(module).__name__})"
+        raise ValueError(problem.format(place=place))
+
+
+def _problem(module: nn.Module) -> str:
+    own = vars(module)
+    if "_orig_mod" in module._modules:
+        return (
+            "{place} is what torch.compile() returned: pass the model that was compiled, "
+            "model._orig_mod, and compile layers, as in layer.compile()"
+        )
+    if "_hf_hook" in own:
+        return (
+            "accelerate has put hooks around the forward of {place}, which is cut: call "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True) before, or load the "
+            "model without device_map"
+        )
+    if own.get("_compiled_call_impl") is not None:
+        return (
+            "{place} was compiled, and is cut, so that no stage would call what was compiled: cut "
+            "the model before, and compile layers, as in layer.compile()"
+        )
+    if "forward" in own and not _is_of_class(own["forward"], module):
+        return (
+            "the forward of {place} was replaced on this one object (x.forward = ...), and would "
+            "run the whole model in a stage, or in none: replace it in the class, or `del "
+            "x.forward` before the model is cut; layers may have forwards of their own"
+        )
+    if any(_hooks(module)):
+        return (
+            "hooks are registered on {place}, which is cut and is no stage's module any more: "
+            "register them on layers, or after training"
+        )
+    return ""
+
+
+def _is_of_class(forward: object, module: nn.Module) -> bool:
+    """Whether it is the method that the module has anyhow: accelerate's hooks leave it behind."""
+    of_class = getattr(forward, "__func__", None) is type(module).forward
+    return of_class and getattr(forward, "__self__", None) is module
+
+
+def _hooks(module: nn.Module) -> tuple[object, ...]:
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )

@@ -1,0 +1,85 @@
+"""Stages that an adapter cuts out of a model, and the plan that says which they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from dualpipe_ext.adapters.cost import Cost
+
+__all__ = ["Outputs", "PartitionPlan", "Stage", "StagePlan"]
+
+Outputs = Tensor | tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What an adapter cuts out for one stage.
+
+    Attributes:
+        module: holds the stage's parameters and buffers alone, under the model's names.
+        run: ``run(module, *tensors)`` is the stage's forward.
+    """
+
+    module: nn.Module
+    run: Callable[..., Outputs]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage on paper.
+
+    Attributes:
+        layers: the layers that it runs, by their names in the model.
+        names: the keys of its ``state_dict()``, which are the model's own.
+        cost: its parameters; where layers were measured, its times and activations as well.
+    """
+
+    layers: tuple[str, ...]
+    names: tuple[str, ...]
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class PartitionPlan:
+    """How a model was cut, and which of the partitions this is.
+
+    Attributes:
+        architecture: the name of the model's class.
+        num_partitions: the number of stages.
+        index: the stage that this partition is.
+        stages: all stages, in order.
+        inputs: what the first stage takes, in the order of ``step()``.
+        ties: parameters with several names, on two stages or more: (stage, name) of each.
+        layer_seconds: F, I and W of each layer by its name, where they were measured.
+        is_causal: a causal language model of transformers, or a class derived from one: labels are
+            the model's own tokens, and each is for the position before it.
+    """
+
+    architecture: str
+    num_partitions: int
+    index: int
+    stages: tuple[StagePlan, ...]
+    inputs: tuple[str, ...]
+    ties: tuple[tuple[tuple[int, str], ...], ...] = ()
+    layer_seconds: Mapping[str, float] = field(default_factory=dict)
+    is_causal: bool = False
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers of this partition."""
+        return self.stages[self.index].layers
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The keys of this partition's ``state_dict()``."""
+        return self.stages[self.index].names
+
+    def share_of(self, layer: str) -> float:
+        """What part of its stage's time a layer takes; an equal one, if it was not measured."""
+        stage = next(stage for stage in self.stages if layer in stage.layers)
+        if layer in self.layer_seconds and stage.cost.seconds > 0:
+            return self.layer_seconds[layer] / stage.cost.seconds
+        return 1 / len(stage.layers)

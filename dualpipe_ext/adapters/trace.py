@@ -1,0 +1,205 @@
+"""A model's forward as a graph in which its layers are nodes."""
+
+from __future__ import annotations
+
+import linecache
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+
+from dualpipe_ext.adapters.own_calls import check_call
+
+__all__ = ["Trace", "trace_layers", "tracing_lock"]
+
+# They are called with numbers, which do not show fx that they belong into the graph.
+_MAKERS = ("arange", "empty", "eye", "full", "linspace", "ones", "zeros")
+
+# They would draw once, and the graph would have the same numbers in every step.
+_RANDOM_MAKERS = ("normal", "rand", "randint", "randn", "randperm")
+
+tracing_lock = threading.Lock()
+"""Tracing changes how all modules of the process are called: no module may run meanwhile."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a forward does, with the tensors that it makes from nothing, by their names there."""
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+
+
+def trace_layers(model: nn.Module, layers: Sequence[str], inputs: Sequence[str]) -> Trace:
+    """Runs a model's forward with stand-ins for its tensors, and notes what it does.
+
+    Args:
+        model: what to trace. Its submodules stay whole, but for those that contain layers.
+        layers: names of submodules.
+        inputs: arguments of the forward that are tensors; the others keep their defaults.
+
+    Raises:
+        ValueError: the forward decides by the values of its tensors, does something else that
+            cannot be traced, or changes with the mode where no stage could change with it; or
+            what is traced through is called otherwise than by the forward of its class.
+    """
+    for name in ("", *sorted(_containers(layers))):
+        check_call(model.get_submodule(name), name)
+    with tracing_lock, _traced_makers():
+        trace, other = (_trace(model, layers, inputs, mode) for mode in (False, True))
+    if _steps(trace.graph) != _steps(other.graph):
+        raise ValueError(
+            f"the forward of {type(model).__name__} does something else in training than in "
+            f"evaluation, outside of its layers, where no stage would notice the change; use "
+            f"modules that do, such as nn.Dropout in place of functional.dropout"
+        )
+    return trace
+
+
+def _trace(model: nn.Module, layers: Sequence[str], inputs: Sequence[str], training: bool) -> Trace:
+    tracer = _LayerTracer(layers, inputs)
+    own = set(vars(model))
+    try:
+        with _mode(model, tracer.containers, training):
+            graph = tracer.trace(model)
+        return Trace(graph, {name: vars(model)[name] for name in set(vars(model)) - own})
+    except Exception as error:  # whatever a forward raises when it is called with stand-ins
+        kind = type(model).__name__
+        raise ValueError(
+            f"the forward of {kind} cannot be traced, so it cannot be cut automatically: {error}; "
+            f"keep what depends on the values of tensors inside of layers, or register an adapter "
+            f"for {kind} with dualpipe_ext.adapters.register_adapter"
+        ) from error
+    finally:
+        for name in set(vars(model)) - own:  # fx leaves the constants that it meets there
+            delattr(model, name)
+
+
+def _steps(graph: fx.Graph) -> list[str]:
+    return [f"{n.op} {n.target} {n.args} {n.kwargs}" for n in graph.nodes]
+
+
+@contextmanager
+def _mode(model: nn.Module, containers: Iterable[str], training: bool) -> Iterator[None]:
+    """Sets the mode of what is traced through, for a while."""
+    modules = [model, *(model.get_submodule(name) for name in containers)]
+    before = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = training
+        yield
+    finally:
+        for module, mode in zip(modules, before, strict=True):
+            module.training = mode
+
+
+def _containers(layers: Sequence[str]) -> set[str]:
+    """What has layers below it, but for the model itself."""
+    return {
+        name.rsplit(".", depth)[0] for name in layers for depth in range(1, name.count(".") + 1)
+    }
+
+
+def _surroundings() -> tuple[Any, ...]:
+    """What a ``with`` of a forward may change, and a graph does not show."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
+    )
+
+
+class _LayerTracer(fx.Tracer):
+    proxy_buffer_attributes = True  # so that a buffer can be indexed by a size
+
+    def __init__(self, layers: Sequence[str], inputs: Sequence[str]) -> None:
+        super().__init__()
+        self.containers = _containers(layers)
+        self._inputs = list(inputs)
+        self._surroundings = _surroundings()
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        """A node for what the forward does, which has to be all that matters."""
+        if _surroundings() != self._surroundings:
+            raise RuntimeError(
+                "it switches gradients or autocast outside of its layers, which no stage would do; "
+                "move what is in that `with` into a submodule"
+            )
+        return super().create_proxy(*args, **kwargs)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Everything stays whole but what has layers below it."""
+        return module_qualified_name not in self.containers
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Stand-ins for the inputs; other arguments keep their defaults."""
+
+        def forward(*tensors: fx.Proxy) -> Any:
+            return root_fn(self.root, **dict(zip(self._inputs, tensors, strict=True)))
+
+        return forward, [self.create_proxy("placeholder", name, (), {}) for name in self._inputs]
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Checks of shapes pass; other decisions are not for a tracer to take."""
+        passed = _outcome_of_check()
+        return bool(super().to_bool(obj)) if passed is None else passed
+
+
+def _outcome_of_check() -> bool | None:
+    """What makes the check that is being traced pass: an ``assert``, or an ``if`` before a raise."""
+    for frame in reversed(traceback.extract_stack(limit=10)):
+        if frame.filename != __file__ and "/torch/fx/" not in frame.filename.replace("\\", "/"):
+            line, following = (
+                linecache.getline(frame.filename, number).strip()
+                for number in ((frame.lineno or 0), (frame.lineno or 0) + 1)
+            )
+            if line.startswith("assert"):
+                return True
+            return False if line.startswith("if ") and following.startswith("raise ") else None
+    return None
+
+
+@contextmanager
+def _traced_makers() -> Iterator[None]:
+    with ExitStack() as patches:
+        for name in _MAKERS:
+            patches.enter_context(mock.patch.object(torch, name, _traced(getattr(torch, name))))
+        for name in _RANDOM_MAKERS:
+            patches.enter_context(mock.patch.object(torch, name, _refused(getattr(torch, name))))
+        yield
+
+
+def _traced(maker: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(maker)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, fx.Proxy):
+                return argument.tracer.create_proxy("call_function", maker, args, kwargs)
+        return maker(*args, **kwargs)
+
+    return make
+
+
+def _refused(maker: Callable[..., Any]) -> Callable[..., Any]:
+    """Raises in the thread that traces; other ranks may be threads of this process."""
+    thread = threading.get_ident()
+
+    @wraps(maker)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            raise RuntimeError(
+                f"it calls torch.{maker.__name__} outside of its layers, whose numbers would be the "
+                f"same in every step"
+            )
+        return maker(*args, **kwargs)
+
+    return make

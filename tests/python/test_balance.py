@@ -1,0 +1,232 @@
+"""Even stages: the best split by what layers cost, what is measured, what is reported."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_models import GPT, WIDTH
+from torch import Tensor, nn
+
+from dualpipe_ext import DualPipe, PipelineError, WeightGradStore
+from dualpipe_ext.adapters import Cost, Imbalance, get_model_adapter, report_imbalance
+from dualpipe_ext.adapters.balance import balanced_sizes, sum_of
+from dualpipe_ext.adapters.split import best_for_ranks, fronts
+from dualpipe_ext.adapters.step_time import step_seconds
+from dualpipe_ext.schedule import CostModel, plan
+from dualpipe_ext.testing import run_ranks
+
+
+def all_splits(num_items: int, num_stages: int) -> Iterator[list[int]]:
+    for cuts in itertools.combinations(range(1, num_items), num_stages - 1):
+        yield [b - a for a, b in itertools.pairwise((0, *cuts, num_items))]
+
+
+def worst(costs: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
+    """(costliest rank, costliest stage) of a split."""
+    edges = list(itertools.accumulate(sizes, initial=0))
+    stages = [sum(costs[a:b]) for a, b in itertools.pairwise(edges)]
+    return max(a + b for a, b in zip(stages, stages[::-1], strict=True)), max(stages)
+
+
+@given(st.lists(st.integers(0, 20), min_size=4, max_size=9), st.sampled_from([2, 4]))
+@settings(deadline=None, max_examples=60)
+def test_no_split_beats_the_best(costs: list[int], num_stages: int) -> None:
+    possible = [worst(costs, sizes) for sizes in all_splits(len(costs), num_stages)]
+    assert worst(costs, best_for_ranks(costs, num_stages)) == min(possible)
+    found = list(fronts(costs, num_stages))
+    for rank, stage, sizes in found:
+        assert (rank, stage) == worst(costs, sizes)
+    for rank, stage in possible:
+        assert any(r <= rank and s <= stage for r, s, _ in found)
+
+
+def test_step_times_are_those_of_the_simulator() -> None:
+    stages = [Cost(forward=2.0, backward_input=3.0, backward_weight=1.0)] * 4
+    costs = CostModel(forward=2.0, backward_input=3.0, backward_weight=1.0)
+    expected = plan("dualpipe", 4, 12).simulate(costs, sends="early").makespan
+    assert step_seconds(stages, 12) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_simulated_steps_are_near_the_best_of_all_splits(seed: int) -> None:
+    """A large head, and every third block twice as wide."""
+    draw = random.Random(seed)
+    seconds = [0.1, *(draw.choice([1.0, 1.1]) * (2 if i % 3 == 2 else 1) for i in range(7))]
+    costs = [Cost(s / 3, s / 3, s / 3) for s in [*seconds, draw.choice([2.0, 3.0, 5.0])]]
+
+    def step(sizes: Sequence[int]) -> float:
+        return step_seconds(sum_of(costs, sizes), 12)
+
+    best = min(step(sizes) for sizes in all_splits(len(costs), 4))
+    assert step(balanced_sizes(costs, 4, "time")) <= 1.05 * best
+
+
+class Slow(torch.autograd.Function):
+    """Takes the same time forward, backward for inputs, and backward for weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        time.sleep(ctx.seconds)
+        if WeightGradStore.enabled:
+            WeightGradStore.put(lambda: time.sleep(ctx.seconds))
+        else:
+            time.sleep(ctx.seconds)
+        return grads[0], grads[0].sum(), None
+
+
+class SlowBlock(nn.Module):
+    def __init__(self, milliseconds: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.seconds = 1e-3 * milliseconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = Slow.apply(x, self.weight, self.seconds)  # type: ignore[no-untyped-call]
+        return y
+
+
+def slow_model(milliseconds: Sequence[float]) -> nn.Module:
+    return nn.Sequential(*(SlowBlock(m) for m in milliseconds))
+
+
+def measured_step(milliseconds: Sequence[float], sizes: Sequence[int]) -> float:
+    """Seconds of the fastest of three steps on 4 ranks, of stages with so many layers."""
+
+    def train(rank: int, size: int) -> float:
+        adapter = get_model_adapter(slow_model(milliseconds))
+        partition = adapter.partition(size, balance=sizes, show=False)[rank]
+        pipeline = DualPipe([partition, partition])
+        x = torch.ones(4, 2) if rank in (0, size - 1) else None
+        seconds = []
+        for _ in range(3):
+            pipeline.step(x, num_chunks=8, criterion=Tensor.sum, labels=())
+            seconds.append(pipeline.stats().step_seconds)
+        return min(seconds)
+
+    return float(max(run_ranks(train, 4)))
+
+
+def test_measures_times_and_a_measured_step_is_near_the_best() -> None:
+    milliseconds = [1, 1, 2, 1, 1, 2, 4]
+    adapter = get_model_adapter(slow_model(milliseconds))
+    partitions = adapter.partition(4, "time", sample_inputs=(torch.ones(1, 2),), show=False)
+    layer_seconds = partitions[0].plan.layer_seconds
+    measured = [1e3 * layer_seconds[str(i)] / 3 for i in range(7)]
+    assert measured == pytest.approx(milliseconds, rel=0.4)  # a busy machine wakes up late
+    sizes = [len(stage.layers) for stage in partitions[0].plan.stages]
+    steps = {tuple(s): measured_step(milliseconds, s) for s in all_splits(7, 4)}
+    own = min(steps[tuple(sizes)], measured_step(milliseconds, sizes))
+    assert own <= 1.05 * min(steps.values()), (sizes, steps)
+
+
+def test_measures_activations() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(4)))
+    adapter = get_model_adapter(model)
+    plan = adapter.partition(2, "memory", sample_inputs=(torch.ones(5, 6),), show=False)[0].plan
+    # Each linear layer keeps its input, each Tanh its output.
+    assert [stage.cost.activation_bytes for stage in plan.stages] == [2 * 2 * (5 * 6 * 4)] * 2
+    assert [stage.cost.num_parameters for stage in plan.stages] == [84, 84]
+
+
+def test_leaves_gradients_and_random_numbers_alone() -> None:
+    model = GPT()
+    state = torch.random.get_rng_state()
+    text = torch.zeros(1, 6, dtype=torch.long)
+    get_model_adapter(model).partition(2, "time", sample_inputs=(text,), show=False)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_ranks_take_what_the_first_one_measured() -> None:
+    def sizes(rank: int, size: int) -> tuple[object, ...]:
+        model = slow_model([1, 1, 1, 1] if rank == 0 else [1, 1, 1, 20])
+        adapter = get_model_adapter(model)
+        inputs = (torch.ones(1, 2),)
+        plan = adapter.partition(size, "time", sample_inputs=inputs, show=False)[0].plan
+        return plan.stages, plan.layer_seconds
+
+    first, second = run_ranks(sizes, 2)
+    assert first == second
+
+
+def test_a_rank_that_cannot_measure_is_told_to_all() -> None:
+    def cut(rank: int, size: int) -> str:
+        inputs = (torch.ones(1, 2),) if rank == 0 else None
+        with pytest.raises((ValueError, PipelineError)) as caught:
+            get_model_adapter(slow_model([1, 1])).partition(size, "time", sample_inputs=inputs)
+        return str(caught.value)
+
+    first, second = run_ranks(cut, 2)
+    assert first.startswith("rank 1 could not measure its layers: ValueError: layers of a Sequen")
+    assert second.startswith("layers of a Sequential are measured with a micro-batch")
+
+
+def test_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    get_model_adapter(GPT()).partition(2)
+    printed = capsys.readouterr().out
+    assert "GPT in 2 stages" in printed
+    assert "all before, blocks.0 to 1 (2)" in printed
+    assert "blocks.2 to 3 (2), all behind" in printed
+
+
+def test_asks_for_inputs_and_values() -> None:
+    with pytest.raises(
+        ValueError, match=r"measured with a micro-batch; pass sample_inputs=\(text,"
+    ):
+        get_model_adapter(GPT()).partition(2, "time")
+    with torch.device("meta"):
+        adapter = get_model_adapter(GPT())
+    with pytest.raises(ValueError, match="meta device cannot be measured; use balance='param"):
+        adapter.partition(2, "memory", sample_inputs=(torch.zeros(1, 6, dtype=torch.long),))
+
+
+def imbalance(milliseconds: Sequence[float], sizes: Sequence[int]) -> Imbalance:
+    def train(rank: int, size: int) -> Imbalance:
+        adapter = get_model_adapter(slow_model(milliseconds))
+        partition = adapter.partition(size, balance=sizes, show=False)[rank]
+        pipeline = DualPipe([partition, partition])
+        with pytest.raises(ValueError, match="no training step yet"):
+            report_imbalance(pipeline)
+        x = torch.ones(4, 2) if rank in (0, size - 1) else None
+        pipeline.step(x, num_chunks=8, criterion=Tensor.sum, labels=())
+        return report_imbalance(pipeline)
+
+    first, *others = run_ranks(train, 4)
+    assert all(other == first for other in others)
+    return first  # type: ignore[no-any-return]
+
+
+def test_reports_the_layer_to_move() -> None:
+    report = imbalance([2] * 8, [3, 1, 2, 2])
+    assert (report.slowest, report.layer, report.better_sizes) == (0, "2", (2, 2, 2, 2))
+    assert report.gain > 0.1
+    assert "stage 0 is the slowest" in str(report)
+    assert "move 2: balance=[2, 2, 2, 2] in place of [3, 1, 2, 2]" in str(report)
+
+
+def test_reports_that_no_move_helps() -> None:
+    report = imbalance([2] * 8, [2, 2, 2, 2])
+    assert report.layer is None and report.better_sizes == (2, 2, 2, 2)
+    assert "would not help" in str(report)
+
+
+def test_reports_on_partitions_alone() -> None:
+    def train(rank: int, size: int) -> None:
+        with pytest.raises(ValueError, match="whose modules are partitions"):
+            report_imbalance(DualPipe([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)]))
+
+    run_ranks(train, 2)
