@@ -1,0 +1,180 @@
+"""A batch as a training loop has it: inputs and labels, of which every rank takes its own."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualpipe_ext._C import PipelineError
+from dualpipe_ext.groups import PipelineGroup
+from dualpipe_ext.training.digests import digest
+
+__all__ = ["Batch", "BatchReader", "fingerprint", "is_batch", "together"]
+
+Tensors = tuple[Tensor | None, ...]
+FAILED = -1.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model is given, in its own order, and what its outputs are compared with."""
+
+    inputs: Tensors
+    labels: Tensors
+
+    def rows(self, dim: int) -> int:
+        """How many rows all tensors have along ``dim``.
+
+        Raises:
+            ValueError: none, or not equally many; or a tensor without that dimension.
+        """
+        tensors = [tensor for tensor in (*self.inputs, *self.labels) if tensor is not None]
+        for tensor in tensors:
+            if tensor.dim() <= dim:
+                raise ValueError(
+                    f"the batch has a tensor of {tensor.dim()} dimensions; rows are counted along "
+                    f"dim {dim}, and every tensor needs one for each row"
+                )
+        found = sorted({tensor.size(dim) for tensor in tensors})
+        if len(found) != 1 or found[0] == 0:
+            raise ValueError(
+                f"the tensors of a batch must have equally many rows along dim {dim}, at least 1; "
+                f"found {found}"
+            )
+        return found[0]
+
+    def filled(self, rows: int, dim: int) -> Batch:
+        """The batch with its last row repeated, until there are so many."""
+        places = torch.arange(rows).clamp(max=self.rows(dim) - 1)
+
+        def fill(tensors: Tensors) -> Tensors:
+            return tuple(
+                None if t is None else t.index_select(dim, places.to(t.device)) for t in tensors
+            )
+
+        return Batch(fill(self.inputs), fill(self.labels))
+
+
+@dataclass(frozen=True)
+class BatchReader:
+    """Finds inputs and labels in what a loader gives.
+
+    Attributes:
+        inputs: arguments of the model that the first stage takes; ``None`` where nobody knows.
+        labels: the names of labels.
+    """
+
+    inputs: tuple[str, ...] | None
+    labels: tuple[str, ...]
+
+    def read(self, given: Any, partly: bool = False) -> Batch:
+        """The batch.
+
+        Args:
+            given: a tensor, the one input; a tuple whose last element is the labels and whose
+                others are inputs; a pair of tuples; or a mapping by name.
+            partly: whether inputs or labels may be left out, as ``None``.
+
+        Raises:
+            ValueError: names that the model does not know, or no inputs.
+            TypeError: something else.
+        """
+        if isinstance(given, Mapping):
+            batch = self._read_names(given)
+        elif isinstance(given, Tensor):
+            batch = Batch((given,), ())
+        elif isinstance(given, (tuple, list)):
+            batch = _read_places(given)
+        else:
+            raise TypeError(
+                f"a batch is a tensor, a tuple (inputs, labels) or a mapping by name; found "
+                f"{type(given).__name__}"
+            )
+        _check_tensors(batch, partly)
+        return batch
+
+    def _read_names(self, given: Mapping[str, Any]) -> Batch:
+        if self.inputs is None:
+            raise ValueError(
+                "a batch by name needs the names of the inputs, and stages of your own do not tell "
+                "them; pass input_names=(...), or batches that are tuples"
+            )
+        known = [*self.inputs, *self.labels]
+        for name in given:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                raise ValueError(
+                    f"the batch has {name!r}, which is neither an input of the model nor a label"
+                    f"{f' (did you mean {close[0]!r}?)' if close else ''}; inputs are "
+                    f"{', '.join(self.inputs)}, labels {', '.join(self.labels)} (label_names=)"
+                )
+        labels = tuple(given[name] for name in self.labels if given.get(name) is not None)
+        return Batch(tuple(given.get(name) for name in self.inputs), labels)
+
+
+def is_batch(given: Any) -> bool:
+    """Whether this is one batch, rather than an iterable of batches."""
+    if isinstance(given, list):
+        return any(isinstance(each, Tensor) for each in given)
+    return isinstance(given, (Tensor, Mapping, tuple))
+
+
+def together(batches: Iterable[Any], group: PipelineGroup) -> Iterator[Any]:
+    """The batches of a loader, as long as every rank has one.
+
+    Raises:
+        ValueError: some ranks have more batches than others; on all of them.
+        PipelineError: the loader of another rank has failed.
+    """
+    given = iter(batches)
+    for number in count():
+        try:
+            found = list(islice(given, 1))
+        except BaseException:
+            group.all_gather_floats([FAILED])  # the others must not wait, whatever it is
+            raise
+        counts = [each for (each,) in group.all_gather_floats([float(len(found))])]
+        if FAILED in counts:
+            raise PipelineError(f"rank {counts.index(FAILED)} could not read batch {number}")
+        if not any(counts):
+            return
+        if not all(counts):
+            raise ValueError(
+                f"the data ends after {number} batches on rank {counts.index(0)}, and goes on on "
+                f"rank {counts.index(1)}; give every rank the same batches"
+            )
+        yield found[0]
+
+
+def fingerprint(batch: Batch) -> float:
+    """A number that differs between batches that differ, from a sample of their values."""
+    return float(digest((*batch.inputs, *batch.labels)))
+
+
+def _read_places(given: Sequence[Any]) -> Batch:
+    if len(given) == 2 and any(isinstance(part, (tuple, list)) for part in given):
+        inputs, labels = (
+            tuple(part) if isinstance(part, (tuple, list)) else (part,) for part in given
+        )
+        return Batch(inputs, labels)
+    if len(given) < 2:
+        return Batch(tuple(given), ())
+    return Batch(tuple(given[:-1]), (given[-1],))
+
+
+def _check_tensors(batch: Batch, partly: bool) -> None:
+    for value in (*batch.inputs, *batch.labels):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"a batch holds tensors or None; found {type(value).__name__}")
+    if partly:
+        return
+    if any(label is None for label in batch.labels):
+        raise ValueError("a label of the batch is None; every rank needs all labels")
+    if all(tensor is None for tensor in batch.inputs):
+        raise ValueError("the batch has no inputs")

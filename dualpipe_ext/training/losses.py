@@ -1,0 +1,185 @@
+"""Losses of micro-batches that add up to the loss of the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dualpipe_ext.training.loss_settings import IGNORED, LossSettings
+
+__all__ = ["IGNORED", "BatchLoss", "Reduction", "choose_loss", "cross_entropy", "next_token_loss"]
+
+Reduction = Literal["mean", "sum", "token"]
+LossFunction = Callable[..., Tensor]
+
+
+def cross_entropy(*outputs_and_labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
+    """The mean cross-entropy, in nats, of the first output for the labels.
+
+    Args:
+        outputs_and_labels: logits ``[..., classes]``, any further outputs, and last the labels
+            ``[...]``, whole numbers.
+        ignore_index: the label that does not count.
+
+    Raises:
+        ValueError: labels that are no classes.
+    """
+    logits, labels = outputs_and_labels[0], outputs_and_labels[-1]
+    if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"there is no loss_fn, and cross-entropy cannot be had of outputs of shape "
+            f"{tuple(logits.shape)} and labels of shape {tuple(labels.shape)}, {labels.dtype}: it "
+            f"takes [..., classes] and whole numbers [...]; give TrainingWrapper a loss_fn"
+        )
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=ignore_index)
+
+
+def next_token_loss(*outputs_and_labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
+    """The mean cross-entropy of each position's logits for the label of the next one.
+
+    What Hugging Face's causal language models compute of labels that are the input's own tokens.
+
+    Args:
+        outputs_and_labels: as for :func:`cross_entropy`, with time as the second dimension.
+        ignore_index: the label that does not count.
+    """
+    logits, labels = outputs_and_labels[0], outputs_and_labels[-1]
+    return cross_entropy(logits[:, :-1], labels[:, 1:], ignore_index=ignore_index)
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """How losses of micro-batches make the loss of a batch.
+
+    Attributes:
+        function: ``function(*outputs, *labels)`` is the loss of some rows: their sum for ``"sum"``,
+            otherwise the mean over their rows (``"mean"``) or tokens (``"token"``).
+        reduction: what a micro-batch weighs: its rows, its tokens, or 1.
+        ignore_index: the label of what is no token.
+        is_shifted: the first label in time counts for no position.
+        is_assumed: the reduction was not chosen by anybody.
+    """
+
+    function: LossFunction
+    reduction: Reduction
+    ignore_index: int = IGNORED
+    is_shifted: bool = False
+    is_assumed: bool = False
+
+    def units(self, labels: Sequence[Tensor | None], rows: int) -> int:
+        """How much a micro-batch weighs, before this is divided by the units of the batch."""
+        tokens = labels[0] if labels else None
+        if self.reduction == "token":
+            return self._num_tokens(tokens)
+        if self.is_assumed and tokens is not None and not tokens.is_floating_point():
+            self._refuse_padding(tokens)
+        return rows
+
+    def _num_tokens(self, labels: Tensor | None) -> int:
+        if labels is None:
+            raise ValueError(
+                "reduction='token' counts labels, and the batch has none; use 'mean' or 'sum'"
+            )
+        return int(((labels[:, 1:] if self.is_shifted else labels) != self.ignore_index).sum())
+
+    def _refuse_padding(self, labels: Tensor) -> None:
+        if bool((labels == self.ignore_index).any()):
+            raise ValueError(
+                f"labels have the value {self.ignore_index}, which losses leave out by default, so "
+                f"their mean is not one over rows; choose reduction='token' for a mean over the "
+                f"other labels, or reduction='mean' if the loss_fn counts them all"
+            )
+
+    def check(self, total: int) -> None:
+        """Raises ValueError for a batch of 0 units."""
+        if total == 0:
+            raise ValueError(
+                f"no label of the batch counts: all are {self.ignore_index}, so its mean loss is no "
+                f"number; leave the batch out"
+            )
+
+    def weight(self, units: int, total: int) -> float:
+        """The factor of a micro-batch's loss in the loss of a batch of ``total`` units."""
+        return 1.0 if self.reduction == "sum" and units else units / total
+
+    def share(self, units: int) -> float:
+        """What turns the loss of a batch into something that adds up over batches."""
+        return 1.0 if self.reduction == "sum" else float(units)
+
+    def criterion(self, weights: Sequence[float]) -> LossFunction:
+        """The weighted loss of one micro-batch, whose last label is its number in each row."""
+
+        def weighted(*outputs_and_labels: Tensor) -> Tensor:
+            *values, numbers = outputs_and_labels
+            weight = weights[int(numbers.flatten()[0])]
+            if weight == 0.0:  # where nothing counts, a mean is no number
+                return _zero(values)
+            try:
+                return self.function(*values) * weight
+            except Exception as error:
+                _check_rows(values[0], numbers, error)
+                raise
+
+        return weighted
+
+
+def choose_loss(
+    is_causal: bool,
+    loss_fn: LossFunction | None,
+    reduction: Reduction | None,
+    ignore_index: int,
+) -> BatchLoss:
+    """The loss that was asked for; left out, the cross-entropy over tokens.
+
+    Args:
+        is_causal: labels are the model's own tokens, each for the position before it.
+        loss_fn: as for :class:`dualpipe_ext.TrainingWrapper`.
+        reduction: likewise.
+        ignore_index: likewise.
+
+    Raises:
+        ValueError: an unknown reduction, or settings of ``loss_fn`` that say otherwise; or it has
+            parameters.
+        TypeError: ``loss_fn`` cannot be called.
+    """
+    if reduction is not None and reduction not in get_args(Reduction):
+        raise ValueError(f"reduction={reduction!r}: choose 'mean', 'sum' or 'token'")
+    if loss_fn is not None:
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be a function; found {type(loss_fn).__name__}")
+        given = LossSettings.of(loss_fn, (cross_entropy, next_token_loss))
+        given.check(reduction, ignore_index)
+        if reduction is None and given.reduction == "sum":
+            reduction = "sum"
+        chosen: Reduction = reduction or "mean"
+        is_shifted = given.function is next_token_loss
+        return BatchLoss(loss_fn, chosen, ignore_index, is_shifted, is_assumed=reduction is None)
+    if reduction not in (None, "token"):
+        raise ValueError(
+            f"reduction={reduction!r} is for a loss_fn of your own; without one the loss is the "
+            f"cross-entropy over tokens"
+        )
+    function = next_token_loss if is_causal else cross_entropy
+    return BatchLoss(partial(function, ignore_index=ignore_index), "token", ignore_index, is_causal)
+
+
+def _check_rows(output: Tensor, numbers: Tensor, error: Exception) -> None:
+    """Says more of a loss that failed because its ends were given different batches."""
+    dim, rows = numbers.dim() - 1, numbers.numel()
+    if output.dim() > dim and output.shape[dim] != rows:
+        raise ValueError(
+            f"micro-batch {int(numbers.flatten()[0])} leaves the model with {output.shape[dim]} rows, "
+            f"and has labels of {rows}; give every rank the same batch, of as many labels as inputs"
+        ) from error
+
+
+def _zero(outputs: Sequence[Tensor | None]) -> Tensor:
+    """A loss of 0 that gives every output a gradient of 0, whatever its values."""
+    learning = [x for x in outputs if x is not None and x.is_floating_point()]
+    return torch.stack([x.flatten()[:0].sum().float() for x in learning]).sum()

@@ -1,0 +1,134 @@
+"""Optimizers and schedulers of the parameters that one rank has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+__all__ = [
+    "MakeOptimizer",
+    "MakeScheduler",
+    "Recipe",
+    "make_optimizer",
+    "make_scheduler",
+    "refuse_closures",
+    "step_scheduler",
+]
+
+MakeOptimizer = Callable[..., Optimizer]
+MakeScheduler = Callable[..., LRScheduler]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes an optimizer or scheduler, or is one.
+
+    Attributes:
+        given: a class or function, or what it would make.
+        options: further arguments of the class or function.
+    """
+
+    given: Any
+    options: Mapping[str, Any] | None = None
+
+    def make(self, argument: Any) -> Any:
+        """Calls what can be called, with the argument first."""
+        return self.given(argument, **(self.options or {})) if callable(self.given) else self.given
+
+
+def make_optimizer(
+    recipe: Recipe,
+    parameters: Sequence[nn.Parameter],
+    device: torch.device,
+) -> Optimizer:
+    """The optimizer of a rank.
+
+    Args:
+        recipe: a class, or a function of a list of parameters; or an optimizer that was made over
+            the whole model's: it is changed in place to hold this rank's alone.
+        parameters: all that the rank has. Where none of them is trained, a placeholder of one
+            element is, so that learning rates and gradient scales go their way on every rank.
+        device: where the rank's stages are.
+
+    Raises:
+        ValueError: an optimizer of other parameters.
+        TypeError: something else was given, or returned; or an optimizer that needs a closure.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    placeholder = None if trained else nn.Parameter(torch.zeros(1, device=device))
+    if placeholder is not None:
+        trained = [placeholder]
+    is_made = isinstance(recipe.given, Optimizer)
+    optimizer = recipe.given if is_made else recipe.make(trained)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer= must be a class of torch.optim, a function that makes one of a list of "
+            f"parameters, or an optimizer; found {type(optimizer).__name__}"
+        )
+    refuse_closures(optimizer)
+    _narrow(optimizer, parameters, placeholder)
+    return optimizer
+
+
+def refuse_closures(optimizer: Optimizer) -> None:
+    """Raises TypeError for an optimizer that wants to run the model by itself."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("LBFGS runs the model several times a step; use another optimizer")
+
+
+def make_scheduler(recipe: Recipe, optimizer: Optimizer) -> LRScheduler | None:
+    """The scheduler of a rank's optimizer, of a class, a function of it, or as it is; or none.
+
+    Raises:
+        ValueError: a scheduler of another optimizer.
+        TypeError: something else was given, or returned.
+    """
+    if recipe.given is None:
+        return None
+    is_made = isinstance(recipe.given, LRScheduler)
+    scheduler = recipe.given if is_made else recipe.make(optimizer)
+    if not isinstance(scheduler, LRScheduler):
+        raise TypeError(
+            f"scheduler= must be a class of torch.optim.lr_scheduler, a function that makes one of "
+            f"an optimizer, or a scheduler; found {type(scheduler).__name__}"
+        )
+    if scheduler.optimizer is not optimizer:
+        raise ValueError(
+            "the scheduler is one of another optimizer; give a function, such as "
+            "scheduler=lambda optimizer: CosineAnnealingLR(optimizer, T_max=1000)"
+        )
+    return scheduler
+
+
+def step_scheduler(scheduler: LRScheduler | None, loss: float) -> None:
+    """One step; of a scheduler that looks at the loss with the loss, which all ranks know."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step(loss)
+    elif scheduler is not None:
+        scheduler.step()
+
+
+def _narrow(
+    optimizer: Optimizer, own: Sequence[nn.Parameter], placeholder: nn.Parameter | None
+) -> None:
+    """Leaves this rank's parameters in the groups, frozen ones as well, and their state."""
+    kept = {id(parameter) for parameter in (*own, placeholder)}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) in kept]
+    for parameter in [p for p in optimizer.state if id(p) not in kept]:
+        del optimizer.state[parameter]
+    found = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if placeholder is not None and id(placeholder) not in found:
+        optimizer.param_groups[0]["params"].append(placeholder)
+    elif not found:
+        raise ValueError(
+            "the optimizer holds none of this rank's parameters; make it over those of the very "
+            "model that TrainingWrapper is given, or pass a function, such as "
+            "optimizer=lambda parameters: AdamW(parameters, lr=1e-3)"
+        )

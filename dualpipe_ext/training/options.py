@@ -1,0 +1,52 @@
+"""What a training loop was asked for, checked."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dualpipe_ext.training.losses import LossFunction, Reduction
+
+__all__ = ["LoopOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopOptions:
+    """The options of :class:`dualpipe_ext.TrainingWrapper` that all ranks have alike."""
+
+    loss_fn: LossFunction | None
+    reduction: Reduction | None
+    ignore_index: int
+    max_grad_norm: float | None
+    accumulation_steps: int
+    autocast: torch.dtype | None
+    input_names: tuple[str, ...] | None
+    label_names: tuple[str, ...]
+    batch_dim: int
+
+    def check(self) -> None:
+        """Raises ValueError or TypeError where a value is not allowed."""
+        for name, least in (("accumulation_steps", 1), ("batch_dim", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}={value!r}: it must be an int, not {type(value).__name__}")
+            if value < least:
+                raise ValueError(f"{name}={value}: it must be at least {least}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm}: it must be above 0; use float('inf') to "
+                f"measure without clipping, and None to do neither"
+            )
+        if self.autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"autocast={self.autocast}: choose torch.bfloat16, torch.float16 with a scaler, or "
+                f"None"
+            )
+
+    def to_compare(self) -> dict[str, Any]:
+        """What must be equal on all ranks, as :func:`dualpipe_ext._handshake.agree` takes it."""
+        settings = asdict(self)
+        del settings["loss_fn"]
+        return {**settings, "autocast": str(self.autocast), "stages": {}}

@@ -1,0 +1,189 @@
+"""Data parallelism: pipelines side by side, whose gradients are summed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from dualpipe_ext._C import PipelineError, process_group_all_gather
+from dualpipe_ext._handshake import collect
+from dualpipe_ext.gradients import main_grads
+from dualpipe_ext.pipeline import Pipeline
+
+__all__ = ["Replicas", "split_mesh"]
+
+Groups = tuple[dist.ProcessGroup, dist.ProcessGroup]
+
+
+def split_mesh(mesh: DeviceMesh) -> Groups:
+    """The groups of a mesh with axes ``"pp"`` and ``"dp"``: this rank's pipeline, and its replicas.
+
+    Raises:
+        ValueError: it has other axes.
+    """
+    names = mesh.mesh_dim_names or ()
+    if sorted(names) != ["dp", "pp"]:
+        raise ValueError(
+            f"mesh= has the axes {list(names)}; it needs 'pp' and 'dp', as in init_device_mesh('cpu', "
+            f"(2, 4), mesh_dim_names=('dp', 'pp')) for two pipelines of four ranks"
+        )
+    return mesh.get_group("pp"), mesh.get_group("dp")
+
+
+class Replicas:
+    """The ranks in the same place of all pipelines, which hold the same parameters.
+
+    Without a group there is one pipeline, and nothing to exchange.
+
+    Args:
+        group: these ranks; the same number of them for every place.
+
+    Attributes:
+        group: these ranks.
+        index: which of them this is.
+        size: how many there are.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.index = 0 if group is None else group.rank()
+        self.size = 1 if group is None else group.size()
+        self._copies: dist.ProcessGroup | None = None
+
+    def begin(self, pipeline: Pipeline) -> None:
+        """Overwrites parameters and buffers with those of the first replica.
+
+        Args:
+            pipeline: this rank's.
+
+        Raises:
+            ValueError: groups that are none of pipelines side by side; on every rank.
+            PipelineError: another replica has failed.
+        """
+        if self.group is None:
+            return
+        self.gather(0.0)
+        self._copies = _all_copies(self.group, pipeline)
+        with _reaching_others():
+            for tensor in (*pipeline.parameters(), *pipeline.buffers()):
+                dist.broadcast(tensor.detach(), group=self.group, group_src=0)
+
+    def gather(self, value: float) -> list[float]:
+        """Everybody's number, by replica.
+
+        Raises:
+            PipelineError: another replica has failed, or cannot be reached.
+        """
+        found = self._exchange([0.0, value])
+        for replica, (has_failed, _) in enumerate(found):
+            if has_failed:
+                raise PipelineError(f"replica {replica} has failed; what it raised says why")
+        return [value for _, value in found]
+
+    @contextmanager
+    def telling_failures(self) -> Iterator[None]:
+        """What is raised in here makes the next :meth:`gather` of the others raise."""
+        try:
+            yield
+        except BaseException:
+            with suppress(PipelineError):
+                self._exchange([1.0, 0.0])
+            raise
+
+    def _exchange(self, values: list[float]) -> list[list[float]]:
+        if self.group is None:
+            return [values]
+        with _reaching_others():
+            return process_group_all_gather(self.group, values)
+
+    def sum_gradients(self, pipeline: Pipeline) -> None:
+        """Sums gradients over all copies of each stage, those of mirrors and of replicas, in place.
+
+        All copies get the same bits. A gradient that is ``None`` on all of them stays so.
+
+        Raises:
+            PipelineError: another rank cannot be reached.
+        """
+        parameters = _in_order_of_stages(pipeline)
+        self._complete(parameters)
+        grads = [p.grad for p in parameters if p.grad is not None] + main_grads(parameters)
+        for bucket in _buckets(grads, pipeline.config.bucket_bytes):
+            flat = torch.cat([grad.reshape(-1) for grad in bucket])
+            with _reaching_others():
+                dist.all_reduce(flat, group=self._copies)
+            sizes = [grad.numel() for grad in bucket]
+            for grad, total in zip(bucket, flat.split(sizes), strict=True):
+                grad.copy_(total.view_as(grad))
+        pipeline.resume_at(pipeline.num_steps)  # it needs no sum of its own any more
+
+    def _complete(self, parameters: Sequence[nn.Parameter]) -> None:
+        """A gradient that some copy has becomes one of all; zero where it was none."""
+        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+        if has.numel():
+            with _reaching_others():
+                dist.all_reduce(has, op=dist.ReduceOp.MAX, group=self._copies)
+        for parameter, anywhere in zip(parameters, has.tolist(), strict=True):
+            if anywhere and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+
+@contextmanager
+def _reaching_others() -> Iterator[None]:
+    """Around collectives of torch, whose errors say no more than that."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PipelineError(f"a rank of another replica cannot be reached: {error}") from error
+
+
+def _all_copies(replicas: dist.ProcessGroup, pipeline: Pipeline) -> dist.ProcessGroup:
+    """All ranks that hold the same stages: those in the same place, and those of their mirrors."""
+    told = collect(
+        pipeline.group,
+        pipeline.config.timeout,
+        lambda: {"replicas": dist.get_process_group_ranks(replicas)},
+        "could not name its replicas",
+    )
+    by_place = [facts["replicas"] for facts in told]
+    everybody = list(chain(*by_place))
+    if len({len(ranks) for ranks in by_place}) > 1 or len(set(everybody)) < len(everybody):
+        raise ValueError(
+            f"the replicas of the ranks of this pipeline are {by_place}; each needs a group of "
+            f"equally many, and none may be in two of them"
+        )
+    if not pipeline.is_mirrored:
+        return replicas
+    ranks = sorted(by_place[pipeline.rank] + by_place[pipeline.num_ranks - 1 - pipeline.rank])
+    timeout = timedelta(seconds=pipeline.config.timeout)
+    copies: dist.ProcessGroup = dist.new_group(
+        ranks, timeout=timeout, use_local_synchronization=True
+    )
+    return copies
+
+
+def _in_order_of_stages(pipeline: Pipeline) -> list[nn.Parameter]:
+    """The same on the rank that has the other copies, whose modules are the other way round."""
+    modules = dict(zip(pipeline.stages, pipeline.module, strict=True))
+    return list(dict.fromkeys(p for stage in sorted(modules) for p in modules[stage].parameters()))
+
+
+def _buckets(grads: Sequence[Tensor], bucket_bytes: int) -> Iterator[list[Tensor]]:
+    """Consecutive gradients of one type and device, of about so many bytes together."""
+    bucket: list[Tensor] = []
+    size = 0
+    for grad in grads:
+        is_alike = not bucket or (bucket[0].dtype, bucket[0].device) == (grad.dtype, grad.device)
+        if bucket and (size >= bucket_bytes or not is_alike):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(grad)
+        size += grad.numel() * grad.element_size()
+    if bucket:
+        yield bucket

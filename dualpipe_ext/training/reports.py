@@ -1,0 +1,45 @@
+"""What ranks tell one another after a step, in one exchange."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+
+from dualpipe_ext.groups import PipelineGroup
+
+__all__ = ["NO_BATCH", "Report", "summarize"]
+
+NO_BATCH = -1.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """One rank's, or all ranks'.
+
+    Attributes:
+        loss: the part of the batch's loss that came about here; all of it.
+        fingerprint: of the batch that this rank was given, or ``NO_BATCH``.
+        are_finite: whether the gradients are.
+    """
+
+    loss: float
+    fingerprint: float = NO_BATCH
+    are_finite: bool = True
+
+
+def summarize(group: PipelineGroup, own: Report) -> Report:
+    """The reports of all ranks in one, the same on each of them.
+
+    Raises:
+        ValueError: ranks were given different batches.
+    """
+    values = [float(value) for value in astuple(own)]
+    losses, fingerprints, are_finite = zip(*group.all_gather_floats(values), strict=True)
+    first = fingerprints[0]
+    for rank, found in enumerate(fingerprints):
+        if found != first:
+            raise ValueError(
+                f"rank {rank} was given another batch than rank 0; give every rank the same one (the "
+                f"same seed or sampler), or with halves=True the rows that enter and leave there"
+            )
+    return Report(math.fsum(losses), first, all(are_finite))

@@ -1,0 +1,193 @@
+"""From a whole model to a configuration, and to the stages of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from dualpipe_ext._advice import warn_caller
+from dualpipe_ext._source import ScheduleSource
+from dualpipe_ext._step import microbatch_seed
+from dualpipe_ext.adapters import Partition, get_model_adapter
+from dualpipe_ext.config import DualPipeConfig
+from dualpipe_ext.groups import PipelineGroup
+from dualpipe_ext.training.digests import digest
+
+__all__ = [
+    "input_names",
+    "own_stages",
+    "place_stages",
+    "predicts_next_token",
+    "schedule_source",
+    "seeded",
+    "setup_dual_pipe",
+    "warn_of_other_models",
+    "weights_digest",
+]
+
+
+def setup_dual_pipe(model: nn.Module, num_stages: int, **settings: Any) -> DualPipeConfig:
+    """A configuration for training a model, which is checked to have so many stages.
+
+    Everything is overlapped and activations are computed again in the backward pass, unless
+    ``settings`` says otherwise. There are twice as many micro-batches as stages, the fewest that
+    DualPipe serves; more of them make its bubble a smaller share of the step.
+
+    Args:
+        model: with an adapter (:func:`dualpipe_ext.adapters.get_model_adapter`). Not changed.
+        num_stages: how many; for DualPipe the number of ranks.
+        settings: of :class:`DualPipeConfig`, by name.
+
+    Raises:
+        ValueError: the model cannot be cut into so many stages, or an unknown setting.
+        TypeError: no model, or a setting of a wrong type.
+    """
+    get_model_adapter(model).partition(num_partitions=num_stages, show=False)
+    chosen = {
+        "num_stages": num_stages,
+        "num_microbatches": 2 * num_stages,
+        "overlap_strategy": "full",
+        "memory_optimization": "activation_checkpoint",
+    }
+    return DualPipeConfig.from_dict({**chosen, **settings})
+
+
+def schedule_source(config: DualPipeConfig, num_ranks: int) -> ScheduleSource:
+    """The configured schedule on these ranks.
+
+    Raises:
+        ValueError: it has another number of stages than is configured.
+    """
+    source = ScheduleSource.of(config.schedule, num_ranks, max(1, config.num_stages // num_ranks))
+    num_stages = source.smallest().num_stages
+    if config.num_stages not in (0, num_stages):
+        raise ValueError(
+            f"num_stages={config.num_stages}, but {config.schedule} on {num_ranks} ranks has "
+            f"{num_stages} stages; configure num_stages={num_stages}, or start another number of "
+            f"ranks"
+        )
+    return source
+
+
+def own_stages(
+    model: nn.Module | Sequence[nn.Module], source: ScheduleSource, group: PipelineGroup
+) -> list[nn.Module]:
+    """What a rank holds of a model, in the order of the pipeline's modules.
+
+    Args:
+        model: a whole one; all of its partitions, or more than this rank's; or this rank's stages.
+        source: the schedule.
+        group: the ranks.
+    """
+    schedule = source.smallest()
+    stages = schedule.stages_of(group.rank)
+    if isinstance(model, nn.Module):
+        partitions = get_model_adapter(model).partition(schedule.num_stages, process_group=group)
+        return [partitions[stage] for stage in stages]
+    given = list(model)
+    by_index = {each.plan.index: each for each in given if isinstance(each, Partition)}
+    if len(by_index) == len(given) and set(stages) <= set(by_index):
+        return [by_index[stage] for stage in stages]
+    return given
+
+
+def weights_digest(model: nn.Module | Sequence[nn.Module]) -> str:
+    """What :func:`warn_of_other_models` compares; empty for stages and models without values."""
+    if isinstance(model, nn.Module) and not _is_empty(model):
+        return str(digest(model.parameters()))
+    return ""
+
+
+def warn_of_other_models(own: str, group: PipelineGroup, timeout: float) -> None:
+    """Warns on the first rank when whole models differ between ranks; all ranks call it.
+
+    No error, for a rank may have read the weights of its own stages alone.
+
+    Args:
+        own: the :func:`weights_digest` of this rank's model.
+        group: the ranks.
+        timeout: seconds to wait for them.
+
+    Raises:
+        PipelineError: a rank did not come.
+    """
+    digests = group.all_gather(own, timeout)
+    known = [rank for rank, found in enumerate(digests) if found]
+    others = [rank for rank in known if digests[rank] != digests[known[0]]]
+    if others and group.rank == 0:
+        warn_caller(
+            f"the model of rank {known[0]} has other weights than that of {_ranks(others)}, and "
+            f"stages of both would be trained as one model; call torch.manual_seed() before the "
+            f"model is made, or read the same weights on every rank; nothing is wrong if "
+            f"load_checkpoint() follows"
+        )
+
+
+def input_names(stages: Sequence[nn.Module]) -> tuple[str, ...] | None:
+    """What the first stage takes, where an adapter made the stages."""
+    return next((stage.plan.inputs for stage in stages if isinstance(stage, Partition)), None)
+
+
+def predicts_next_token(stages: Sequence[nn.Module]) -> bool:
+    """Whether they are of a causal language model, as far as an adapter knows."""
+    return any(stage.plan.is_causal for stage in stages if isinstance(stage, Partition))
+
+
+def seeded(config: DualPipeConfig, group: PipelineGroup, replica: int) -> DualPipeConfig:
+    """The configuration with a seed, the same on all ranks of a pipeline; all of them call it.
+
+    Ranks are seeded alike to make the same model and the same batches, so without it both copies of
+    a stage, and those of all replicas, would drop the same units of different rows. Ranks that are
+    threads share one generator, where a seed cannot hold: theirs stays.
+
+    Args:
+        config: with a seed, or else the first rank's generator has one.
+        group: the ranks.
+        replica: the number of this pipeline among those side by side.
+
+    Raises:
+        PipelineError: a rank did not come within the configured time.
+    """
+    if group.are_threads:
+        return config
+    seed = torch.initial_seed() if config.seed is None else config.seed
+    own = microbatch_seed(seed, 0, 0, replica) if replica else seed
+    return replace(config, seed=int(group.all_gather(str(own), config.timeout)[0]))
+
+
+def place_stages(
+    stages: Sequence[nn.Module], device: torch.device | str | None
+) -> Sequence[nn.Module]:
+    """Moves a rank's stages to a device; those without values are given memory there.
+
+    Raises:
+        ValueError: parameters without values, and no device to make room for them.
+    """
+    if device is None:
+        if any(_is_empty(stage) for stage in stages):
+            raise ValueError(
+                "the model's parameters are on the meta device; give TrainingWrapper the device "
+                "where they are to be, and values by load_checkpoint() or import_pretrained()"
+            )
+        return stages
+    for stage in stages:
+        if _is_empty(stage):
+            stage.to_empty(device=device)
+        else:
+            stage.to(device)
+    for stage in stages:
+        if isinstance(stage, Partition) and stage.plan.ties and len(stages) > 1:
+            stage.mirror()  # shares again what the two stages of a rank share
+    return stages
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _is_empty(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters())

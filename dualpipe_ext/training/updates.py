@@ -1,0 +1,114 @@
+"""From gradients to new parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dualpipe_ext.gradients import gradients_of
+from dualpipe_ext.pipeline import Pipeline
+from dualpipe_ext.training.optimizers import (
+    Recipe,
+    make_optimizer,
+    make_scheduler,
+    step_scheduler,
+)
+from dualpipe_ext.training.scaling import RankScaler, are_finite
+
+__all__ = ["Updater", "make_updater"]
+
+
+class Updater:
+    """Clips, steps the optimizer and the scheduler, and zeroes, alike on every rank.
+
+    Attributes:
+        optimizer: of this rank's parameters.
+        scheduler: of the optimizer.
+        grad_norm: of the whole model's gradient before it was last clipped.
+        num_updates: steps of the optimizer so far; those that a scaler skipped do not count.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
+        scaler: RankScaler | None,
+        max_grad_norm: float | None,
+    ) -> None:
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.grad_norm: Tensor | None = None
+        self.num_updates = 0
+        self._pipeline = pipeline
+        self._scaler = scaler
+        self._max_grad_norm = max_grad_norm
+
+    @property
+    def scaler(self) -> GradScaler | None:
+        """Of losses."""
+        return None if self._scaler is None else self._scaler.scaler
+
+    def grads(self) -> list[Tensor]:
+        """All gradients of this rank."""
+        return gradients_of(self._pipeline.parameters())
+
+    def can_step(self) -> bool:
+        """Whether this rank's gradients, scaled ones, allow it."""
+        return self._scaler is None or are_finite(self.grads())
+
+    def run(self, loss: float, are_finite: bool) -> None:
+        """One step, unless the gradients of some rank are not finite and a scaler looks at them.
+
+        Args:
+            loss: of the batch, for a scheduler that looks at it.
+            are_finite: whether :meth:`can_step` is true on all ranks.
+        """
+        if self._scaler is not None:
+            self._scaler.unscale(self.optimizer, are_finite)
+        if self._max_grad_norm is not None:
+            self.grad_norm = self._pipeline.clip_grad_norm_(self._max_grad_norm)
+        if self._scaler is None:
+            self.optimizer.step()
+        else:
+            self._scaler.step(self.optimizer)
+        if are_finite:
+            self.num_updates += 1
+            step_scheduler(self.scheduler, loss)
+        self.discard()
+
+    def discard(self) -> None:
+        """Forgets all gradients."""
+        self.optimizer.zero_grad()
+        self._pipeline.zero_grad()  # of parameters that the optimizer was not given
+
+
+def make_updater(
+    pipeline: Pipeline,
+    device: torch.device,
+    optimizer: Recipe,
+    scheduler: Recipe,
+    scaler: GradScaler | None,
+    max_grad_norm: float | None,
+) -> Updater:
+    """What updates a rank's parameters; from now on the pipeline scales the losses.
+
+    Args:
+        pipeline: with the parameters.
+        device: of the rank's stages.
+        optimizer: as for :func:`make_optimizer`.
+        scheduler: as for :func:`make_scheduler`.
+        scaler: of losses, if it is enabled.
+        max_grad_norm: gradients of the whole model are clipped to it.
+
+    Raises:
+        ValueError, TypeError: as those functions do.
+    """
+    made = make_optimizer(optimizer, list(pipeline.parameters()), device)
+    scaling = RankScaler(scaler, device) if scaler and scaler.is_enabled() else None
+    if scaling is not None:
+        pipeline.register_before_backward_hook(scaling.scale)
+    return Updater(pipeline, made, make_scheduler(scheduler, made), scaling, max_grad_norm)

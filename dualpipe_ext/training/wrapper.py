@@ -1,0 +1,469 @@
+"""Training loops over a pipeline: a step for each batch, with the numbers of the unsplit model."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dualpipe_ext._C import PipelineError
+from dualpipe_ext._handshake import agree
+from dualpipe_ext.checkpoint import Resumed, load_checkpoint, save_checkpoint
+from dualpipe_ext.checkpoint.replicas import average_buffers
+from dualpipe_ext.config import DualPipeConfig
+from dualpipe_ext.groups import PipelineGroup, resolve_group
+from dualpipe_ext.pipeline import Pipeline
+from dualpipe_ext.training.accumulation import Accumulation
+from dualpipe_ext.training.batches import Batch, BatchReader, is_batch, together
+from dualpipe_ext.training.losses import (
+    IGNORED,
+    LossFunction,
+    Reduction,
+    choose_loss,
+)
+from dualpipe_ext.training.modes import evaluating
+from dualpipe_ext.training.optimizers import (
+    MakeOptimizer,
+    MakeScheduler,
+    Recipe,
+)
+from dualpipe_ext.training.options import LoopOptions
+from dualpipe_ext.training.outputs import Outputs, first_rows, join_ends
+from dualpipe_ext.training.parts import Part
+from dualpipe_ext.training.replicas import Replicas, split_mesh
+from dualpipe_ext.training.reports import Report, summarize
+from dualpipe_ext.training.rows import RowPlan
+from dualpipe_ext.training.setup import (
+    input_names,
+    own_stages,
+    place_stages,
+    predicts_next_token,
+    schedule_source,
+    seeded,
+    warn_of_other_models,
+    weights_digest,
+)
+from dualpipe_ext.training.steps import BatchSteps
+from dualpipe_ext.training.updates import Updater, make_updater
+
+__all__ = ["TrainingWrapper"]
+
+
+class TrainingWrapper:
+    """Trains a model over a pipeline: losses and parameters are those of training it in one piece.
+
+    Every rank makes one, alike, and calls :meth:`train_step`, :meth:`evaluate` and :meth:`predict`
+    with the same batches. A batch is a tensor, a tuple ``(input, ..., labels)``, a pair of tuples,
+    or a mapping by the model's own names and those of labels. Its rows are cut into
+    ``config.num_microbatches``, of which the first ones have a row more where that does not come
+    out even; each counts for what is in it, so that losses and gradients are those of the whole
+    batch. Model and ``loss_fn`` have to treat each row for itself: a batch norm, or a loss that
+    compares rows, sees one micro-batch.
+
+    Args:
+        model: a whole model, which its adapter cuts: this rank trains its own partitions, which
+            share their parameters with it. Or all partitions that an adapter made of one; or the
+            stages of this rank, in the order of a pipeline's modules.
+        config: the same on every rank; its ``schedule`` and ``num_stages`` say how to cut.
+        optimizer: a class, or a function of a list of parameters, that makes this rank's optimizer
+            (AdamW with its own settings, where left out);
+            or an optimizer over the whole model's, which is changed to hold this rank's. With
+            ``None`` there is no :meth:`train_step`.
+        optimizer_options: further arguments of the class or function.
+        scheduler: of learning rates, likewise, made of the optimizer. It steps when that has.
+        scheduler_options: further arguments of its class or function.
+        loss_fn: ``loss_fn(*outputs, *labels)`` is the loss of some rows, as a scalar, without
+            parameters of its own. Left out: the cross-entropy over tokens, of the next token for
+            causal language models of Hugging Face.
+        reduction: what ``loss_fn`` returns, and what the loss of a batch is: ``"mean"`` over rows,
+            their ``"sum"``, or ``"token"``, the mean over labels other than ``ignore_index`` in all
+            micro-batches.
+        ignore_index: the label of what does not count.
+        max_grad_norm: gradients of the whole model are clipped to this norm.
+        accumulation_steps: batches between two steps of the optimizer. The gradient is that of one
+            batch made of all of them.
+        scaler: scales losses for float16. All ranks skip a step where one of them finds a gradient
+            that is not finite; the scheduler does not step then.
+        autocast: the type of autocast around forwards and losses.
+        device: where to move this rank's stages; left out, they stay. Needed for a model on the meta
+            device, whose values :meth:`load_checkpoint` brings.
+        input_names: what the first stage takes, for batches by name, where stages are your own.
+        label_names: which entries of a batch by name are labels, in the order of ``loss_fn``.
+        batch_dim: the dimension of the rows, 0 or more.
+        process_group: the ranks; torch's default group where left out.
+        replica_group: the ranks in the same place of other pipelines (replicas), each of which is
+            given its own part of the batch on all of its ranks (:class:`~dualpipe_ext.training.
+            ReplicaBatchSampler`). Losses and gradients are those of the whole batch.
+        mesh: with axes ``"pp"`` and ``"dp"``, in place of both groups.
+
+    Attributes:
+        pipeline: what runs the steps.
+
+    Raises:
+        ValueError: a model, group or option that does not fit.
+        TypeError: an argument of a wrong type.
+        PipelineError: another rank could not be constructed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        config: DualPipeConfig | None = None,
+        optimizer: MakeOptimizer | Optimizer | None = AdamW,
+        *,
+        optimizer_options: Mapping[str, Any] | None = None,
+        scheduler: MakeScheduler | LRScheduler | None = None,
+        scheduler_options: Mapping[str, Any] | None = None,
+        loss_fn: LossFunction | None = None,
+        reduction: Reduction | None = None,
+        ignore_index: int = IGNORED,
+        max_grad_norm: float | None = None,
+        accumulation_steps: int = 1,
+        scaler: GradScaler | None = None,
+        autocast: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        input_names: Sequence[str] | None = None,
+        label_names: Sequence[str] = ("labels",),
+        batch_dim: int = 0,
+        process_group: dist.ProcessGroup | PipelineGroup | None = None,
+        replica_group: dist.ProcessGroup | None = None,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
+        self.config = config or DualPipeConfig()
+        if mesh is not None:
+            if process_group is not None or replica_group is not None:
+                raise ValueError(
+                    "mesh= has both groups; leave out process_group= and replica_group="
+                )
+            process_group, replica_group = split_mesh(mesh)
+        self._group = resolve_group(process_group, None)
+        self._options = LoopOptions(
+            loss_fn=loss_fn,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            max_grad_norm=max_grad_norm,
+            accumulation_steps=accumulation_steps,
+            autocast=autocast,
+            input_names=None if input_names is None else tuple(input_names),
+            label_names=tuple(label_names),
+            batch_dim=batch_dim,
+        )
+        self._replicas = Replicas(replica_group)
+        with self._replicas.telling_failures():
+            weights = weights_digest(model)  # before it is given memory with whatever is in it
+            self._agree(lambda: self._adopt(model, device))
+            warn_of_other_models(weights, self._group, self.config.timeout)
+            config = seeded(self.config, self._group, self._replicas.index)
+            self.pipeline = Pipeline(
+                self._stages, config.schedule, batch_dim, self._group, config=config
+            )
+        self._replicas.begin(self.pipeline)
+        self._steps = BatchSteps(self.pipeline, self._rows, batch_dim, self.config.timeout)
+        self._updater: Updater | None = None
+        if optimizer is not None:
+            made = Recipe(optimizer, optimizer_options), Recipe(scheduler, scheduler_options)
+            with self._replicas.telling_failures():
+                self._agree(lambda: self._equip(*made, scaler))
+            self._replicas.gather(0.0)  # all of them came through
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Of this rank's parameters.
+
+        Raises:
+            ValueError: there is none.
+        """
+        return self._trained_by.optimizer
+
+    @property
+    def scheduler(self) -> LRScheduler | None:
+        """Of the optimizer."""
+        return self._trained_by.scheduler
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the whole model's gradient before it was last clipped."""
+        return self._trained_by.grad_norm
+
+    @property
+    def num_updates(self) -> int:
+        """Steps of the optimizer so far; those that a scaler skipped do not count."""
+        return self._trained_by.num_updates
+
+    def train_step(self, batch: Any, *, halves: bool = False, update: bool | None = None) -> Tensor:
+        """Trains on a batch: forward and backward, and every ``accumulation_steps`` an update.
+
+        Args:
+            batch: the same on every rank, at least as many rows as micro-batches. It may be in host
+                memory.
+            halves: every rank is given its own part alone: the inputs of the rows that enter there,
+                the labels of those that leave (:meth:`own_rows`), ``None`` where there are none.
+            update: whether to update now, after a shorter or in a longer accumulation.
+
+        Returns:
+            The loss of the batch, the same on every rank: a float64 scalar in host memory.
+
+        Raises:
+            ValueError, TypeError: a batch that does not fit the model or cannot be cut, ranks with
+                different batches, or no optimizer.
+            PipelineError: a stage raised, or another rank failed. Gradients that were accumulated
+                are gone; the next step works.
+        """
+        updater = self._trained_by
+        try:
+            part, units = self._ready(batch, halves)
+            total = self._accumulation.add(units, updater.grads())
+            is_last = self._accumulation.is_complete if update is None else update
+            loss = self._run_with_replicas(part, total, is_last)
+            loss *= self._loss.share(total) / self._loss.share(units)
+            can_step = updater.can_step() if is_last else True
+            report = self._summarize(Report(loss, part.fingerprint, can_step))
+        except BaseException:
+            updater.discard()
+            self._accumulation.restart()
+            raise
+        if is_last:
+            updater.run(report.loss, report.are_finite)
+            self._accumulation.restart()
+        return torch.tensor(report.loss, dtype=torch.float64)
+
+    def evaluate(self, data: Any, *, halves: bool = False) -> Tensor:
+        """The loss of a batch, or of all batches of an iterable as if they were one.
+
+        In evaluation mode and without gradients; modes are put back. A batch may have fewer rows
+        than micro-batches: rows are added that do not count.
+
+        Args:
+            data: a batch, or an iterable of batches, the same on every rank.
+            halves: as for :meth:`train_step`; then there are no rows added.
+
+        Returns:
+            The loss, the same on every rank: a float64 scalar in host memory.
+
+        Raises:
+            ValueError, TypeError, PipelineError: as :meth:`train_step` does; or no batch.
+        """
+        loss, units, mark = 0.0, 0, 0.0
+        self._average_buffers()
+        with evaluating(self._stages), self._replicas.telling_failures():
+            whole = is_batch(data) or data is None
+            for batch in [data] if whole else together(data, self._group):
+                part = self._part(batch, halves, fill=not halves)
+                loss += self._run(part, part.total or 1) * self._loss.share(part.total)
+                units += part.total
+                mark = (31.0 * mark + part.fingerprint) % 2.0**40
+        report = self._summarize(Report(loss, mark))
+        total = int(sum(self._replicas.gather(units)))
+        if total == 0:
+            raise ValueError("there is no batch to evaluate, or none with a label that counts")
+        return torch.tensor(report.loss / self._loss.share(total), dtype=torch.float64)
+
+    def predict(self, batch: Any) -> Outputs:
+        """The model's outputs for a batch, in evaluation mode and without gradients.
+
+        Args:
+            batch: as for :meth:`evaluate`, the same on every rank; labels are not looked at. Inputs
+                alone are a tensor, a mapping, or a pair ``((input, ...), ())``.
+
+        Returns:
+            All rows' outputs, a tuple where there are several, on the ranks where micro-batches
+            leave (DualPipe: the first and the last); ``None`` elsewhere.
+
+        Raises:
+            ValueError, TypeError, PipelineError: as :meth:`train_step` does; or outputs of
+                micro-batches that do not fit together.
+        """
+        part = self._steps.of_inputs(lambda: self._reader.read(batch))
+        self.pipeline.sync_buffers()
+        with evaluating(self._stages):
+            own = self._steps.infer(part, self._options.autocast)
+        outputs = join_ends(self.pipeline, own, self.config.timeout)
+        return first_rows(outputs, part.total, self._options.batch_dim)
+
+    def own_rows(self, rows: int) -> tuple[range, range]:
+        """The rows of a batch of so many that enter on this rank, and those that leave here.
+
+        For loaders that read no more than ``halves=True`` asks for: inputs of the former, labels of
+        the latter.
+        """
+        rank = self._group.rank
+        return self._rows.entering_rows(rank, rows), self._rows.leaving_rows(rank, rows)
+
+    def save_checkpoint(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        extra: Any = None,
+        keep: int | None = None,
+    ) -> Path:
+        """Saves everything that training needs to go on, on any number of ranks; all call it.
+
+        Args:
+            folder: of this run's checkpoints, on a file system that all ranks share.
+            extra: what else is to be had back, such as the place in the data.
+            keep: how many of the last checkpoints stay there; all of them where left out.
+
+        Returns:
+            The place of the checkpoint: ``folder/step-<num_updates>``.
+
+        Raises:
+            ValueError: in the middle of an accumulation, whose gradients are not saved.
+            Exception: what went wrong on this rank.
+            PipelineError: another rank could not save, with its reason.
+        """
+        updater = self._trained_by
+        if self._accumulation.num_batches:
+            raise ValueError(
+                f"{self._accumulation.num_batches} batches were accumulated since the last update, "
+                f"and gradients are not saved; save after train_step(batch, update=True)"
+            )
+        return save_checkpoint(
+            folder,
+            self.pipeline,
+            updater.optimizer,
+            updater.scheduler,
+            scaler=updater.scaler,
+            step=updater.num_updates,
+            extra=extra,
+            keep=keep,
+            replicas=self._replicas.group,
+        )
+
+    def load_checkpoint(self, path: str | os.PathLike[str]) -> Resumed:
+        """Goes on from a checkpoint, or from the latest one in a folder; all ranks call it.
+
+        Without an optimizer the model alone is loaded.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+            ValueError: one that does not fit, on every rank.
+            PipelineError: another rank could not load, with its reason.
+        """
+        updater = self._updater
+        if updater is None:
+            return load_checkpoint(path, self.pipeline, replicas=self._replicas.group)
+        resumed = load_checkpoint(
+            path,
+            self.pipeline,
+            updater.optimizer,
+            updater.scheduler,
+            scaler=updater.scaler,
+            replicas=self._replicas.group,
+        )
+        updater.discard()
+        updater.num_updates = resumed.step
+        self._accumulation.restart()
+        return resumed
+
+    # Construction
+
+    def _agree(self, describe: Callable[[], dict[str, Any]]) -> None:
+        agree(self._group, self.config.timeout, describe)
+
+    def _adopt(
+        self, model: nn.Module | Sequence[nn.Module], device: torch.device | str | None
+    ) -> dict[str, Any]:
+        """Cuts the model, and resolves what can be wrong on one rank; the others are told."""
+        options = self._options
+        options.check()
+        source = schedule_source(self.config, self._group.size)
+        num_microbatches = self.config.num_microbatches or source.smallest().num_microbatches
+        self._rows = RowPlan.of(source.plan(num_microbatches))
+        stages = own_stages(model, source, self._group)
+        is_causal = predicts_next_token(stages)
+        self._loss = choose_loss(
+            is_causal, options.loss_fn, options.reduction, options.ignore_index
+        )
+        self._accumulation = Accumulation(
+            options.accumulation_steps, is_mean=self._loss.reduction != "sum"
+        )
+        self._stages = place_stages(stages, device)
+        self._reader = BatchReader(options.input_names or input_names(stages), options.label_names)
+        return options.to_compare()
+
+    def _equip(
+        self, optimizer: Recipe, scheduler: Recipe, scaler: GradScaler | None
+    ) -> dict[str, Any]:
+        """Makes what changes parameters."""
+        self._updater = make_updater(
+            self.pipeline,
+            self._steps.device,
+            optimizer,
+            scheduler,
+            scaler,
+            self._options.max_grad_norm,
+        )
+        name = type(self._updater.optimizer).__name__
+        return {"scaler": self._updater.scaler is not None, "optimizer": name, "stages": {}}
+
+    # Steps
+
+    @property
+    def _trained_by(self) -> Updater:
+        if self._updater is None:
+            raise ValueError(
+                "there is no optimizer; give one to TrainingWrapper, such as "
+                "optimizer=lambda parameters: AdamW(parameters, lr=1e-3)"
+            )
+        return self._updater
+
+    def _ready(self, given: Any, halves: bool) -> tuple[Part, int]:
+        """This rank's part of a batch, and the units of all replicas' batches."""
+        with self._replicas.telling_failures():
+            part = self._part(given, halves, fill=False)
+        try:
+            units = int(sum(self._replicas.gather(part.total)))
+            self._loss.check(units)
+        except (PipelineError, ValueError) as error:
+            self.pipeline.abandon_step(error)
+            raise
+        return part, units
+
+    def _run_with_replicas(self, part: Part, total: int, is_last: bool) -> float:
+        """Runs a step; after the last one of an accumulation gradients are summed everywhere."""
+        is_alone = self._replicas.size == 1
+        with self._replicas.telling_failures():
+            loss = self._run(part, total, sync_gradients=is_last and is_alone)
+        self._replicas.gather(0.0)  # all of them came through
+        if is_last and not is_alone:
+            self._replicas.sum_gradients(self.pipeline)
+        return loss
+
+    def _summarize(self, own: Report) -> Report:
+        """The reports of all ranks of all replicas in one."""
+        with self._replicas.telling_failures():
+            report = summarize(self._group, own)
+        return replace(report, loss=math.fsum(self._replicas.gather(report.loss)))
+
+    def _average_buffers(self) -> None:
+        """Statistics of batch norms: what is evaluated must not depend on the copy."""
+        self.pipeline.sync_buffers()
+        average_buffers(self._replicas.group, self.pipeline.buffers())
+
+    def _part(self, given: Any, halves: bool, fill: bool) -> Part:
+        """This rank's part of a batch."""
+        if halves:
+            return self._steps.of_halves(lambda: self._read_half(given), self._loss)
+        return self._steps.of_whole(lambda: self._reader.read(given), self._loss, fill)
+
+    def _read_half(self, given: Any) -> Batch:
+        return Batch((), ()) if given is None else self._reader.read(given, partly=True)
+
+    def _run(self, part: Part, total: int, sync_gradients: bool = False) -> float:
+        """This rank's part of the loss, of which ``total`` units have weight 1."""
+        autocast = self._options.autocast
+        loss, _ = self._steps.run(
+            part, self._loss, total, autocast=autocast, sync_gradients=sync_gradients
+        )
+        return loss
