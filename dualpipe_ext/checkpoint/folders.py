@@ -1,0 +1,168 @@
+"""Folders of checkpoints, in which whatever has the name of a checkpoint is complete.
+
+A checkpoint is written to a folder with a leading dot beside its place, down to its last byte, and
+then renamed. What a save that was cut off has left is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "begin",
+    "check_files",
+    "commit",
+    "discard",
+    "find_checkpoint",
+    "latest_checkpoint",
+    "read_manifest",
+    "remove_old",
+]
+
+MANIFEST = "checkpoint.json"  # its presence marks a checkpoint
+_FORMAT = 1
+_DRAFT = ".unfinished"
+_STEP = re.compile(r"step-(\d{8,})(-\d+)?")
+
+
+def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint in a folder that was saved last and completely; ``None`` if there is none."""
+    found = _checkpoints(Path(folder))
+    return found[-1] if found else None
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """A checkpoint itself, or the latest one in a folder of them.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if (Path(path) / MANIFEST).is_file():
+        return Path(path)
+    found = latest_checkpoint(path)
+    if found is None:
+        raise FileNotFoundError(
+            f"there is no checkpoint in {os.fspath(path)}: neither {MANIFEST} of one nor folders "
+            f"step-... that have it; give the folder that save_checkpoint was given, or one in it"
+        )
+    return found
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises:
+        ValueError: it was written by a later version.
+    """
+    manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
+    if manifest["format"] > _FORMAT:
+        raise ValueError(
+            f"{checkpoint} has format {manifest['format']}, and this version of dualpipe_ext reads "
+            f"formats up to {_FORMAT}; use the version that wrote it"
+        )
+    return manifest
+
+
+def check_files(checkpoint: Path, manifest: dict[str, Any]) -> None:
+    """Raises ValueError where a file is missing or has another size than was written."""
+    for name, size in manifest["files"].items():
+        file = checkpoint / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes"
+            raise ValueError(
+                f"{checkpoint} is damaged: {name} {state}, and {size} bytes were written; copy it "
+                f"again, or load an older checkpoint"
+            )
+
+
+def begin(folder: Path) -> Path:
+    """Makes a folder to write a checkpoint to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f".*{_DRAFT}"):
+        shutil.rmtree(left, ignore_errors=True)
+    draft = folder / f".{uuid.uuid4().hex}{_DRAFT}"
+    draft.mkdir()
+    return draft
+
+
+def commit(draft: Path, step: int, facts: dict[str, Any]) -> Path:
+    """Makes what was written a checkpoint: the latest one. Returns its place."""
+    folder = draft.parent
+    serials = [_serial(checkpoint) for checkpoint in _checkpoints(folder)]
+    manifest = {
+        "format": _FORMAT,
+        "step": step,
+        "serial": 1 + max(serials, default=0),
+        **facts,
+        "files": {file.name: file.stat().st_size for file in sorted(draft.iterdir())},
+    }
+    _write(draft / MANIFEST, json.dumps(manifest, indent=2))
+    _sync(draft)
+    place = next(name for name in _names(folder, step) if not name.exists())
+    draft.rename(place)
+    _sync(folder)
+    return place
+
+
+def discard(draft: Path) -> None:
+    """Removes what was not completed."""
+    shutil.rmtree(draft, ignore_errors=True)
+
+
+def remove_old(checkpoint: Path, keep: int | None) -> None:
+    """Removes others of the same step as the latest one, and all but the last ``keep``."""
+    others = [other for other in _checkpoints(checkpoint.parent) if other != checkpoint]
+    step = read_manifest(checkpoint)["step"]
+    old = [other for other in others if read_manifest(other)["step"] == step]
+    if keep is not None:
+        rest = [other for other in others if other not in old]
+        old += rest[: max(0, len(rest) - (keep - 1))]
+    for other in old:
+        # Under another name first: half a checkpoint must not look like one.
+        gone = other.rename(other.parent / f".{uuid.uuid4().hex}{_DRAFT}")
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """In the order in which they were saved, which steps need not follow."""
+    if not folder.is_dir():
+        return []
+    named = [child for child in folder.iterdir() if _STEP.fullmatch(child.name)]
+    return sorted((child for child in named if (child / MANIFEST).is_file()), key=_serial)
+
+
+def _serial(checkpoint: Path) -> int:
+    return int(json.loads((checkpoint / MANIFEST).read_text())["serial"])
+
+
+def _names(folder: Path, step: int) -> Iterator[Path]:
+    name = f"step-{step:08d}"
+    yield folder / name
+    number = 2
+    while True:  # of a step that is saved again; the earlier one is removed afterwards
+        yield folder / f"{name}-{number}"
+        number += 1
+
+
+def _write(file: Path, text: str) -> None:
+    with file.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Waits until the names in a folder are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,138 @@
+"""What one rank holds of a model, under the names of the model in one piece."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualpipe_ext.adapters import Partition
+from dualpipe_ext.checkpoint.ranks import Ranks, alone
+from dualpipe_ext.pipeline import Pipeline
+
+__all__ = ["Holding", "Piece", "Shapes"]
+
+Shapes = dict[str, "list[int] | None"]  # by name; None for what is no tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One module of a rank.
+
+    Attributes:
+        stage: 0 for a model in one piece.
+        module: the stage, or the model.
+        prefix: of its names. Partitions have the names of their model; those of other stages begin
+            with their stage, for nobody knows what they are in the model.
+        is_saved: whether it is saved here, rather than on the rank that has its other copy.
+    """
+
+    stage: int
+    module: nn.Module
+    prefix: str
+    is_saved: bool
+
+    def state(self) -> dict[str, Any]:
+        """Parameters, buffers and what else the module's ``state_dict()`` has."""
+        return {f"{self.prefix}{name}": value for name, value in self.module.state_dict().items()}
+
+    def load(self, values: dict[str, Any]) -> None:
+        """Takes its own values out of others."""
+        own = {name: values[f"{self.prefix}{name}"] for name in self.module.state_dict()}
+        self.module.load_state_dict(own)
+
+    def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """With every name of a parameter that has several."""
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            yield f"{self.prefix}{name}", parameter
+
+
+@dataclass(frozen=True)
+class Holding:
+    """All modules of a rank, and the ranks that hold the rest.
+
+    Attributes:
+        architecture: the name of the model's class.
+        pieces: by stage.
+        ranks: of the pipeline.
+        pipeline: ``None`` for a model in one piece.
+    """
+
+    architecture: str
+    pieces: tuple[Piece, ...]
+    ranks: Ranks
+    pipeline: Pipeline | None
+
+    @classmethod
+    def of(cls, model: nn.Module, timeout: float) -> Holding:
+        """A pipeline's modules on this rank, or a model in one piece.
+
+        Raises:
+            TypeError: no module, or a stage without its pipeline.
+        """
+        if isinstance(model, Partition) or not isinstance(model, nn.Module):
+            raise TypeError(
+                f"a {type(model).__name__} cannot be saved or loaded by itself; give the pipeline, "
+                f"or the model in one piece"
+            )
+        if not isinstance(model, Pipeline):
+            whole = Piece(0, model, "", is_saved=True)
+            return cls(type(model).__name__, (whole,), Ranks(alone(), timeout), None)
+        stages = sorted(zip(model.stages, model.module, strict=True), key=lambda pair: pair[0])
+        pieces = tuple(
+            Piece(
+                stage, module, _prefix(stage, module), not model.is_mirrored or stage == model.rank
+            )
+            for stage, module in stages
+        )
+        return cls(_architecture(stages[0][1]), pieces, Ranks(model.group, timeout), model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the modules are."""
+        parameters = (p for piece in self.pieces for _, p in piece.parameters())
+        return next((p.device for p in parameters), torch.device("cpu"))
+
+    def saved_state(self) -> dict[str, Any]:
+        """What is saved on this rank."""
+        pieces = [piece for piece in self.pieces if piece.is_saved]
+        return {name: value for piece in pieces for name, value in piece.state().items()}
+
+    def state_names(self) -> list[str]:
+        """All names of this rank."""
+        return [name for piece in self.pieces for name in piece.state()]
+
+    def shapes(self) -> dict[int, Shapes]:
+        """All names of this rank with the shapes of tensors, by stage."""
+        return {
+            piece.stage: {
+                name: list(value.shape) if isinstance(value, Tensor) else None
+                for name, value in piece.state().items()
+            }
+            for piece in self.pieces
+        }
+
+    def names(self) -> dict[int, list[str]]:
+        """All names of each parameter, by its identity; that of the lowest stage is the first."""
+        found = defaultdict(list)
+        for piece in self.pieces:
+            for name, parameter in piece.parameters():
+                found[id(parameter)].append(name)
+        return found
+
+    def saved_names(self) -> dict[int, str]:
+        """The name of each parameter that this rank saves what an optimizer knows of."""
+        saved = {name for piece in self.pieces if piece.is_saved for name, _ in piece.parameters()}
+        return {key: names[0] for key, names in self.names().items() if names[0] in saved}
+
+
+def _prefix(stage: int, module: nn.Module) -> str:
+    return "" if isinstance(module, Partition) else f"stages.{stage}."
+
+
+def _architecture(module: nn.Module) -> str:
+    return module.plan.architecture if isinstance(module, Partition) else "pipeline of own stages"

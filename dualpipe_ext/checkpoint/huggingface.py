@@ -1,0 +1,139 @@
+"""Weights from and to folders of Hugging Face's ``save_pretrained``.
+
+Both go through a checkpoint of the weights alone, of which each rank writes or reads its own
+stages: only rank 0 ever has the whole model, in host memory.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dualpipe_ext.checkpoint.folders import find_checkpoint
+from dualpipe_ext.checkpoint.holdings import Holding
+from dualpipe_ext.checkpoint.load import load_checkpoint
+from dualpipe_ext.checkpoint.ranks import Ranks
+from dualpipe_ext.checkpoint.save import save_checkpoint
+from dualpipe_ext.checkpoint.saved import Saved
+from dualpipe_ext.pipeline import Pipeline
+
+__all__ = ["export_pretrained", "import_pretrained"]
+
+
+def export_pretrained(
+    folder: str | os.PathLike[str],
+    pipeline: Pipeline,
+    model: nn.Module,
+    *,
+    scratch: str | os.PathLike[str] | None = None,
+    timeout: float = 1800.0,
+    **options: Any,
+) -> None:
+    """Writes the weights of a pipeline as the model's ``save_pretrained`` does. All ranks call it.
+
+    Args:
+        folder: where to.
+        pipeline: of a model's partitions.
+        model: the model that was cut, or one like it, on any device, without values as well: it
+            knows its configuration, and is not changed.
+        scratch: where the weights are put together, a folder that all ranks share; left out, that
+            in which ``folder`` is.
+        timeout: seconds to wait for the slowest rank.
+        options: further arguments of ``save_pretrained``, such as ``max_shard_size``.
+
+    Raises:
+        TypeError: ``model`` is none of transformers.
+        Exception: what went wrong on this rank.
+        PipelineError: another rank failed.
+    """
+    ranks = Holding.of(pipeline, timeout).ranks
+    ranks.share(lambda: _check(model, "save_pretrained"), _FAILURE)
+
+    source: Any = model
+
+    def write(weights: Path) -> None:
+        saved = Saved.at(find_checkpoint(weights))
+        values = saved.read("model", saved.keys("model"))
+        source.save_pretrained(folder, state_dict=_tied(model, values), **options)
+
+    with _scratch(ranks, scratch or Path(folder).absolute().parent) as weights:
+        save_checkpoint(weights, pipeline, step=0, timeout=timeout)
+        ranks.from_first(lambda: write(weights), _FAILURE)
+
+
+def import_pretrained(
+    folder: str | os.PathLike[str],
+    pipeline: Pipeline,
+    model: nn.Module,
+    *,
+    scratch: str | os.PathLike[str] | None = None,
+    timeout: float = 1800.0,
+    **options: Any,
+) -> None:
+    """Gives a pipeline the weights in a folder of ``save_pretrained``. All ranks call it.
+
+    Args:
+        folder: or what else ``from_pretrained`` takes.
+        pipeline: of a model's partitions.
+        model: as for :func:`export_pretrained`; its class reads the folder, on rank 0.
+        scratch: where the weights are taken apart, a folder that all ranks share; left out, the
+            system's for temporary files, which the ranks of one machine share.
+        timeout: seconds to wait for the slowest rank.
+        options: further arguments of ``from_pretrained``.
+
+    Raises:
+        TypeError: ``model`` is none of transformers.
+        ValueError: the weights are those of another architecture.
+        Exception: what went wrong on this rank.
+        PipelineError: another rank failed.
+    """
+    ranks = Holding.of(pipeline, timeout).ranks
+    ranks.share(lambda: _check(model, "from_pretrained"), _FAILURE)
+
+    kind: Any = type(model)
+
+    def read(weights: Path) -> None:
+        save_checkpoint(weights, kind.from_pretrained(folder, **options), step=0)
+
+    with _scratch(ranks, scratch or tempfile.gettempdir()) as weights:
+        ranks.from_first(lambda: read(weights), _FAILURE)
+        load_checkpoint(weights, pipeline, timeout=timeout)
+
+
+_FAILURE = "could not convert the weights"
+
+
+def _check(model: nn.Module, method: str) -> None:
+    if not callable(getattr(model, method, None)):
+        raise TypeError(
+            f"a {type(model).__name__} has no {method}(); give the model of transformers that was "
+            f"cut, or one of the same class and configuration"
+        )
+
+
+@contextmanager
+def _scratch(ranks: Ranks, parent: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder of the ranks' own for a while."""
+    name = ranks.from_first(lambda: f".weights-{uuid.uuid4().hex}", _FAILURE)
+    folder = Path(parent) / name
+    try:
+        yield folder
+    finally:
+        if ranks.is_first:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tied(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The values, with one tensor for all names of a parameter, as ``save_pretrained`` expects."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        values[name] = values[first.setdefault(id(parameter), name)]
+    return values

@@ -1,0 +1,99 @@
+"""Loading a checkpoint on any number of ranks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dualpipe_ext.checkpoint.compare import check_architecture
+from dualpipe_ext.checkpoint.folders import check_files, find_checkpoint
+from dualpipe_ext.checkpoint.holdings import Holding, Shapes
+from dualpipe_ext.checkpoint.restore import Run, apply_state, read_state
+from dualpipe_ext.checkpoint.saved import Saved
+
+__all__ = ["Resumed", "load_checkpoint"]
+
+_FAILURE = "could not load the checkpoint"
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a loaded checkpoint tells the training loop.
+
+    Attributes:
+        path: of the checkpoint.
+        step: as it was saved.
+        extra: as it was saved.
+        random_state: whether generators of random numbers go on where they were. They do on as many
+            ranks and replicas as saved them; on others they are left alone.
+    """
+
+    path: Path
+    step: int
+    extra: Any
+    random_state: bool
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    *,
+    scaler: GradScaler | None = None,
+    replicas: dist.ProcessGroup | None = None,
+    timeout: float = 1800.0,
+) -> Resumed:
+    """Loads what :func:`save_checkpoint` saved, on any number of ranks or in one piece.
+
+    Every rank calls it. Each reads its own stages, both copies of them. Everything is read and
+    checked on all ranks before anything is changed. Checkpoints are pickles in part: load those
+    alone whose origin you trust.
+
+    Args:
+        path: a checkpoint, or a folder of them, of which the latest complete one is loaded.
+        model: a pipeline, or a model in one piece.
+        optimizer: of this rank's parameters, made as for the run that saved. Left out, that of the
+            checkpoint is not loaded; the same holds for what follows.
+        scheduler: of the optimizer.
+        scaler: of the losses.
+        replicas: as for :func:`save_checkpoint`; every replica reads for itself.
+        timeout: seconds to wait for the slowest rank.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: one of another architecture, with the first names that differ, without what was
+            asked for, of another optimizer, or damaged. On every rank.
+        PipelineError: another rank could not load, with its reason.
+    """
+    holding = Holding.of(model, timeout)
+    ranks = holding.ranks
+    place = ranks.from_first(lambda: find_checkpoint(path), _FAILURE)
+    found: list[Saved] = []
+
+    def describe() -> dict[int, Shapes]:
+        found.append(Saved.at(place))
+        if ranks.is_first:
+            check_files(place, found[0].manifest)
+        return holding.shapes()
+
+    by_rank = ranks.share(describe, _FAILURE)
+    (saved,) = found
+    by_stage = {stage: shapes for own in by_rank for stage, shapes in own.items()}
+    check_architecture(saved, _in_order(by_stage), holding.architecture)
+    run = Run(holding, optimizer, scheduler, scaler, replicas)
+    state = ranks.share_here(lambda: read_state(saved, run), _FAILURE)
+    ranks.share_here(lambda: apply_state(state, run), _FAILURE)
+    return Resumed(place, saved.manifest["step"], state.extra, state.generators is not None)
+
+
+def _in_order(by_stage: dict[int, Shapes]) -> Shapes:
+    return {name: by_stage[s][name] for s in sorted(by_stage) for name in by_stage[s]}

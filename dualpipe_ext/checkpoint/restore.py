@@ -1,0 +1,125 @@
+"""From a checkpoint to a run: everything is read first, and then put into its places."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dualpipe_ext.checkpoint.holdings import Holding
+from dualpipe_ext.checkpoint.optimizers import OptimizerKeys, kind_of, restored_state
+from dualpipe_ext.checkpoint.random_state import set_random_state
+from dualpipe_ext.checkpoint.replicas import replica_of
+from dualpipe_ext.checkpoint.saved import Saved
+
+__all__ = ["Run", "State", "apply_state", "read_state"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one rank has of a training run, to be given other values."""
+
+    holding: Holding
+    optimizer: Optimizer | None
+    scheduler: LRScheduler | None
+    scaler: GradScaler | None
+    replicas: dist.ProcessGroup | None
+
+
+@dataclass(frozen=True)
+class State:
+    """What was read for one rank, ``None`` where it was not asked for.
+
+    Attributes:
+        num_pipeline_steps: of the pipeline that saved.
+        generators: of random numbers; ``None`` for other numbers of ranks or replicas.
+    """
+
+    model: dict[str, Any]
+    optimizer: dict[str, Any] | None
+    scheduler: dict[str, Any] | None
+    scaler: dict[str, Any] | None
+    extra: Any
+    num_pipeline_steps: int
+    generators: dict[str, Any] | None
+
+
+def read_state(saved: Saved, run: Run) -> State:
+    """Reads what a rank needs; nothing is changed.
+
+    Raises:
+        ValueError: something is not in the checkpoint, or does not fit the run.
+    """
+    _check_optimizer(saved, run.optimizer)
+    scheduler = None if run.scheduler is None else saved.read_one("scheduler")
+    _check_groups(scheduler, run.optimizer)
+    return State(
+        model=saved.read("model", run.holding.state_names()),
+        optimizer=None if run.optimizer is None else _read_optimizer(saved, run, run.optimizer),
+        scheduler=scheduler,
+        scaler=None if run.scaler is None else saved.read_one("scaler"),
+        extra=saved.read_one("extra"),
+        num_pipeline_steps=saved.manifest["num_pipeline_steps"],
+        generators=_read_generators(saved, run),
+    )
+
+
+def apply_state(state: State, run: Run) -> None:
+    """Gives the run what was read."""
+    for piece in run.holding.pieces:
+        piece.load(state.model)
+    for owner, values in (
+        (run.optimizer, state.optimizer),
+        (run.scheduler, state.scheduler),
+        (run.scaler, state.scaler),
+    ):
+        if owner is not None:
+            owner.load_state_dict(values)  # type: ignore[arg-type]
+    if state.generators is not None:
+        set_random_state(state.generators, run.holding.device)
+    if run.holding.pipeline is not None:
+        run.holding.pipeline.resume_at(state.num_pipeline_steps)
+
+
+def _read_optimizer(saved: Saved, run: Run, optimizer: Optimizer) -> dict[str, Any]:
+    keys = OptimizerKeys(saved.keys("optimizer"), run.holding)
+    values = saved.read("optimizer", keys.all())
+    return restored_state(optimizer, run.holding, keys, values, saved.read_one("groups"))
+
+
+def _read_generators(saved: Saved, run: Run) -> dict[str, Any] | None:
+    """Of this rank of this replica."""
+    ranks, replicas = run.holding.ranks, run.replicas
+    if saved.manifest["num_ranks"] != ranks.group.size:
+        return None
+    by_replica: list[dict[str, Any]] = saved.read_one(f"random.{ranks.rank}")
+    if len(by_replica) != (1 if replicas is None else replicas.size()):
+        return None
+    return by_replica[replica_of(replicas)]
+
+
+def _check_optimizer(saved: Saved, optimizer: Optimizer | None) -> None:
+    if optimizer is None:
+        return
+    there, here = saved.manifest["optimizer"], kind_of(optimizer)
+    if there != here:
+        raise ValueError(
+            f"{saved.place} was saved {f'with the optimizer {there}' if there else 'without one'}, "
+            f"and the optimizer here is {here}; make the same one, or load without optimizer= and "
+            f"scheduler= to begin with a new one"
+        )
+
+
+def _check_groups(scheduler: dict[str, Any] | None, optimizer: Optimizer | None) -> None:
+    if scheduler is None or optimizer is None or "base_lrs" not in scheduler:
+        return
+    there, here = len(scheduler["base_lrs"]), len(optimizer.param_groups)
+    if there != here:
+        raise ValueError(
+            f"the scheduler was saved for {there} groups of parameters, and the optimizer of this "
+            f"rank has {here}; make as many groups on every rank, empty ones as well"
+        )

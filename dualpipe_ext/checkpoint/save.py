@@ -1,0 +1,156 @@
+"""Saving what a training run needs to go on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dualpipe_ext.checkpoint import folders
+from dualpipe_ext.checkpoint.holdings import Holding
+from dualpipe_ext.checkpoint.optimizers import (
+    gather_shards,
+    group_options,
+    kind_of,
+    optimizer_state,
+)
+from dualpipe_ext.checkpoint.random_state import random_state
+from dualpipe_ext.checkpoint.replicas import (
+    average_buffers,
+    gather_from_replicas,
+    on_first_replica,
+)
+from dualpipe_ext.checkpoint.storage import FAILURE, write_values
+
+__all__ = ["save_checkpoint"]
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    *,
+    step: int,
+    scaler: GradScaler | None = None,
+    extra: Any = None,
+    keep: int | None = None,
+    replicas: dist.ProcessGroup | None = None,
+    timeout: float = 1800.0,
+) -> Path:
+    """Saves a model and its training to ``folder/step-<step>``, under the model's own names.
+
+    Every rank calls it. Each writes its own stages; of two copies of a stage, that on the lower
+    rank. The checkpoint is in its place once it is complete and on disk; until then, and if
+    anything fails, the last one stays. Statistics of batch norms are averaged over all copies of a
+    stage first (:meth:`dualpipe_ext.Pipeline.sync_buffers`), those of replicas as well.
+
+    Args:
+        folder: on a file system that all ranks share; made where there is none. Of one run alone.
+        model: a pipeline, or a model in one piece on one rank.
+        optimizer: of this rank's parameters.
+        scheduler: of the optimizer; that of rank 0 is saved.
+        step: of the optimizer, so far.
+        scaler: that of rank 0 is saved.
+        extra: what else is to be had back, such as the place in the data; that of rank 0 is saved,
+            by pickling.
+        keep: how many checkpoints stay in the folder, the last ones; all of them where left out.
+            One of the same step is replaced.
+        replicas: the ranks that have the same stages of other replicas of the pipeline (the
+            ``dp`` group of a device mesh), on which everything but random numbers is the same. The
+            first one saves.
+        timeout: seconds to wait for the slowest rank.
+
+    Returns:
+        The place of the checkpoint, on every rank.
+
+    Raises:
+        ValueError: a ``step`` or ``keep`` that is none.
+        Exception: what went wrong on this rank.
+        PipelineError: another rank could not save, with its reason.
+    """
+    holding = Holding.of(model, timeout)
+    if holding.pipeline is not None:
+        holding.pipeline.sync_buffers()
+    average_buffers(replicas, model.buffers())
+    if holding.pipeline is not None:
+        holding.pipeline.synchronize()  # a message that fails late must not be found too late
+    if optimizer is not None:
+        gather_shards(optimizer)
+    generators = gather_from_replicas(replicas, random_state(holding.device))
+
+    def save() -> Path:
+        ranks = holding.ranks
+        values: dict[str, Any] = {}
+
+        def gather() -> None:
+            _check(step, keep)
+            values.update(_trained(holding, optimizer))
+            values[f"random.{ranks.rank}"] = generators
+            if ranks.is_first:
+                values.update(_states(optimizer, scheduler, scaler), extra=extra)
+
+        def finish() -> Path:
+            place = folders.commit(draft, step, _facts(holding, optimizer))
+            folders.remove_old(place, keep)
+            return place
+
+        ranks.share(gather, FAILURE)
+        draft = ranks.from_first(lambda: folders.begin(Path(folder)), FAILURE)
+        try:
+            write_values(ranks, draft, values)
+            return ranks.from_first(finish, FAILURE)
+        except BaseException:
+            if ranks.is_first:
+                folders.discard(draft)
+            raise
+
+    return on_first_replica(replicas, save)
+
+
+def _check(step: int, keep: int | None) -> None:
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ValueError(f"step={step!r}: it must be a number of steps, 0 or more")
+    if keep is not None and (not isinstance(keep, int) or keep < 1):
+        raise ValueError(f"keep={keep!r}: it must be at least 1, or None to keep all checkpoints")
+
+
+def _trained(holding: Holding, optimizer: Optimizer | None) -> dict[str, Any]:
+    """What this rank saves of the model and its optimizer."""
+    values = _by_key("model", holding.saved_state())
+    if optimizer is not None:
+        values |= _by_key("optimizer", optimizer_state(optimizer, holding))
+    return values
+
+
+def _by_key(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for name, value in values.items()}
+
+
+def _states(
+    optimizer: Optimizer | None, scheduler: LRScheduler | None, scaler: GradScaler | None
+) -> dict[str, Any]:
+    """What is the same on all ranks."""
+    given = {"scheduler": scheduler, "scaler": scaler}
+    found: dict[str, Any] = {k: v.state_dict() for k, v in given.items() if v is not None}
+    if optimizer is not None:
+        found["groups"] = group_options(optimizer)
+    return found
+
+
+def _facts(holding: Holding, optimizer: Optimizer | None) -> dict[str, Any]:
+    return {
+        "architecture": holding.architecture,
+        "num_ranks": holding.ranks.group.size,
+        "num_pipeline_steps": holding.pipeline.num_steps if holding.pipeline else 0,
+        "optimizer": None if optimizer is None else kind_of(optimizer),
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,69 @@
+"""What is in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from dualpipe_ext.checkpoint.folders import read_manifest
+from dualpipe_ext.checkpoint.holdings import Shapes
+from dualpipe_ext.checkpoint.storage import read_metadata, read_values, shape_of
+
+__all__ = ["Saved"]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint.
+
+    Attributes:
+        place: its folder.
+        manifest: what it says of itself.
+        metadata: of ``torch.distributed.checkpoint``. Keys begin with a section: ``model``,
+            ``optimizer``, ``random``; some are a section alone.
+    """
+
+    place: Path
+    manifest: dict[str, Any]
+    metadata: Metadata
+
+    @classmethod
+    def at(cls, place: Path) -> Saved:
+        """The checkpoint in this folder."""
+        return cls(place, read_manifest(place), read_metadata(place))
+
+    def has(self, key: str) -> bool:
+        """Whether there is such a key."""
+        return key in self.metadata.state_dict_metadata
+
+    def keys(self, section: str) -> list[str]:
+        """Those of a section, without its name."""
+        prefix = f"{section}."
+        keys = self.metadata.state_dict_metadata
+        return [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+
+    def shapes(self) -> Shapes:
+        """Of the model, by name."""
+        return {name: shape_of(self.metadata, f"model.{name}") for name in self.keys("model")}
+
+    def read(self, section: str, keys: Iterable[str]) -> dict[str, Any]:
+        """Values of a section."""
+        prefix = f"{section}."
+        values = read_values(self.place, self.metadata, [f"{prefix}{key}" for key in keys])
+        return {key.removeprefix(prefix): value for key, value in values.items()}
+
+    def read_one(self, key: str) -> Any:
+        """The value of a key.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if not self.has(key):
+            raise ValueError(
+                f"{self.place} was saved without {key}; load it without {key}=, or save with it"
+            )
+        return read_values(self.place, self.metadata, [key])[key]

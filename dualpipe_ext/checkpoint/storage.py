@@ -1,0 +1,82 @@
+"""Values on disk, in the format of ``torch.distributed.checkpoint``.
+
+Its own ``save()`` exchanges plans over a torch process group, which ranks that are threads do not
+have. So the steps of it are taken here, with its planners, writer and reader, and what has to be
+exchanged travels as texts of the pipeline's group. The folder is one that ``dcp.load()`` reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
+
+from dualpipe_ext.checkpoint.ranks import Ranks
+
+__all__ = ["FAILURE", "read_metadata", "read_values", "shape_of", "write_values"]
+
+FAILURE = "could not save the checkpoint"
+
+
+def write_values(ranks: Ranks, folder: Path, values: Mapping[str, Any]) -> None:
+    """Writes the values of all ranks, each key on one of them, and waits until they are on disk.
+
+    Raises:
+        Exception: what went wrong on this rank.
+        PipelineError: another rank failed.
+    """
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, overwrite=False)
+
+    def describe() -> SavePlan:
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"rank {ranks.rank} does not see {folder}, which rank 0 has made; save to a file "
+                f"system that all ranks share"
+            )
+        planner.set_up_planner(dict(values), writer.storage_meta(), ranks.is_first)
+        writer.set_up_storage_writer(ranks.is_first)
+        return writer.prepare_local_plan(planner.create_local_plan())
+
+    # The same on every rank, so that nothing has to be sent back.
+    plans, metadata = planner.create_global_plan(ranks.share(describe, FAILURE))
+    own = planner.finish_plan(writer.prepare_global_plan(plans)[ranks.rank])
+    results = ranks.share(lambda: writer.write_data(own, planner).wait(), FAILURE)
+    ranks.from_first(lambda: writer.finish(metadata, results), FAILURE)
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """What a folder holds."""
+    return FileSystemReader(folder).read_metadata()
+
+
+def shape_of(metadata: Metadata, key: str) -> list[int] | None:
+    """The shape of a tensor; ``None`` for what is none."""
+    entry = metadata.state_dict_metadata[key]
+    return list(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+
+
+def read_values(folder: Path, metadata: Metadata, keys: Iterable[str]) -> dict[str, Any]:
+    """The values of these keys; tensors in host memory."""
+    values = {key: _blank(metadata, key) for key in keys}
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    reader = FileSystemReader(folder)
+    planner.set_up_planner(values, metadata, is_coordinator=True)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    local = reader.prepare_local_plan(planner.create_local_plan())
+    (plan,) = reader.prepare_global_plan(planner.create_global_plan([local]))
+    reader.read_data(planner.finish_plan(plan), planner).wait()
+    return values
+
+
+def _blank(metadata: Metadata, key: str) -> torch.Tensor | None:
+    entry = metadata.state_dict_metadata[key]
+    if not isinstance(entry, TensorStorageMetadata):
+        return None
+    return torch.empty(entry.size, dtype=entry.properties.dtype)
