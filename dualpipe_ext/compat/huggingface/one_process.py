@@ -1,0 +1,34 @@
+"""What accelerate is told: one process, for the ranks of a pipeline share every batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+__all__ = ["show_one_process"]
+
+
+def show_one_process(args: Any, rank: int) -> None:
+    """Makes accelerate neither divide batches among the ranks nor wrap the model.
+
+    That ranks know their numbers stays: the first one writes and logs. The state is accelerate's
+    own, and holds for the whole process.
+
+    Args:
+        args: the training arguments, whose state is accelerate's.
+        rank: this rank.
+    """
+    state: PartialState = args.distributed_state
+    AcceleratorState._reset_state(reset_partial_state=False)
+    state.distributed_type = DistributedType.NO
+    state.num_processes = 1
+    state.process_index = rank
+    if not _is_local(state):
+        state.local_process_index = rank
+
+
+def _is_local(state: Any) -> bool:
+    """Whether a launcher has told the place on this node."""
+    return state.backend is not None

@@ -1,0 +1,245 @@
+"""``transformers.Trainer`` that trains over a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from dualpipe_ext.compat.batches import BatchPipeline
+from dualpipe_ext.compat.huggingface.arguments import accepted, recomputes
+from dualpipe_ext.compat.huggingface.losses import ModelLoss
+from dualpipe_ext.compat.huggingface.one_process import show_one_process
+from dualpipe_ext.compat.ranks import both_ends, host_group, rank_device
+from dualpipe_ext.compat.whole import own_state_alone, update_model, whole_state
+from dualpipe_ext.config import DualPipeConfig
+from dualpipe_ext.groups import resolve_group
+
+__all__ = ["DualPipeTrainer"]
+
+
+class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be there to check
+    """``transformers.Trainer`` over a pipeline, with the losses of a run on one process.
+
+    Start it on every rank alike (``torchrun``, or processes of :func:`dualpipe_ext.testing.
+    run_ranks`): all ranks read the same batches and keep the same state; the first one logs and
+    writes. ``per_device_train_batch_size`` is the batch of the whole pipeline, and is cut into
+    ``num_chunks`` micro-batches. Data, collators, callbacks, optimizers, schedulers, logs and
+    checkpoints are the trainer's own: a checkpoint is that of an unsplit run, which can go on with
+    it, and the other way round. The loss is the model's own ``loss_function``.
+
+    While training, ``model`` on each rank has the values of this rank's stages alone;
+    :meth:`save_model` and the end of :meth:`train` give it all of them.
+
+    accelerate is told that there is one process, for the whole of this one. Random numbers of
+    dropout are made from ``args.seed`` and the batch's number: a run that is resumed draws what
+    the uninterrupted one does.
+
+    Args:
+        model: a model of transformers with a head, and an adapter.
+        args: what cannot be honoured is refused (:data:`REFUSED` of ``compat.huggingface.
+            arguments``). ``activation_checkpointing`` (of older releases:
+            ``gradient_checkpointing``) recomputes stages.
+        num_chunks: micro-batches of a batch; even, and at least twice the number of ranks.
+        enable_profiling: log the pipeline's times and its bubble with each log of losses.
+        config: everything else about the pipeline.
+        process_group: the ranks; torch's default group where left out.
+        more: further arguments of the trainer: datasets, collator, callbacks, metrics, optimizers.
+
+    Attributes:
+        pipeline: what runs the steps.
+
+    Raises:
+        ValueError: a setting, model or group that does not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *more_in_order: Any,
+        num_chunks: int = 0,
+        enable_profiling: bool = False,
+        config: DualPipeConfig | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        **more: Any,
+    ) -> None:
+        if model is None:
+            raise ValueError("DualPipeTrainer needs model=: a model_init would not be cut again")
+        _refuse(self, more)
+        args = args or TrainingArguments(output_dir="tmp_trainer")
+        host = host_group(process_group)
+        group = resolve_group(host, None)
+        chosen = config or DualPipeConfig()
+        if recomputes(args):
+            chosen = replace(chosen, memory_optimization="activation_checkpoint")
+        if chosen.seed is None:
+            chosen = replace(chosen, seed=args.seed)
+        if num_chunks:
+            chosen = replace(chosen, num_microbatches=num_chunks)
+        own_args = accepted(args)
+        show_one_process(own_args, group.rank)
+        super().__init__(model, own_args, *more_in_order, **more)
+        self._host = host
+        self._profiles = enable_profiling
+        self._wants_logits = True
+        self._last_update = -1
+        self._num_accumulated = 0
+        self._loss = ModelLoss(model)
+        self._batches = BatchPipeline(
+            model, chosen, group, rank_device(own_args.device, group.rank), self.label_names
+        )
+        self.pipeline = self._batches.pipeline
+        self._autocast = torch.bfloat16 if own_args.bf16 else None
+        self.accelerator.clip_grad_norm_ = self._clip
+
+    # Steps
+
+    def training_step(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward of one batch; returns its loss."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        num_items = num_items_in_batch if self.model_accepts_loss_kwargs else None
+        factor = 1.0 if num_items is not None else 1.0 / self.current_gradient_accumulation_steps
+        self.pipeline.resume_at(self._number_of_batch())
+        loss, _ = self._batches.step(
+            inputs,
+            self._loss.of(self._labels(inputs), num_items),
+            factor=factor,
+            autocast=self._autocast,
+            sync_gradients=self.accelerator.sync_gradients,
+        )
+        return torch.tensor(loss, device=self.args.device)
+
+    def _number_of_batch(self) -> int:
+        """Counted over a whole training, whatever was resumed or evaluated in between."""
+        if self.state.global_step != self._last_update:
+            self._last_update, self._num_accumulated = self.state.global_step, 0
+        self._num_accumulated += 1
+        before = self._last_update * int(self.args.gradient_accumulation_steps)
+        return before + self._num_accumulated - 1
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss of one batch, without gradients; for evaluation."""
+        num_items = num_items_in_batch if self.model_accepts_loss_kwargs else None
+        of_batch = self._loss.of(self._labels(inputs), num_items)
+        with torch.no_grad():
+            value, outputs = self._batches.step(inputs, of_batch, autocast=self._autocast)
+        loss = torch.tensor(value, device=self.args.device)
+        return (loss, self._outputs(outputs, inputs)) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """Loss, logits and labels of one batch, the same on every rank."""
+        self._wants_logits = not prediction_loss_only
+        if self.label_names and all(inputs.get(name) is not None for name in self.label_names):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        outputs = self._batches.infer(inputs, autocast=self._autocast)
+        return None, self._outputs(outputs, inputs).get("logits"), None
+
+    def _labels(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        return inputs.get(self.label_names[0]) if self.label_names else None
+
+    def _outputs(self, own: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        if not self._wants_logits:
+            return {}
+        logits = both_ends(own, self.pipeline, self._host)
+        rows = next(iter(inputs.values())).size(0)
+        return {"logits": logits[:rows].float().to(self.args.device)}
+
+    def _clip(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """In the place of accelerate's: the norm of the whole model's gradient."""
+        return self.pipeline.clip_grad_norm_(max_norm, norm_type)
+
+    def log(self, logs: dict[str, float], *more: Any, **options: Any) -> None:
+        """Logs; with ``enable_profiling``, the last step's times with the losses."""
+        if self._profiles and "loss" in logs:
+            found = self.pipeline.stats()
+            logs["pipeline_step_seconds"] = found.step_seconds
+            logs["pipeline_busy_seconds"] = found.busy_seconds
+            logs["pipeline_bubble"] = found.measured_bubble
+        super().log(logs, *more, **options)
+
+    # The model in one piece
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """As the trainer's; afterwards :attr:`model` has all values on every rank."""
+        result = super().train(*args, **options)
+        update_model(self.model, self.pipeline, self._host)
+        return result
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the whole model, on the first rank. Call it on every rank."""
+        update_model(self.model, self.pipeline, self._host)
+        super().save_model(output_dir, _internal_call)
+        dist.barrier(self._host)
+
+    def hyperparameter_search(self, *_: Any, **__: Any) -> Any:
+        """Not here.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("DualPipeTrainer has one model, which is not cut again for each trial")
+
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        super()._save_checkpoint(*args, **options)
+        dist.barrier(self._host)  # nobody reads it before it is there
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with whole_state(self._torch_optimizer(), self.pipeline, self._host):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with own_state_alone(self._torch_optimizer(), self.pipeline):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self.args.should_save:  # the same on every rank
+            super()._save_rng_state(output_dir)
+
+    def _torch_optimizer(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    # What would place or wrap the model
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Stages are moved, not the whole model."""
+
+    def _wrap_model(self, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
+        return self.pipeline
+
+
+def _refuse(trainer: Trainer, more: Mapping[str, Any]) -> None:
+    """Raises where something was passed that would be ignored."""
+    for name, why in {
+        "model_init": "the model is cut once; pass model=",
+        "compute_loss_func": "the loss is the model's own; use dualpipe_ext.TrainingWrapper with a "
+        "loss_fn for another one",
+    }.items():
+        if more.get(name) is not None:
+            raise ValueError(f"DualPipeTrainer does not take {name}: {why}")
+    if type(trainer).compute_loss is not DualPipeTrainer.compute_loss:
+        raise ValueError(
+            f"{type(trainer).__name__}.compute_loss would not be called in training: a loss is "
+            f"computed of each micro-batch's logits, with the model's own loss_function"
+        )

@@ -1,0 +1,219 @@
+"""A Lightning module whose steps run over a pipeline."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dualpipe_ext.compat.batches import BatchPipeline
+from dualpipe_ext.compat.ranks import both_ends, host_group
+from dualpipe_ext.config import DualPipeConfig
+from dualpipe_ext.groups import resolve_group
+from dualpipe_ext.training.losses import IGNORED, Reduction, choose_loss
+
+__all__ = ["DualPipeLightningModule"]
+
+
+class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may not be there to check
+    """A module to subclass, with ``configure_optimizers`` and ``criterion``.
+
+    Train it with ``Trainer(strategy=DualPipeStrategy(), devices=P)``. A batch is a pair of inputs
+    and targets, each a tensor or several, or a mapping by the model's own names and ``labels``; it
+    is the same on every rank, and is cut into micro-batches. ``train_loss``, ``val_loss`` and
+    ``test_loss`` are logged. Steps that are overridden call those here.
+
+    The model's parameters are all in ``state_dict()``, under ``model.``: while training, a rank has
+    the values of its own stages alone; checkpoints and the end of ``fit`` give it all of them.
+    Gradients of the batch before are set to ``None`` when ``training_step`` begins. Random numbers
+    of dropout are made from ``config.seed``, or what ``seed_everything`` has left, and the batch's
+    number: a run that is resumed with the same seed draws what the uninterrupted one does.
+
+    Args:
+        model: a whole model with an adapter, the same on every rank.
+        num_chunks: micro-batches of a batch; even, and at least twice the number of ranks.
+        reduction: what ``criterion`` returns of some rows: their ``"mean"`` or ``"sum"``, or for
+            ``"token"`` the mean over targets other than -100. Left out, it is taken for the mean
+            over rows, and whole numbers among which is -100 are refused as targets.
+        config: everything else about the pipeline.
+
+    Attributes:
+        model: as it was given.
+
+    Raises:
+        ValueError: an unknown reduction.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_chunks: int = 0,
+        *,
+        reduction: Reduction | None = None,
+        config: DualPipeConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        chosen = config or DualPipeConfig()
+        self._config = replace(chosen, num_microbatches=num_chunks) if num_chunks else chosen
+        self._loss = choose_loss(False, self._criterion, reduction, IGNORED)
+        self._built: BatchPipeline | None = None
+        self._stepped: float | None = None  # the loss that was trained, until its backward
+
+    @property
+    def dualpipe_wrapper(self) -> BatchPipeline:
+        """This rank's stages (``local_module``) and what runs them (``pipeline``).
+
+        Raises:
+            ValueError: the trainer has not started its ranks yet.
+        """
+        if self._built is None:
+            raise ValueError(
+                "there is no pipeline before the trainer has started its ranks; use "
+                "dualpipe_wrapper in configure_optimizers and in steps"
+            )
+        return self._built
+
+    def criterion(self, outputs: Any, targets: Any) -> Tensor:
+        """The loss of some rows, of what the model returned and their targets. To be overridden."""
+        raise NotImplementedError(f"{type(self).__name__} needs criterion(outputs, targets)")
+
+    def configure_model(self) -> None:
+        """Cuts the model; called by the trainer on every rank, and where a checkpoint is read.
+
+        Raises:
+            TypeError: the trainer has another strategy.
+            ValueError: a model, number of ranks or configuration that does not fit, or parameters
+                outside of ``model``.
+        """
+        if self._built is not None or self._trainer is None:
+            return
+        strategy = self.trainer.strategy
+        if not getattr(strategy, "runs_pipelines", False):
+            raise TypeError(
+                f"a DualPipeLightningModule is trained over a pipeline, which "
+                f"{type(strategy).__name__} does not have: use Trainer(strategy="
+                f"DualPipeStrategy(), devices=P) with P ranks"
+            )
+        self._refuse_other_parameters()
+        group = resolve_group(host_group(None), None)
+        self._built = BatchPipeline(self.model, self._seeded_config(), group, strategy.root_device)
+
+    def _refuse_other_parameters(self) -> None:
+        """A criterion's own would get the gradient of half of a batch, on two of the ranks."""
+        known = {id(parameter) for parameter in self.model.parameters()}
+        others = [n for n, p in self.named_parameters() if p.requires_grad and id(p) not in known]
+        if others:
+            raise ValueError(
+                f"{type(self).__name__} has parameters outside of its model: {', '.join(others)}; "
+                f"no stage would train them: move them into the model, or freeze them"
+            )
+
+    def _seeded_config(self) -> DualPipeConfig:
+        """Steps leave the generator as it was, so without a seed they would all draw the same."""
+        if self._config.seed is not None:
+            return self._config
+        with torch.random.fork_rng([]):  # whose state is that of the first rank
+            return replace(self._config, seed=int(torch.randint(2**31, ())))
+
+    # Steps
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Forward and backward of one batch; returns its loss."""
+        parts = self.trainer.accumulate_grad_batches
+        if batch_idx % parts == 0:  # Lightning's own rule, but it would do so after the step
+            self.dualpipe_wrapper.pipeline.zero_grad()
+        self.dualpipe_wrapper.pipeline.resume_at(self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        loss, _ = self._step(batch, factor=1.0 / parts, sync_gradients=parts == 1)
+        self._stepped = loss
+        return self._logged("train_loss", loss * parts, batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        return self._logged("val_loss", self._step(batch)[0], batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        return self._logged("test_loss", self._step(batch)[0], batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The model's first output for one batch, on every rank and in host memory."""
+        built = self.dualpipe_wrapper
+        built.pipeline.train(self.training)
+        group = host_group(None)
+        return both_ends(built.infer(batch), built.pipeline, group)[: _rows(batch)]
+
+    def forward(self, *inputs: Any, **more: Any) -> Any:
+        """The model in one piece, after training."""
+        return self.model(*inputs, **more)
+
+    def optimizer_zero_grad(self, *_: Any, **__: Any) -> None:
+        """Nothing: gradients were zeroed before the step, which has made new ones."""
+
+    def backward(self, loss: Tensor, *_: Any, **__: Any) -> None:
+        """Nothing: the step has run the backward pass as well.
+
+        Raises:
+            TypeError: an overridden ``training_step`` returned another loss than the step's.
+        """
+        trained, self._stepped = self._stepped, None
+        if trained is None or not _is_close(float(loss), trained):
+            raise TypeError(
+                f"{type(self).__name__}.training_step returned a loss that was not computed over "
+                f"the pipeline, so that it would not be trained; return what "
+                f"super().training_step(batch, batch_idx) returns, and put all of the loss into "
+                f"criterion"
+            )
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the norm of the whole model's gradient, or by value."""
+        if gradient_clip_val is None or gradient_clip_val <= 0:
+            return
+        pipeline = self.dualpipe_wrapper.pipeline
+        if str(getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm)) == "value":
+            nn.utils.clip_grad_value_(pipeline.parameters(), gradient_clip_val)
+        else:
+            pipeline.clip_grad_norm_(gradient_clip_val)
+
+    def _step(self, batch: Any, **options: Any) -> tuple[float, Any]:
+        built = self.dualpipe_wrapper
+        built.pipeline.train(self.training)
+        return built.step(batch, self._loss, **options)
+
+    def _criterion(self, *outputs_and_labels: Tensor) -> Tensor:
+        count = self.dualpipe_wrapper.num_labels
+        outputs, labels = outputs_and_labels[:-count], outputs_and_labels[-count:]
+        return self.criterion(_one(outputs), _one(labels))
+
+    def _logged(self, name: str, value: float, batch: Any) -> Tensor:
+        loss = torch.tensor(value, device=self.device)
+        of_epoch = name != "train_loss"
+        self.log(name, loss, prog_bar=True, batch_size=_rows(batch), sync_dist=of_epoch)
+        return loss
+
+
+def _one(tensors: tuple[Tensor, ...]) -> Any:
+    return tensors[0] if len(tensors) == 1 else tensors
+
+
+def _is_close(one: float, other: float) -> bool:
+    """But for the rounding of a loss to its type."""
+    both_nan = math.isnan(one) and math.isnan(other)
+    return both_nan or math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-30)
+
+
+def _rows(batch: Any) -> int:
+    """The rows of the first tensor in a batch."""
+    if isinstance(batch, Tensor):
+        return len(batch)
+    return _rows(next(iter(batch.values() if hasattr(batch, "values") else batch)))

@@ -1,0 +1,47 @@
+"""What a ``Trainer`` may be asked for: all that is not honoured is refused by name."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["refuse_settings"]
+
+_PRECISIONS = ("32-true", "64-true", "bf16-mixed")
+# Callbacks by name, for some are in one release of lightning alone; those made of them as well.
+_CALLBACKS = {
+    "StochasticWeightAveraging": "it averages a copy of the model, of which a rank has a part",
+    "WeightAveraging": "it averages a copy of the model, of which a rank has a part",
+    "ModelPruning": "it ranks the weights of the whole model, of which a rank has a part",
+}
+
+
+def refuse_settings(trainer: Trainer, module: LightningModule) -> None:
+    """Raises where something was asked for that would not be done.
+
+    Raises:
+        ValueError: with its name, and what to do instead.
+    """
+    if not module.automatic_optimization:
+        raise ValueError(
+            "automatic_optimization=False cannot be honoured: a step runs forward and backward in "
+            "one; use dualpipe_ext.TrainingWrapper for a loop of your own"
+        )
+    if trainer.precision_plugin.precision not in _PRECISIONS:
+        raise _refusal(
+            f"precision={trainer.precision_plugin.precision!r}", f"use one of {_PRECISIONS}"
+        )
+    if trainer.strategy._layer_sync is not None:
+        raise _refusal(
+            "sync_batchnorm=True", "ranks do not divide a batch among them; leave it out"
+        )
+    for callback in trainer.callbacks:
+        for kind in type(callback).__mro__:
+            if kind.__name__ in _CALLBACKS:
+                raise _refusal(
+                    f"callbacks=[{kind.__name__}(...)]",
+                    f"{_CALLBACKS[kind.__name__]}; leave it out",
+                )
+
+
+def _refusal(setting: str, reason: str) -> ValueError:
+    return ValueError(f"Trainer({setting}) cannot be honoured by DualPipeStrategy: {reason}")

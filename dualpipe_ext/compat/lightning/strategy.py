@@ -1,0 +1,153 @@
+"""How Lightning's ``Trainer`` runs the ranks of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerStatus
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from dualpipe_ext.compat.lightning.module import DualPipeLightningModule
+from dualpipe_ext.compat.lightning.optimizer_states import load_whole_state, save_whole_state
+from dualpipe_ext.compat.lightning.refusals import refuse_settings
+from dualpipe_ext.compat.ranks import host_group
+from dualpipe_ext.compat.whole import update_model
+from dualpipe_ext.training.optimizers import refuse_closures
+
+__all__ = ["DualPipeStrategy"]
+
+
+class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not be there to check
+    """Runs each rank of a pipeline in a process; nothing is wrapped, and all share every batch.
+
+    Processes are those of ``torchrun``, or started as ``DDPStrategy`` does. Batches are not divided
+    among them (``use_distributed_sampler`` is off), and torch's generator is in the first rank's
+    state on all. A checkpoint is that of an unsplit run, which can go on with it, and the other way
+    round.
+
+    Args:
+        start_method: ``"popen"`` runs the script again for each further rank; ``"spawn"`` calls
+            what the trainer was to do, and needs a module that can be pickled.
+        timeout: of the process group, which is one of gloo. ``DualPipeConfig`` has that of steps.
+    """
+
+    runs_pipelines = True
+
+    def __init__(
+        self,
+        start_method: Literal["popen", "spawn"] = "popen",
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        super().__init__(process_group_backend="gloo", start_method=start_method, timeout=timeout)
+        self._guard: RemovableHandle | None = None  # of the model while a rank has a part of it
+
+    def setup_environment(self) -> None:
+        """Starts the process group.
+
+        Raises:
+            ValueError: a setting that cannot be honoured.
+            TypeError: a module of another class.
+        """
+        module = self.lightning_module
+        if not isinstance(module, DualPipeLightningModule):
+            raise TypeError(
+                f"DualPipeStrategy trains a DualPipeLightningModule; found {type(module).__name__}"
+            )
+        refuse_settings(module.trainer, module)
+        super().setup_environment()
+        module.trainer._accelerator_connector.use_distributed_sampler = False
+        state = torch.get_rng_state()
+        dist.broadcast(state, src=0)
+        torch.set_rng_state(state)
+
+    def setup(self, trainer: Any) -> None:
+        """Makes optimizers; the module has cut its model already.
+
+        Raises:
+            TypeError: an optimizer that needs a closure.
+        """
+        Strategy.setup(self, trainer)  # DDP would wrap the module, or make all ranks like the first
+        for optimizer in self.optimizers:
+            refuse_closures(getattr(optimizer, "optimizer", optimizer))
+        if trainer.state.fn == "fit" and self._pipeline.num_ranks > 2:
+            model = self.lightning_module.model
+            self._guard = model.register_forward_pre_hook(_refuse_stale_values)
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: Any = None,
+        **options: Any,
+    ) -> Any:
+        """A step, with gradients that were accumulated summed over mirrors before it is taken."""
+
+        def synced() -> Any:
+            result = closure()
+            if self.lightning_module.trainer.accumulate_grad_batches > 1:
+                self._pipeline.sync_gradients()
+            return result
+
+        return super().optimizer_step(optimizer, synced, model, **options)
+
+    @property
+    def _pipeline(self) -> Any:
+        return self.lightning_module.dualpipe_wrapper.pipeline
+
+    # Checkpoints
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The whole model's. Every rank calls it."""
+        update_model(self.lightning_module.model, self._pipeline, host_group(None))
+        state: dict[str, Any] = self.lightning_module.state_dict()
+        return state
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """That of an unsplit run, on the first rank. Every rank calls it."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        return save_whole_state(
+            optimizer, self.lightning_module.model, self._pipeline, host_group(None)
+        )
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Gives this rank's optimizers their part."""
+        model = self.lightning_module.model
+        states = checkpoint["optimizer_states"]
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            load_whole_state(optimizer, model, state, host_group(None))
+
+    def teardown(self) -> None:
+        """Gives the module the values of all stages, unless an error ended the training."""
+        if self._guard is not None:
+            self._guard.remove()
+        module = self.lightning_module
+        if (
+            isinstance(module, DualPipeLightningModule)
+            and module.trainer.state.status != TrainerStatus.INTERRUPTED
+        ):
+            update_model(module.model, self._pipeline, host_group(None))
+        super().teardown()
+
+    # What would place or wrap the module
+
+    def model_to_device(self) -> None:
+        """Places this rank's stages alone."""
+        self._pipeline.to(self.root_device)
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        return model
+
+
+def _refuse_stale_values(model: nn.Module, _: Any) -> None:
+    raise ValueError(
+        f"{type(model).__name__} was called while it is trained: on this rank it has new values of "
+        f"two stages alone; outputs over the pipeline are those of predict_step(batch, batch_idx), "
+        f"on every rank"
+    )

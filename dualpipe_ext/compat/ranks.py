@@ -1,0 +1,61 @@
+"""Ranks that are processes: their groups, their devices, and what they have at both ends."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dualpipe_ext.pipeline import Pipeline
+
+__all__ = ["both_ends", "host_group", "rank_device"]
+
+
+def host_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group of all ranks for what is in host memory: a gloo one is made where it is not.
+
+    Raises:
+        ValueError: there is no process group.
+    """
+    if not dist.is_initialized():
+        raise ValueError(
+            "there is no process group, so there are no ranks to train on: start the script with "
+            "torchrun --nproc-per-node, or call torch.distributed.init_process_group() first"
+        )
+    group = process_group or dist.group.WORLD
+    assert group is not None
+    if "gloo" in dist.get_backend(group):
+        return group
+    made: dist.ProcessGroup = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
+    return made
+
+
+def rank_device(device: torch.device, rank: int) -> torch.device:
+    """The device of a rank's stages: its own GPU where the process was not given one."""
+    if device.type != "cuda" or (device.index is not None and "LOCAL_RANK" in os.environ):
+        return device
+    return torch.device("cuda", rank % torch.cuda.device_count())
+
+
+def both_ends(own: Any, pipeline: Pipeline, group: dist.ProcessGroup) -> Tensor:
+    """The first output of all rows, on every rank and in host memory.
+
+    Args:
+        own: what :meth:`Pipeline.step` returned here.
+        pipeline: that returned it; its schedule is DualPipe.
+        group: its ranks.
+    """
+    parts = []
+    for end in (pipeline.num_ranks - 1, 0):  # the first rows leave on the last rank
+        box = [_first(own).cpu() if pipeline.rank == end else torch.empty(0)]
+        dist.broadcast_object_list(box, group=group, group_src=end)
+        parts.append(box[0])
+    return torch.cat(parts)
+
+
+def _first(outputs: Any) -> Tensor:
+    first: Tensor | list[Tensor] = outputs[0] if isinstance(outputs, tuple) else outputs
+    return torch.cat(first) if isinstance(first, list) else first
