@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ CORE_PATH = re.compile(
 )
 # file:function, as the walk names its hops.
 FUNCTION = re.compile(r"`((?:csrc|python|dualpipe_ext)/[\w/.]+):([\w:.~]+)`")
+SCRIPT = re.compile(r"^```python\n(.*?^if __name__ .*?)^```$", re.MULTILINE | re.DOTALL)
 # In comments of sources: (docs/architecture.md, "Actions").
 REFERENCE = re.compile(r'(docs/\w+\.md),[\s/#]+"([^"]+)"')
 
@@ -89,3 +92,20 @@ def test_sources_refer_to_headings_that_exist() -> None:
     for document, heading in references:
         headings = HEADING.findall((ROOT / document).read_text())
         assert heading in headings, f'{document}, "{heading}"'
+
+
+def test_the_training_in_the_readme_learns(tmp_path: Path) -> None:
+    scripts = SCRIPT.findall((ROOT / "README.md").read_text())
+    (script,) = (text for text in scripts if "TrainingWrapper" in text)
+    path = tmp_path / "train.py"
+    path.write_text(script)
+    result = subprocess.run(
+        [sys.executable, str(path)], check=True, stdout=subprocess.PIPE, text=True, timeout=150
+    )
+    curve = [float(value) for value in re.findall(r"loss ([\d.]+)", result.stdout)]
+    assert len(curve) == 5 and curve[-1] < 0.7 * curve[0], result.stdout
+
+
+def test_the_readme_shows_the_example_as_it_is() -> None:
+    scripts = SCRIPT.findall((ROOT / "README.md").read_text())
+    assert (ROOT / "examples" / "own_model.py").read_text() in scripts

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import subprocess
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 import typer
+from programs import TORCHRUN, run, run_together
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,19 +44,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(*arguments: object, launcher: tuple[str, ...] = ()) -> str:
-    """Run Python with the arguments; return what it wrote."""
-    command = [sys.executable, *launcher, *(str(argument) for argument in arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output
-    return output
-
-
 def read_losses(path: Path) -> dict[int, list[float]]:
     """The micro-batch losses of each step."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return {record["step"]: record["losses"] for record in records}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def mean(values: list[float]) -> float:
@@ -135,22 +134,41 @@ def test_gpt_trains_under_torchrun(tmp_path: Path, data: Path) -> None:
     run(
         *(TRAIN, *SIZES, "--data", data, "--losses", losses, "--checkpoint", tmp_path / "gpt.pt"),
         *("--steps", 4, "--schedule", "dualpipev"),
-        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        launcher=(*TORCHRUN, "--standalone", "--nproc-per-node", "2"),
     )
     curve = read_losses(losses)
     assert mean(curve[4]) < mean(curve[1])
 
 
-@pytest.fixture(scope="module")
-def app() -> typer.Typer:
-    """The command of train_gpt.py in this process."""
-    spec = importlib.util.spec_from_file_location("train_gpt", TRAIN)
+def test_two_nodes_learn_what_two_processes_of_one_do(
+    tmp_path: Path, data: Path, whole: dict[int, list[float]]
+) -> None:
+    """Two launchers that know each other by an address alone, here that of this machine."""
+    address = ("--master-addr", "127.0.0.1", "--master-port", free_port())
+    launchers = [
+        (*TORCHRUN, "--nnodes", 2, "--node-rank", node, "--nproc-per-node", 1, *address)
+        for node in (0, 1)
+    ]
+    job = Run(tmp_path, data)
+    run_together([(*launcher, *job.arguments) for launcher in launchers])
+    assert read_losses(job.losses) == whole
+
+
+def command_of(script: Path) -> typer.Typer:
+    """The command of an example in this process."""
+    spec = importlib.util.spec_from_file_location(script.stem, script)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[script.stem] = module  # where its dataclasses look for their annotations
     spec.loader.exec_module(module)
     command = typer.Typer()
     command.command()(module.main)
     return command
+
+
+@pytest.fixture(scope="module")
+def app() -> typer.Typer:
+    return command_of(TRAIN)
 
 
 @pytest.mark.parametrize(
@@ -197,3 +215,66 @@ def test_a_cut_model_is_put_together_again() -> None:
     assert found is not None, output
     assert float(found[1]) < 0.5  # from 3.5, the variance of the labels
     assert float(found[2]) == pytest.approx(float(found[1]), abs=2e-5)
+
+
+def read_curve(output: str) -> list[float]:
+    """The losses that were printed, all of which are those of the run in one piece."""
+    difference = re.search(r"largest difference of a step's loss: (\S+) of it", output)
+    assert difference is not None and float(difference[1]) < 1e-5, output
+    return [float(value) for value in re.findall(r"^ *\d+   ([\d.]+) ", output, re.MULTILINE)]
+
+
+def test_a_transformer_learns_as_in_one_piece(data: Path) -> None:
+    output = run(
+        *(ROOT / "examples" / "transformer_example.py", "--num-gpus", 2, "--data", data),
+        *("--steps", 12, "--width", 16, "--rows", 9),
+    )
+    curve = read_curve(output)
+    assert len(curve) == 3 and curve[-1] < curve[0] - 0.3
+
+
+def test_a_trainer_of_hugging_face_learns_as_unsplit(data: Path) -> None:
+    example = ROOT / "examples" / "hf_trainer_example.py"
+    size = ("--steps", 12, "--width", 16, "--rows", 8, "--data", data)
+    beside, launched = run_together(
+        [
+            (example, "--num-gpus", 2, *size),
+            (*TORCHRUN, "--standalone", "--nproc-per-node", 2, example, *size),
+        ]
+    )
+    curve = read_curve(beside)
+    assert len(curve) == 3 and curve[-1] < curve[0] - 0.1
+    logged = [float(value) for value in re.findall(r"'loss': '?([\d.]+)", launched)]
+    assert len(logged) == 12, "the first rank logs, and no other one"
+    assert logged[-1] == pytest.approx(curve[-1], rel=1e-3)  # four digits are printed
+
+
+def test_a_trainer_of_lightning_learns_as_unsplit() -> None:
+    example = ROOT / "examples" / "lightning_example.py"
+    size = ("--num-gpus", 2, "--steps", 25, "--width", 16, "--layers", 2)
+    beside, launched = run_together(
+        [(example, *size), (*TORCHRUN, "--standalone", "--nproc-per-node", 2, example, *size)]
+    )
+    curve = read_curve(beside)
+    assert len(curve) == 4 and curve[-1] < curve[0] - 0.3
+    held_out = re.search(r"held out: ([\d.]+) over the pipeline, ([\d.]+) in one", beside)
+    assert held_out is not None
+    assert float(held_out[1]) == pytest.approx(float(held_out[2]), rel=1e-5)
+    assert f"last loss: {curve[-1]:.6f}; held out: {held_out[1]}" in launched
+
+
+@pytest.mark.parametrize("name", ["lightning_example.py", "transformer_example.py"])
+def test_an_odd_number_of_ranks_says_what_to_change(name: str) -> None:
+    text = refusal(command_of(ROOT / "examples" / name), ["--num-gpus", "3"])
+    assert "must be even" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["--num-gpus", "4", "--layers", "2"], "use at most 2"),
+        (["--rows", "3"], "use --rows 4"),
+    ],
+)
+def test_an_impossible_transformer_says_what_to_change(arguments: list[str], remedy: str) -> None:
+    assert remedy in refusal(command_of(ROOT / "examples" / "transformer_example.py"), arguments)
