@@ -1,14 +1,23 @@
 """Ours and its peers on the same sleeping stages, ready to be timed in turns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from common import Contender
 from peers import build_torch_1f1b, build_torch_dualpipev, build_upstream, load_upstream
-from sleeping import SleepStage, SleepTimes, first_element
+from places import Cpu, Place, engine_config
+from sleeping import (
+    FreshResults,
+    ReusedResults,
+    SleepStage,
+    SleepTimes,
+    first_element,
+    free_loss,
+)
+from thread_ranks import Span, StartLine, timed_turns
 from torch import Tensor
 
 from dualpipe_ext import DualPipe, WeightGradStore
@@ -24,23 +33,48 @@ class Work:
         message_bytes: Size of a message between stages.
         times: How long the stages sleep.
         peer_dualpipe: Checkout of upstream, if it takes part.
+        place: Where stages are.
+        transport: What our messages travel over.
+        light: Messages cost the stages themselves nothing, however large they are.
     """
 
     num_chunks: int = 20
     message_bytes: int = 4096
     times: SleepTimes = field(default_factory=SleepTimes)
     peer_dualpipe: Path | None = None
+    place: Place = field(default_factory=Cpu)
+    transport: str = "host"
+    light: bool = False
 
     def batch(self, rows: int) -> Tensor:
         """Return ``rows`` micro-batches of one row, each as large as a message."""
-        return torch.zeros(rows, self.message_bytes // 4)
+        if self.light:  # in the memory of one
+            row = torch.zeros(1, self.message_bytes // 4, device=self.place.device)
+            return row.expand(rows, -1)
+        return torch.zeros(rows, self.message_bytes // 4, device=self.place.device)
 
-    def makespan(self, schedule: str, num_ranks: int, sends: Literal["early", "late"]) -> float:
-        """Return the simulated seconds of a step, were messages free."""
+    def stages(self, store: Any) -> list[SleepStage]:
+        """Return the two stages of a rank, for an engine with that ``WeightGradStore``."""
+        self.place.prepare()
+        results = ReusedResults if self.light else FreshResults
+        made = [
+            SleepStage(self.times, store, sleep=self.place.sleep, results=results()) for _ in "01"
+        ]
+        return [stage.to(self.place.device) for stage in made]
+
+    def makespan(
+        self,
+        schedule: str,
+        num_ranks: int,
+        sends: Literal["early", "late"],
+        latency: float = 0.0,
+    ) -> float:
+        """Return the simulated seconds of a step over links of that latency."""
         cost = CostModel(
             forward=self.times.forward,
             backward_input=self.times.backward_input,
             backward_weight=self.times.backward_weight,
+            latency=latency,
         )
         planned = plan(schedule, num_ranks=num_ranks, num_microbatches=self.num_chunks)
         return planned.simulate(cost, sends=sends).makespan
@@ -64,20 +98,36 @@ def sleeping_contenders(rank: int, num_ranks: int, work: Work) -> list[Contender
     return [*contenders, torch_dualpipev(rank, num_ranks, work), torch_1f1b(rank, num_ranks, work)]
 
 
+def timed_ours(
+    rank: int, num_ranks: int, start_line: StartLine, works: Sequence[Work], repeats: int
+) -> list[list[Span]]:
+    """Run steps of one pipeline of ours on a rank that is a thread; in turns, one for each work."""
+    step = ours_model(works[0]).step
+    steps = [bidirectional_step(step, rank, num_ranks, work) for work in works]
+    return timed_turns(steps, repeats, start_line, works[0].place)
+
+
+def ours_model(work: Work) -> DualPipe:
+    """Build our DualPipe on this rank."""
+    return DualPipe(work.stages(WeightGradStore), config=engine_config(work.transport))
+
+
 def ours(rank: int, num_ranks: int, work: Work) -> Contender:
     """Build our DualPipe."""
-    model = DualPipe([SleepStage(work.times, WeightGradStore) for _ in range(2)])
-    step = bidirectional_step(model.step, rank, num_ranks, work)
-    return Contender("dualpipe_ext DualPipe", step, work.paper("dualpipe", num_ranks), is_ours=True)
+    step = bidirectional_step(ours_model(work).step, rank, num_ranks, work)
+    facts = work.paper("dualpipe", num_ranks)
+    settle = work.place.finish
+    return Contender("dualpipe_ext DualPipe", step, facts, is_ours=True, settle=settle)
 
 
 def upstream(rank: int, num_ranks: int, work: Work, checkout: Path) -> Contender:
     """Build upstream's DualPipe."""
-    package = load_upstream(checkout)
-    stages = [SleepStage(work.times, package.WeightGradStore) for _ in range(2)]
-    model = build_upstream(package, stages, tuple(work.batch(1).shape))
+    package = load_upstream(checkout, work.place.device)
+    shape = tuple(work.batch(1).shape)
+    model = build_upstream(package, work.stages(package.WeightGradStore), shape)
+    settle = work.place.finish
     step = bidirectional_step(model.step, rank, num_ranks, work)
-    return Contender("upstream DualPipe", step, work.paper("dualpipe", num_ranks))
+    return Contender("upstream DualPipe", step, work.paper("dualpipe", num_ranks), settle=settle)
 
 
 def bidirectional_step(
@@ -86,7 +136,8 @@ def bidirectional_step(
     """Return a step that feeds both ends, as ours and upstream's interface has it."""
     is_end = rank in (0, num_ranks - 1)
     data = work.batch(work.num_chunks // 2) if is_end else None
-    return lambda: step(data, num_chunks=work.num_chunks, criterion=first_element, labels=(data,))
+    criterion = free_loss if work.light else first_element
+    return lambda: step(data, num_chunks=work.num_chunks, criterion=criterion, labels=(data,))
 
 
 def torch_dualpipev(rank: int, num_ranks: int, work: Work) -> Contender:

@@ -1,20 +1,161 @@
 #!/usr/bin/env bash
 # On a machine with one GPU and no network: builds the extension with CUDA, runs the tests that need
-# a GPU, and leaves their outcome in OUT (default: gpu_check/): gpu_check.json, gpu_check.md.
-# Needs torch with CUDA, pytest and pytest-timeout, and NCCL 2.30 or newer (several ranks share the
-# GPU); NCCL_LIBRARY names one that is not torch's own.
-set -euo pipefail
+# a GPU and the benchmarks on it, in under 9 minutes, and leaves in OUT (default: gpu_check/) what came
+# of it: gpu_check.md, gpu_check.json, gpu_check.log. A step that fails or is over its time limit
+# does not keep the next ones from running; the exit status is 1 if one did.
+#
+#   bash benchmarks/gpu_check.sh [OUT]
+#
+# Needs torch with CUDA, pytest, pytest-timeout and the package's own dependencies (pyproject.toml). In
+# the environment:
+#   NCCL_LIBRARY=FILE       NCCL 2.30 or newer where torch's is older: ranks share the GPU. Without
+#                           one the step "nccl" fails, and nothing else is tried over NCCL
+#   PEER_DUALPIPE=DIR       a checkout of deepseek-ai/DualPipe to measure beside ours
+#   GPU_CHECK_SECONDS=530   for everything
+#   GPU_CHECK_ONLY=REGEX    only the steps with such names, beside build, info, machine, nccl
+#   GPU_CHECK_COMMIT=...    what is checked, where that is no git checkout
+#   GPU_CHECK_DEVICE=cpu    tries all of it out without a GPU; the numbers mean nothing
+set -uo pipefail
 cd "$(dirname "$0")/.."
 
 out=${1:-gpu_check}
 mkdir -p "$out"
-export DUALPIPE_EXT_CUDA=1 PYTHONPATH=$PWD
-export CUDA_DEVICE_MAX_CONNECTIONS=32 NCCL_MULTI_RANK_GPU_ENABLE=1
-if [[ -n ${NCCL_LIBRARY:-} ]]; then export LD_PRELOAD=$NCCL_LIBRARY; fi
+out=$(cd "$out" && pwd)
+work=$(mktemp -d)
+log=$out/gpu_check.log
+: >"$log"
+device=${GPU_CHECK_DEVICE:-cuda}
+deadline=${GPU_CHECK_SECONDS:-530}
+python=${PYTHON:-python3}
+failed=0
 
-python -m dualpipe_ext build
-python -m dualpipe_ext info | tee "$out/info.txt"
-status=0
-python -m pytest -m gpu --junit-xml "$out/tests.xml" tests/python/test_gpu.py || status=$?
-python benchmarks/gpu_report.py "$out"
-exit $status
+needs=(torch platformdirs filelock numpy yaml typer rich tqdm pytest pytest_timeout)
+"$python" -c "import ${needs[*]/%/,} sys" || {
+  echo "$python lacks a package that the check needs (${needs[*]}): install it first" >&2
+  exit 2
+}
+
+export GPU_CHECK_DEVICE=$device PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}
+export COLUMNS=140
+if [[ $device == cuda ]]; then
+  export DUALPIPE_EXT_CUDA=1 CUDA_DEVICE_MAX_CONNECTIONS=32 NCCL_MULTI_RANK_GPU_ENABLE=1
+  export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the same bits from every stream
+  if [[ -n ${NCCL_LIBRARY:-} ]]; then export LD_PRELOAD=$NCCL_LIBRARY; fi
+fi
+
+step() { # NAME LIMIT_S COMMAND...
+  local name=$1 limit=$2 status=0 start=$SECONDS
+  shift 2
+  if [[ ! $name =~ ${GPU_CHECK_ONLY:-} && ! $name =~ ^(build|info|machine|nccl)$ ]]; then return; fi
+  local left=$((deadline - SECONDS))
+  if ((limit > left)); then limit=$left; fi
+  printf '\n##### %s: %s\n' "$name" "$*" | tee -a "$log"
+  if ((limit > 0)); then
+    timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1 || status=$?
+  else
+    status=124
+  fi
+  if ((status)); then failed=1; fi
+  printf '%s\t%s\t%s\t%s\n' "$name" "$status" $((SECONDS - start)) "${*//$work/WORK}" >>"$work/steps.tsv"
+  printf '##### %s: status %s after %s s\n' "$name" "$status" $((SECONDS - start)) | tee -a "$log"
+  "$python" benchmarks/gpu_report.py "$work" "$out" || failed=1
+  return "$status"
+}
+
+bench() { # LIMIT_S NAME ARGUMENTS...
+  local limit=$1 name=$2
+  shift 2
+  step "$name" "$limit" "${around[@]}" "$python" "benchmarks/$name.py" --device "$device" \
+    --json "$work/$name.json" "$@"
+}
+
+tests() { # NAME LIMIT_S ARGUMENTS...
+  local name=$1 limit=$2
+  shift 2
+  export GPU_CHECK_OUTCOMES=$work/$name.outcomes
+  step "$name" "$limit" "${around[@]}" "$python" -m pytest -q -m gpu -W default -p no:cacheprovider \
+    -p gpu_outcomes --timeout 60 --session-timeout $((limit - 10)) "$@"
+}
+
+# Without it the kernels of different processes take turns on the GPU and never run together.
+share_by_mps() {
+  command -v nvidia-cuda-mps-control >/dev/null || return 1
+  export CUDA_MPS_PIPE_DIRECTORY=$work/mps CUDA_MPS_LOG_DIRECTORY=$work/mps_log
+  mkdir -p "$work/mps" "$work/mps_log"
+  timeout 20 nvidia-cuda-mps-control -d >>"$log" 2>&1 &&
+    timeout 40 "$python" -c 'import torch; torch.ones(2).cuda().sum().item()' >>"$log" 2>&1
+}
+
+finish() {
+  if [[ -d $work/mps ]]; then
+    echo quit | CUDA_MPS_PIPE_DIRECTORY=$work/mps timeout 10 nvidia-cuda-mps-control >/dev/null 2>&1
+  fi
+  rm -rf "$work"
+}
+trap finish EXIT
+
+# Loading a kernel may wait for all that runs on the device: for the message, say, that another rank
+# of the same process waits for. So where ranks are threads, everything is loaded before.
+of_threads=() of_processes=()
+processes='time slices'
+if [[ $device == cuda ]]; then
+  of_threads=(env CUDA_MODULE_LOADING=EAGER)
+  if (share_by_mps); then
+    processes='MPS (tests: time slices)'
+    of_processes=(env "CUDA_MPS_PIPE_DIRECTORY=$work/mps")
+  fi
+fi
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+
+step build 240 "$python" -m dualpipe_ext build
+step info 30 "$python" -m dualpipe_ext info
+step machine 60 "$python" benchmarks/gpu_report.py machine "$device" "$processes" \
+  "${sanitizer:-not installed, so nothing was checked with it}" "$work/machine.json"
+
+transports=(copy)
+if [[ $device == cuda ]] && step nccl 30 "$python" benchmarks/gpu_report.py nccl; then
+  transports+=(nccl)
+fi
+export GPU_CHECK_TRANSPORTS=${transports[*]}
+
+few=() p2p=() short=() upstream=() gemm=() activations=()
+if [[ $device == cpu ]]; then
+  few=(--repeats 1)
+  p2p=("${few[@]}" --mib 1) short=("${few[@]}" --chunks 8 --ranks 4)
+  upstream=("${few[@]}" --chunks 8) gemm=("${few[@]}" --size 64 --products 6)
+  activations=(--ranks 2 --chunks 4 --activation-mib 32 --message-kib 64) transports=(host)
+fi
+peer=()
+if [[ -n ${PEER_DUALPIPE:-} ]]; then peer=(--peer-dualpipe "$PEER_DUALPIPE"); fi
+
+around=("${of_threads[@]}")
+bench 60 bench_p2p "${p2p[@]}"
+bench 45 bench_step "${short[@]}"
+bench 60 bench_overlap "${short[@]}"
+for transport in "${transports[@]}"; do
+  tests "tests_$transport" 100 tests/python/test_gpu.py -k "$transport"
+done
+if [[ $device == cuda ]]; then tests tests_device 60 tests/python/test_gpu_device.py; fi
+around=("${of_processes[@]}")
+bench 60 bench_host_time "${few[@]}" "${peer[@]}"
+bench 60 bench_activations "${activations[@]}"
+if ((${#peer[@]})); then
+  around=(env CUDA_MODULE_LOADING=EAGER "${of_processes[@]}")
+  bench 60 bench_overlap_upstream "${upstream[@]}" "${peer[@]}"
+fi
+around=()
+tests tests_processes 120 tests/python/test_gpu_processes.py
+around=("${of_threads[@]}")
+bench 60 bench_gemm_slowdown "${gemm[@]}"
+sanitize() { # TOOL TRANSPORT; a tool changes each kernel that is loaded, so not all of them
+  step "$1_$2" 75 "$sanitizer" --tool "$1" --target-processes application-only \
+    --error-exitcode 9 "$python" benchmarks/gpu_small_step.py --transport "$2"
+}
+if [[ $device == cuda && -n $sanitizer ]]; then
+  for transport in "${transports[@]}"; do sanitize memcheck "$transport"; done
+elif [[ $device == cpu ]]; then
+  step small_step 40 "$python" benchmarks/gpu_small_step.py --device cpu
+fi
+cat "$out/gpu_check.md"
+exit "$failed"

@@ -1,48 +1,181 @@
-"""Puts what benchmarks/gpu_check.sh has found into one JSON and one Markdown file."""
+"""Puts what benchmarks/gpu_check.sh has found into one JSON and one Markdown file.
+
+Written anew after each step, from files alone, so that what there is survives whatever comes next.
+"""
+
+from __future__ import annotations
 
 import json
+import os
+import platform
+import re
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any
 
-import torch
-
-from dualpipe_ext import _C
-
-
-def outcomes(results: Path) -> list[dict[str, str]]:
-    """Name, outcome and seconds of each test in a JUnit file."""
-    found = []
-    for case in ElementTree.parse(results).iter("testcase"):
-        problems = [child.tag for child in case if child.tag in ("failure", "error", "skipped")]
-        outcome = problems[0] if problems else "passed"
-        name, seconds = case.get("name", ""), case.get("time", "")
-        found.append({"test": name, "outcome": outcome, "seconds": seconds})
-    return found
+Facts = dict[str, str]
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def machine() -> dict[str, str]:
-    """What it ran on."""
+def outcomes(folder: Path) -> list[Facts]:
+    """Return name, outcome and message of each test, as gpu_outcomes.py wrote them."""
+    found: dict[str, Facts] = {}
+    for path in sorted(folder.glob("*.outcomes")):
+        for line in path.read_text().splitlines():
+            fact: Facts = json.loads(line)
+            found[fact["test"]] = fact
+    return list(found.values())
+
+
+def one_line(text: str, most: int = 300) -> str:
+    """Return the text without what would break a table."""
+    return " ".join(text.split()).replace("|", "/")[:most]
+
+
+def steps_of(path: Path) -> list[Facts]:
+    """Return what each step was and how it ended; 124 is its time limit."""
+    names = ("step", "status", "seconds", "command")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [dict(zip(names, line.split("\t"), strict=True)) for line in lines]
+
+
+def ending(step: Facts) -> str:
+    """Return in a word how a step ended."""
+    return {"0": "done", "124": "over its time limit", "137": "over its time limit"}.get(
+        step["status"], f"ended with {step['status']}"
+    )
+
+
+def read_benchmarks(folder: Path) -> list[dict[str, Any]]:
+    """Return the reports of all benchmarks, in the order they were written in."""
+    paths = sorted(folder.glob("bench_*.json"), key=lambda path: path.stat().st_mtime)
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def goal_rows(benchmarks: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return every number beside what it must reach."""
+    words = {True: "yes", False: "**no**", None: ""}
+    return [
+        [
+            benchmark["benchmark"],
+            one_line(row["name"]),
+            row["goal"],
+            "-" if row["measured"] is None else f"{row['measured']:.4g}",
+            words[row["passed"]],
+            one_line(row["note"]),
+        ]
+        for benchmark in benchmarks
+        for row in benchmark["rows"]
+    ]
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Return the report as tables that can be pasted into docs/performance.md."""
+    tests = report["tests"]
+    bad = [t for t in tests if t["outcome"] != "passed"]
+    facts = [[name, one_line(value)] for name, value in report["machine"].items()]
+    parts = [
+        table(["", ""], facts),
+        table(
+            ["benchmark", "what", "must reach", "measured", "reached", "note"],
+            goal_rows(report["benchmarks"]),
+        ),
+        f"Tests on the device: {len(tests) - len(bad)} of {len(tests)} passed.",
+    ]
+    if bad:
+        rows = [[one_line(t["test"]), t["outcome"], one_line(t["message"])] for t in bad]
+        parts.append(table(["test", "outcome", "message"], rows))
+    steps = [[s["step"], ending(s), s["seconds"], f"`{s['command']}`"] for s in report["steps"]]
+    parts.append(table(["step", "outcome", "seconds", "command"], steps))
+    return "\n\n".join(parts) + "\n"
+
+
+def output_of(*command: str) -> str:
+    """Return what a command prints, or that there is none."""
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return one_line(done.stdout) if done.returncode == 0 else "unknown"
+
+
+def machine(device: str, processes: str, sanitizer: str) -> Facts:
+    """Return what the check runs on; the one part that needs torch."""
+    import torch
+    from places import place_of
+
+    driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
-        "device": torch.cuda.get_device_name(0),
+        **(place_of(device).machine() if device == "cpu" else _gpu()),
+        "driver": output_of(*driver),
         "torch": str(torch.__version__),
-        "cuda": str(torch.version.cuda),
-        "nccl": str(_C.nccl_version()),  # type: ignore[attr-defined] # in builds with CUDA alone
+        "python": platform.python_version(),
+        "cores": str(os.cpu_count()),
+        "commit": os.environ.get("GPU_CHECK_COMMIT")
+        or output_of("git", "describe", "--always", "--dirty"),
         "date": time.strftime("%Y-%m-%d"),
+        "command": "bash benchmarks/gpu_check.sh",
+        "processes on one GPU share it by": processes,
+        "compute-sanitizer": sanitizer,
     }
 
 
-def main(out: Path) -> None:
-    """Write ``gpu_check.json`` and ``gpu_check.md`` into ``out``."""
-    facts, tests = machine(), outcomes(out / "tests.xml")
-    report = {"machine": facts, "tests": tests}
+def _gpu() -> Facts:
+    import torch
+
+    from dualpipe_ext import _C
+
+    nccl = getattr(_C, "nccl_version", lambda: "not built")()
+    return {
+        "device": torch.cuda.get_device_name(),
+        "cuda": str(torch.version.cuda),
+        "nccl": str(nccl),
+    }
+
+
+def check_nccl() -> str | None:
+    """Return why ranks on one GPU cannot talk over this process's NCCL, or None."""
+    from dualpipe_ext import _C
+
+    found = getattr(_C, "nccl_version", lambda: "0.0 (not built)")()
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) >= (2, 30):
+        return None
+    return (
+        f"NCCL {found} refuses several ranks on one GPU, which 2.30 allows: give a newer one by "
+        f"NCCL_LIBRARY; nothing is run over NCCL"
+    )
+
+
+def write(work: Path, out: Path) -> None:
+    """Write ``gpu_check.json`` and ``gpu_check.md`` into ``out`` from what lies in ``work``."""
+    facts = work / "machine.json"
+    report = {
+        "machine": json.loads(facts.read_text()) if facts.exists() else {},
+        "benchmarks": read_benchmarks(work),
+        "tests": outcomes(work),
+        "steps": steps_of(work / "steps.tsv"),
+    }
     (out / "gpu_check.json").write_text(json.dumps(report, indent=2) + "\n")
-    title = ", ".join(f"{name} {value}" for name, value in facts.items())
-    rows = [f"| {t['test']} | {t['outcome']} | {t['seconds']} |" for t in tests]
-    table = "\n".join(["| test | outcome | seconds |", "|---|---|---|", *rows])
-    (out / "gpu_check.md").write_text(f"{title}\n\n{table}\n")
+    (out / "gpu_check.md").write_text(markdown(report))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if sys.argv[1] == "machine":
+        facts = machine(*sys.argv[2:5])
+        Path(sys.argv[5]).write_text(json.dumps(facts))
+        print(facts)
+    elif sys.argv[1] == "nccl":
+        sys.exit(check_nccl())
+    else:
+        write(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,7 +1,8 @@
 """The peers: upstream DualPipe and the schedules of ``torch.distributed.pipelining``.
 
 Upstream needs CUDA in two places, a check of the device and the allocation of receive buffers.
-Both are replaced at run time here, so that it runs over gloo; nothing else of it is touched.
+Both are replaced at run time here, so that it runs over gloo; nothing else of it is touched. On a
+GPU it runs as it is.
 """
 
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDualPipeV
 from torch.distributed.pipelining.stage import _PipelineStageBase
@@ -19,8 +21,11 @@ from torch.distributed.pipelining.stage import _PipelineStageBase
 Criterion = Callable[..., Tensor]
 
 
-def load_upstream(checkout: Path) -> ModuleType:
-    """Import upstream's package from a checkout and make it run on the CPU.
+CPU = torch.device("cpu")
+
+
+def load_upstream(checkout: Path, device: torch.device = CPU) -> ModuleType:
+    """Import upstream's package from a checkout and make it run on the CPU, if that is the device.
 
     Raises:
         ValueError: If the folder is not a checkout of deepseek-ai/DualPipe.
@@ -41,9 +46,26 @@ def load_upstream(checkout: Path) -> ModuleType:
             for shape in comm.TENSOR_SHAPES
         ]
 
-    comm.build_from_tensor_shapes = cpu_buffers
+    if device == CPU:
+        comm.build_from_tensor_shapes = cpu_buffers
     package: ModuleType = dualpipe
     return package
+
+
+def join_with_nccl(folder: str) -> None:
+    """Make the default group of this process, one of ``run_ranks``, anew: gloo and NCCL.
+
+    Upstream's messages use the default group. Several ranks share the GPU (NCCL 2.30 and
+    ``NCCL_MULTI_RANK_GPU_ENABLE=1``).
+
+    Args:
+        folder: Where the ranks meet; the same empty one for all.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl", init_method=f"file://{folder}/store", rank=rank, world_size=size
+    )
 
 
 def build_upstream(
@@ -52,6 +74,8 @@ def build_upstream(
     """Build upstream's ``DualPipe`` for messages of float32 of one shape."""
     upstream.set_p2p_tensor_shapes([message_shape])
     upstream.set_p2p_tensor_dtype(torch.float32)
+    if next(stages[0].parameters()).is_cuda:
+        return upstream.DualPipe(stages)
     with mock.patch("torch.cuda.current_device", return_value="cpu"):
         return upstream.DualPipe(stages)
 

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,24 +24,61 @@ class SleepTimes:
     backward_weight: float = 0.010
 
 
+class Results(Protocol):
+    """What a stage hands on."""
+
+    def output(self, x: Tensor) -> Tensor:
+        """Return an output like the input ``x``."""
+
+    def input_grad(self, output_grad: Tensor) -> Tensor:
+        """Return an input gradient like the output's."""
+
+
+class FreshResults:
+    """Outputs in memory of their own; gradients are passed on."""
+
+    def output(self, x: Tensor) -> Tensor:
+        """Return new memory."""
+        return torch.empty_like(x)
+
+    def input_grad(self, output_grad: Tensor) -> Tensor:
+        """Return what was given."""
+        return output_grad
+
+
+class ReusedResults:
+    """One buffer for each shape: a stage that costs a device nothing, however large its messages."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[torch.Size, Tensor] = {}
+
+    def output(self, x: Tensor) -> Tensor:
+        """Return the buffer of that shape."""
+        if x.shape not in self._buffers:
+            self._buffers[x.shape] = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        return self._buffers[x.shape].detach()
+
+    input_grad = output
+
+
 class _Sleep(torch.autograd.Function):
     """Sleeps in forward and in backward, and hands the sleep of W to the store if that collects."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stage: "SleepStage") -> Tensor:
         ctx.stage = stage
-        _sleep(stage.times.forward)
-        return torch.empty_like(x)
+        stage.sleep(stage.times.forward)
+        return stage.results.output(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         stage: SleepStage = ctx.stage
-        _sleep(stage.times.backward_input)
+        stage.sleep(stage.times.backward_input)
         if stage.store is not None and stage.store.enabled:
             stage.store.put(stage.sleep_weight)
         elif not stage.weight_runs_apart:
             stage.sleep_weight()
-        return grads[0], None, None
+        return stage.results.input_grad(grads[0]), None, None
 
 
 class SleepStage(nn.Module):
@@ -51,17 +88,26 @@ class SleepStage(nn.Module):
         times: Seconds that each kind of action takes.
         store: The ``WeightGradStore`` of the engine that runs it, if it has one.
         weight_runs_apart: The engine runs ``sleep_weight`` itself (torch's ``dw_builder``).
+        sleep: What sleeps so many seconds.
+        results: What it hands on.
     """
 
     def __init__(
-        self, times: SleepTimes, store: Any = None, *, weight_runs_apart: bool = False
+        self,
+        times: SleepTimes,
+        store: Any = None,
+        *,
+        weight_runs_apart: bool = False,
+        sleep: Callable[[float], None] | None = None,
+        results: Results | None = None,
     ) -> None:
         super().__init__()
         self.times = times
         self.store = store
         self.weight_runs_apart = weight_runs_apart
+        self.sleep = sleep or host_sleep
+        self.results = results or FreshResults()
         self.weight = nn.Parameter(torch.zeros(1))
-        oversleep()  # measured now, not within a step
 
     def forward(self, x: Tensor) -> Tensor:
         """Sleep, and return a tensor like ``x``."""
@@ -69,7 +115,7 @@ class SleepStage(nn.Module):
 
     def sleep_weight(self) -> None:
         """Sleep as long as the weight gradients take."""
-        _sleep(self.times.backward_weight)
+        self.sleep(self.times.backward_weight)
 
     def weight_runner(self) -> Callable[..., None]:
         """Return what runs the weight gradients of the backward that just ran."""
@@ -79,6 +125,22 @@ class SleepStage(nn.Module):
 def first_element(output: Tensor, *labels: Tensor) -> Tensor:
     """Return a loss that costs next to nothing."""
     return output.flatten()[0].clone()
+
+
+class _FreeLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        ctx.shape = output.shape
+        return output.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].expand(ctx.shape)
+
+
+def free_loss(output: Tensor, *labels: Tensor) -> Tensor:
+    """Return a loss that costs a device nothing, however large the output."""
+    return _FreeLoss.apply(output)  # type: ignore[no-any-return,no-untyped-call]
 
 
 @functools.cache
@@ -92,6 +154,7 @@ def oversleep(seconds: float = 0.010, tries: int = 30) -> float:
     return statistics.median(late)
 
 
-def _sleep(seconds: float) -> None:
+def host_sleep(seconds: float) -> None:
+    """Sleep, as exactly as the machine can."""
     if seconds > 0:
         time.sleep(seconds - min(oversleep(), 0.1 * seconds))

@@ -1,0 +1,145 @@
+"""What messages worth 0.5 ms cost a step of stages of 2 ms: beside tiny messages."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+from common import (
+    DeviceOption,
+    JsonOption,
+    RepeatsOption,
+    Report,
+    Result,
+    attempt,
+    row_of,
+    show_rows,
+)
+from contenders import Work, timed_ours
+from message_flow import Flow, engine_seconds
+from places import Place, place_of
+from sleeping import SleepTimes
+from thread_ranks import in_threads, seconds_of_turns
+
+GOAL = 0.03
+TINY_BYTES = 4096
+
+
+def message_bytes(bytes_per_second: float, seconds: float, most: float) -> int:
+    """Return the size of a message that takes ``seconds``, no more than ``most``; a whole KiB."""
+    return max(1, round(min(bytes_per_second * seconds, most) / 1024)) * 1024
+
+
+def room_for_message(place: Place, num_ranks: int) -> float:
+    """Return the size at which all messages of a step that live at once fit the device.
+
+    A rank holds P+1 activations, three receives of each kind ahead, its stages' own buffers and its
+    part of the batch.
+    """
+    return 0.75 * place.free_bytes() / (num_ranks * (num_ranks + 12))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Steps that differ in their messages alone.
+
+    Attributes:
+        large: Messages worth a quarter of a stage, or what fits the device.
+        tiny: Messages of 4 KiB.
+        message_s: How long a large message takes by itself.
+    """
+
+    large: Work
+    tiny: Work
+    message_s: float
+
+    def facts(self, num_ranks: int) -> dict[str, float]:
+        """Return what the table has to say about the large messages.
+
+        With links of that latency a step is longer even where nothing is in the way.
+        """
+        free = self.large.makespan("dualpipe", num_ranks, "early")
+        slow = self.large.makespan("dualpipe", num_ranks, "early", self.message_s)
+        mib = self.large.message_bytes / 2**20
+        return {"MiB": mib, "ms": self.message_s * 1e3, "simulated": (slow - free) / slow}
+
+
+def sizes_of(place: Place, transport: str, num_ranks: int, chunks: int, stage_ms: float) -> Sizes:
+    """Measure the rate of messages, and choose sizes by it."""
+    probe = Flow(place, transport, 64 << 20 if place.device.type == "cuda" else 1 << 20, repeats=3)
+    rate = probe.num_bytes / engine_seconds(probe)
+    size = message_bytes(rate, stage_ms / 4 * 1e-3, room_for_message(place, num_ranks))
+    times = SleepTimes(*[stage_ms * 1e-3] * 3)
+    large = Work(chunks, size, times, place=place, transport=transport, light=True)
+    return Sizes(large, dataclasses.replace(large, message_bytes=TINY_BYTES), size / rate)
+
+
+def visible(results: list[Result]) -> float:
+    """Return the share of the step with large messages that the step with tiny ones has not."""
+    large, tiny = results
+    return (large.median - tiny.median) / large.median
+
+
+def describe(results: list[Result]) -> str:
+    """Return what the share was computed from."""
+    large, tiny = results
+    facts = large.facts
+    return (
+        f"{large.median * 1e3:.2f} and {tiny.median * 1e3:.2f} ms; messages of {facts['MiB']:.1f} "
+        f"MiB take {facts['ms']:.2f} ms; simulated {facts['simulated']:.3f}"
+    )
+
+
+def measure_threads(sizes: Sizes, num_ranks: int, repeats: int) -> list[Result]:
+    """Time both steps of ours on ranks that are threads."""
+    works = [sizes.large, sizes.tiny]
+    spans = in_threads(timed_ours, num_ranks, works, repeats)
+    facts = sizes.facts(num_ranks)
+    return [
+        Result(work.transport, seconds_of_turns(spans, i), facts) for i, work in enumerate(works)
+    ]
+
+
+def measure_transport(
+    report: Report,
+    place: Place,
+    transport: str,
+    num_ranks: int,
+    chunks: int,
+    stage_ms: float,
+    repeats: int,
+) -> None:
+    """Measure ours on threads over one transport."""
+    title = f"P={num_ranks}, {transport}"
+
+    def measure() -> list[Result]:
+        sizes = sizes_of(place, transport, num_ranks, chunks, stage_ms)
+        return measure_threads(sizes, num_ranks, repeats)
+
+    found = attempt(measure)
+    row = row_of(f"{title}: visible share", found, visible, describe, at_most=GOAL)
+    report.add([row], {} if isinstance(found, Exception) else {title: found})
+
+
+def main(
+    ranks: Annotated[list[int], typer.Option(help="Numbers of ranks.")] = [2, 4],  # noqa: B006
+    chunks: Annotated[int, typer.Option(help="Micro-batches.")] = 20,
+    stage_ms: Annotated[float, typer.Option(help="Length of each of F, I and W.")] = 2.0,
+    repeats: RepeatsOption = 7,
+    device: DeviceOption = "cuda",
+    json: JsonOption = None,
+) -> None:
+    """Measure the share of a step that messages worth a quarter of a stage add to it."""
+    place = place_of(device)
+    report = Report("overlap", json, place.machine())
+    for num_ranks in ranks:
+        for transport in place.transports:
+            measure_transport(report, place, transport, num_ranks, chunks, stage_ms, repeats)
+    title = f"stages of {stage_ms:g} ms, messages worth {stage_ms / 4:g} ms, N={chunks}"
+    show_rows(title, report.rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,170 @@
+"""How fast messages flow from one rank to another, in the time of the device.
+
+The sender's stream is kept busy until both hosts have issued everything. What follows is the
+device's own: from the arrival of the first message to that of the last, nobody waits for a host.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from nccl_by_itself import NcclPair
+from places import Mark, Place, engine_config
+from thread_ranks import StartLine, in_threads
+from torch import Tensor, nn
+
+from dualpipe_ext import Pipeline
+
+HEAD_START_S = 0.05  # for the hosts; each step checks that it was enough
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Messages to be sent one after the other.
+
+    Attributes:
+        place: Where.
+        transport: What they travel over.
+        num_bytes: Size of each.
+        num_messages: How many there are.
+        repeats: How often that is measured.
+        max_ctas: Thread blocks that NCCL may use; 0: as many as it likes.
+    """
+
+    place: Place
+    transport: str
+    num_bytes: int
+    num_messages: int = 24
+    repeats: int = 5
+    max_ctas: int = 0
+
+    def batch(self) -> Tensor:
+        """Return what is sent, each message in memory of its own."""
+        return torch.ones(self.num_messages, self.num_bytes // 4, device=self.place.device)
+
+
+class Source(nn.Module):
+    """Hands on its input; first of all it keeps the stream busy."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, device=place.device))
+        self.place = place
+        self.head_start_s = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x``."""
+        self.place.sleep(self.head_start_s)
+        self.head_start_s = 0.0
+        return x
+
+
+class Sink(nn.Module):
+    """Marks the arrival of each message."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, device=place.device))
+        self.place = place
+        self.arrivals: list[Mark] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x``."""
+        self.arrivals.append(self.place.mark())
+        return x
+
+
+def engine_rank(rank: int, num_ranks: int, start_line: StartLine, flow: Flow) -> list[float]:
+    """Send (rank 0) or receive through our engine; return the seconds a message of each repeat."""
+    place = flow.place
+    source, sink = Source(place), Sink(place)
+    config = engine_config(flow.transport, nccl_max_ctas=flow.max_ctas)
+    pipeline = Pipeline([sink if rank else source], "gpipe", config=config)
+    batch = flow.batch() if rank == 0 else None
+
+    def step() -> None:
+        with torch.no_grad():
+            pipeline.step(batch, num_chunks=flow.num_messages)
+
+    step()  # describes the messages
+    taken = []
+    for _ in range(flow.repeats):
+        source.head_start_s = HEAD_START_S
+        sink.arrivals.clear()
+        taken.append(one_flow(start_line, flow, step, sink.arrivals))
+    return taken
+
+
+def one_flow(
+    start_line: StartLine, flow: Flow, issue: Callable[[], object], arrivals: list[Mark]
+) -> float:
+    """Issue one flow on this rank; return the seconds a message, 0 where none arrive.
+
+    Raises:
+        RuntimeError: The hosts were slower than the head start that they had.
+    """
+    place = flow.place
+    place.finish()
+    start_line.wait()
+    issue()
+    start_line.wait()
+    if place.device.type == "cuda" and arrivals and place.is_past(arrivals[0]):
+        raise RuntimeError(
+            f"issuing {flow.num_messages} messages took longer than {HEAD_START_S} s: "
+            f"lengthen HEAD_START_S"
+        )
+    place.finish()
+    if not arrivals:
+        return 0.0
+    return place.seconds(arrivals[0], arrivals[-1]) / (len(arrivals) - 1)
+
+
+def nccl_rank(
+    rank: int, num_ranks: int, start_line: StartLine, flow: Flow, pair: NcclPair
+) -> list[float]:
+    """Do the same with NCCL's own ncclSend and ncclRecv."""
+    place = flow.place
+    batch = flow.batch()
+    arrivals: list[Mark] = []
+    with pair.end(rank) as end:
+
+        def issue() -> None:
+            arrivals.clear()
+            if rank == 0:
+                place.sleep(HEAD_START_S)
+            for message in batch:
+                end.transfer(message)
+                if rank == 1:
+                    arrivals.append(place.mark())
+
+        return [one_flow(start_line, flow, issue, arrivals) for _ in range(flow.repeats + 1)][1:]
+
+
+def raw_seconds(flow: Flow) -> float:
+    """Return the seconds that ``copy_`` takes for a message, copy after copy."""
+    place, batch = flow.place, flow.batch()
+    targets = [torch.empty_like(batch[0]) for _ in range(3)]
+    taken = []
+    for _ in range(flow.repeats + 1):
+        place.sleep(HEAD_START_S / 10)
+        targets[-1].copy_(batch[-1])
+        start = place.mark()
+        for i in range(flow.num_messages):
+            targets[i % 3].copy_(batch[i])
+        end = place.mark()
+        place.finish()
+        taken.append(place.seconds(start, end) / flow.num_messages)
+    return statistics.median(taken[1:])
+
+
+def engine_seconds(flow: Flow) -> float:
+    """Return the seconds a message takes through our engine, the median of all repeats."""
+    return float(statistics.median(in_threads(engine_rank, 2, flow)[1]))
+
+
+def nccl_seconds(flow: Flow) -> float:
+    """Return the seconds a message takes in NCCL's own hands."""
+    return float(statistics.median(in_threads(nccl_rank, 2, flow, NcclPair())[1]))

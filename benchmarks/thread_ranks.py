@@ -1,0 +1,105 @@
+"""Ranks that are threads of one process and share its device: steps timed from a common start."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from places import Place
+
+from dualpipe_ext.testing import run_ranks
+
+Span = tuple[float, float]  # seconds of one clock
+
+
+class StartLine:
+    """Where the threads of a benchmark wait for one another; one that fails lets the others go."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._barrier = threading.Barrier(num_ranks)
+
+    def wait(self) -> None:
+        """Wait for all of them.
+
+        Raises:
+            TimeoutError: One will not come.
+        """
+        try:
+            self._barrier.wait(60.0)
+        except threading.BrokenBarrierError:
+            raise TimeoutError("another rank of the benchmark failed") from None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Let the others go if the block fails."""
+        try:
+            yield
+        except BaseException:
+            self._barrier.abort()
+            raise
+
+
+def in_threads(
+    function: Callable[..., Any], num_ranks: int, *args: object, **options: Any
+) -> list[Any]:
+    """Call ``function(rank, num_ranks, start_line, *args)`` in one thread a rank; return what they do.
+
+    Args:
+        function: What each rank does.
+        num_ranks: How many there are.
+        args: Given to it.
+        options: Those of ``run_ranks``.
+    """
+    start_line = StartLine(num_ranks)
+
+    def run(rank: int, size: int) -> Any:
+        with start_line.kept():
+            return function(rank, size, start_line, *args)
+
+    return run_ranks(run, num_ranks, "threads", **options)
+
+
+def timed_turns(
+    steps: Sequence[Callable[[], object]],
+    repeats: int,
+    start_line: StartLine,
+    place: Place,
+    warmup: int = 2,
+) -> list[list[Span]]:
+    """Run each of the steps in turns; return when this rank began and ended each, by step.
+
+    The device has nothing else to do when a step begins, and the end is that of its work there.
+    """
+    spans: list[list[Span]] = [[] for _ in steps]
+    for turn in range(warmup + repeats):
+        for step, taken in zip(steps, spans, strict=True):
+            place.finish()
+            start_line.wait()
+            begin = time.perf_counter()
+            step()
+            place.finish()
+            if turn >= warmup:
+                taken.append((begin, time.perf_counter()))
+    return spans
+
+
+def step_seconds(spans_of_ranks: Sequence[Sequence[Span]]) -> list[float]:
+    """Return the length of each step: from the first rank's begin to the last rank's end."""
+    return [
+        max(end for _, end in step) - min(begin for begin, _ in step)
+        for step in zip(*spans_of_ranks, strict=True)
+    ]
+
+
+def seconds_of_turns(spans: Sequence[Sequence[Sequence[Span]]], which: int) -> list[float]:
+    """Return the lengths of one of the steps that ``timed_turns`` has run, given all ranks' spans."""
+    return step_seconds([of_rank[which] for of_rank in spans])
+
+
+def median_of_turns(spans: Sequence[Sequence[Sequence[Span]]], which: int) -> float:
+    """Return the median length of that step."""
+    return statistics.median(seconds_of_turns(spans, which))
