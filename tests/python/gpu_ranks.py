@@ -1,20 +1,46 @@
-"""What the ranks of test_gpu.py run: importable by name, as started processes need it."""
+"""What the ranks of the tests marked `gpu` run: importable by name, as started processes need it.
+
+GPU_CHECK_DEVICE=cpu runs those tests on the CPU, over host memory, to try them out.
+"""
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from parity import Job, own_batch, own_stages
+from outcomes import attempt
+from parity import Job, RankResult, own_batch, own_stages, run_rank
+from process_ranks import Dying
+from torch import Tensor, nn
 
-from dualpipe_ext import DualPipeConfig, Pipeline
+from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline
 
-CUDA = "cuda:0"
-NCCL: dict[str, Any] = {"transport": "nccl", "timeout": 60.0}
+ON_CPU = os.environ.get("GPU_CHECK_DEVICE") == "cpu"
+DEVICE = "cpu" if ON_CPU else "cuda:0"
+WANTED = os.environ.get("GPU_CHECK_TRANSPORTS", "copy nccl").split()
+TRANSPORTS = pytest.mark.parametrize("transport", ["host"] if ON_CPU else WANTED)
+
+
+def over(transport: str) -> dict[str, Any]:
+    """Settings of a pipeline. What hangs on a device has become an error after so many seconds."""
+    return {"transport": transport, "timeout": 20.0}
+
+
+def gpu_job(
+    transport: str, case: str, schedule: str = "dualpipe", num_ranks: int = 4, **more: Any
+) -> Job:
+    """A job on the device, with 2P micro-batches."""
+    config = over(transport) | more.pop("config", {})
+    return Job(case, schedule, num_ranks, 2 * num_ranks, config=config, device=DEVICE, **more)
 
 
 class Stepper:
-    """A pipeline on the GPU and the step that it runs."""
+    """A pipeline on the device and the step that it runs."""
 
     def __init__(self, rank: int, job: Job) -> None:
         stages = own_stages(job, rank)
@@ -22,40 +48,66 @@ class Stepper:
         self.job = job
         self.inputs, self.labels = own_batch(job.plan(), rank, job.microbatches())
 
-    def step(self) -> torch.Tensor | None:
+    def step(self, *, sync_gradients: bool = False) -> Tensor | None:
         """One training step; the losses."""
         loss, _ = self.pipeline.step(
             *self.inputs,
             num_chunks=self.job.num_chunks,
             criterion=self.job.what().criterion,
             labels=self.labels,
+            sync_gradients=sync_gradients,
         )
         return loss
 
 
-def steps_without_synchronizing(rank: int, num_ranks: int, job: Job) -> bool:
-    """Steps in which nothing may make the host wait for the device."""
+def finish() -> None:
+    """Waits for the rank's own stream."""
+    if not ON_CPU:
+        torch.cuda.current_stream().synchronize()
+
+
+def steps_without_synchronizing(
+    rank: int, num_ranks: int, job: Job, wait_for_all: Callable[[], object]
+) -> None:
+    """Steps in which nothing may make the host wait for the device.
+
+    They are issued while the device is at something else, and done when it has yet to begin. The
+    mode belongs to the process: it is on while all ranks, its threads, are in these steps.
+    """
     stepper = Stepper(rank, job)
-    stepper.step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    stepper.step(sync_gradients=True)
+    finish()
+    wait_for_all()
     try:
-        for _ in range(3):
-            stepper.step()
+        torch.cuda.set_sync_debug_mode("error")
+        wait_for_all()
+        begun = torch.cuda.Event()
+        torch.cuda._sleep(6_000_000_000)  # about three seconds
+        begun.record()
+        stepper.step(sync_gradients=True)  # a second one would fill the stream's queue of launches
+        assert not begun.query(), "the host was held up until the device came to these steps"
+        wait_for_all()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return True
 
 
-def allocations_of_steps(rank: int, num_ranks: int, job: Job) -> list[int]:
-    """Bytes that torch has reserved after each of a few steps."""
+def allocations_of_steps(
+    rank: int, num_ranks: int, job: Job, wait_for_all: Callable[[], object]
+) -> list[tuple[int, int]]:
+    """After each of a few steps: how often torch had asked the driver for memory, and what is free.
+
+    Receive buffers of some transports are none of torch's.
+    """
     stepper = Stepper(rank, job)
-    reserved = []
-    for _ in range(6):
+    counts = []
+    for _ in range(8):
         stepper.step()
-        torch.cuda.synchronize()
-        reserved.append(torch.cuda.memory_reserved())
-    return reserved
+        finish()
+        wait_for_all()
+        num_free_bytes, _ = torch.cuda.mem_get_info()
+        counts.append((torch.cuda.memory_stats()["num_device_alloc"], num_free_bytes))
+        wait_for_all()
+    return counts
 
 
 def a_stage_that_fails_once(rank: int, num_ranks: int, job: Job) -> list[str]:
@@ -66,7 +118,7 @@ def a_stage_that_fails_once(rank: int, num_ranks: int, job: Job) -> list[str]:
     def fail(*_: object) -> None:
         nonlocal calls
         calls += 1
-        if calls == 3:
+        if calls == 2:
             raise RuntimeError("out of luck")
 
     endings = []
@@ -76,10 +128,84 @@ def a_stage_that_fails_once(rank: int, num_ranks: int, job: Job) -> list[str]:
             hook = stepper.pipeline.module[0].register_forward_pre_hook(fail)
         try:
             stepper.step()
-            torch.cuda.synchronize()
+            finish()
             endings.append("fine")
         except RuntimeError as error:
             endings.append(f"{type(error).__name__}: {error}")
         if hook is not None:
             hook.remove()
     return endings
+
+
+def main_grads(rank: int, num_ranks: int, job: Job) -> dict[int, dict[str, Tensor]]:
+    """What a step leaves in the float32 `main_grad` of bf16 weights, by stage and name."""
+    stepper = Stepper(rank, job)
+    for parameter in stepper.pipeline.parameters():
+        parameter.main_grad = torch.zeros_like(  # type: ignore[attr-defined]
+            parameter, dtype=torch.float32
+        )
+    stepper.step()
+    stepper.pipeline.sync_gradients()
+    finish()
+    modules = zip(stepper.pipeline.stages, stepper.pipeline.module, strict=True)
+    return {
+        stage: {
+            name: p.main_grad.cpu()  # type: ignore[attr-defined]
+            for name, p in module.named_parameters()
+        }
+        for stage, module in modules
+    }
+
+
+def exact_weight_gradients(stages: list[nn.Module], job: Job) -> dict[int, dict[str, Tensor]]:
+    """Sums of the products that the linear layers' weight gradients are, in float64.
+
+    Their operands, inputs and output gradients, are those of the unsplit model in the job's type.
+    """
+    sums: dict[int, dict[str, Tensor]] = {s: {} for s in range(len(stages))}
+
+    def watch(stage: int, name: str, layer: nn.Linear) -> None:
+        def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0].detach().double()
+
+            def multiply(grad: Tensor) -> None:
+                product = grad.double().T @ x
+                sums[stage][name] = sums[stage].get(name, torch.zeros_like(product)) + product
+
+            output.register_hook(multiply)
+
+        layer.register_forward_hook(keep)
+
+    for stage, module in enumerate(stages):
+        for name, layer in module.named_modules():
+            if isinstance(layer, nn.Linear):
+                watch(stage, f"{name}.weight", layer)
+    for microbatch in job.microbatches():
+        (x,), (target,) = microbatch
+        for module in stages:
+            x = module(x)
+        job.what().criterion(x, target).backward()
+    return {s: {name: value.cpu() for name, value in named.items()} for s, named in sums.items()}
+
+
+def run_jobs(rank: int, num_ranks: int, jobs: list[Job]) -> list[RankResult]:
+    """Several jobs, one after the other."""
+    return [run_rank(rank, num_ranks, job) for job in jobs]
+
+
+def die_on_the_device(rank: int, num_ranks: int, transport: str, folder: str) -> None:
+    """Rank 1 kills its process in a step; the others write how the step went, and when."""
+    kind = Dying if rank == 1 else nn.Linear
+    stages = [kind(4, 4).to(DEVICE) for _ in "01"]
+    pipeline = DualPipe(stages, config=DualPipeConfig(**over(transport) | {"timeout": 5.0}))
+    x = torch.ones(8, 4, device=DEVICE) if rank in (0, num_ranks - 1) else None
+    labels = None if x is None else (x,)
+
+    def steps() -> None:
+        for _ in range(3):
+            pipeline.step(x, num_chunks=8, criterion=nn.functional.mse_loss, labels=labels)
+            finish()
+
+    outcome = attempt(steps)
+    found = [outcome.error, outcome.text, outcome.seconds, time.time()]
+    torch.save(found, Path(folder, str(rank)))

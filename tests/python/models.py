@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class Case:
     microbatch: Callable[[int], Microbatch]
     criterion: Criterion
     tie: Callable[[list[nn.Module]], None] | None = None
-    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    context: Callable[[str], AbstractContextManager[object]] = nullcontext  # of a type of device
     has_float64: bool = True
 
     def stages(self, num_stages: int, dtype: torch.dtype = torch.float32) -> list[nn.Module]:
@@ -137,7 +138,8 @@ class TokensIn(nn.Module):
         self.block = Block()
 
     def forward(self, text: Tensor) -> Tensor:
-        y: Tensor = self.block(self.token(text) + self.position(torch.arange(text.shape[1])))
+        places = torch.arange(text.shape[1], device=text.device)
+        y: Tensor = self.block(self.token(text) + self.position(places))
         return y
 
 
@@ -171,7 +173,7 @@ class AutocastInside(nn.Module):
         self.block = Block()
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             y: Tensor = self.block(x).float()
         return y
 
@@ -232,7 +234,7 @@ class ManyTensors(nn.Module):
     ) -> tuple[Tensor, Tensor, None, Tensor, Tensor]:
         y = torch.tanh(self.linear(x))
         if not rest:
-            counts = torch.arange(len(x))
+            counts = torch.arange(len(x), device=x.device)
             return y, counts, None, self.wide(y).double(), y * 2
         counts_in, none, double, _ = rest
         assert counts_in is not None and double is not None
@@ -285,8 +287,54 @@ def mixed_stage(i: int, num_stages: int) -> nn.Module:
     return Cast(weights[i % 2], results[i % 4] if i < num_stages - 1 else torch.float32)
 
 
-def autocast() -> AbstractContextManager[object]:
-    return torch.autocast("cpu", torch.bfloat16)
+def autocast(device_type: str) -> AbstractContextManager[object]:
+    return torch.autocast(device_type, torch.bfloat16)
+
+
+class _Late(torch.autograd.Function):
+    """The identity, late: reads its input and writes its output at the end of a long kernel.
+
+    Until then the output is full of NaN, and so is whatever memory was free a moment before. What is
+    read, sent, or given to somebody else too early does not stay unnoticed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        return _late_copy(x, seconds)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _late_copy(grads[0], ctx.seconds), None
+
+
+def _late_copy(x: Tensor, seconds: float) -> Tensor:
+    poisoned = [torch.full_like(x, torch.nan) for _ in range(4)]
+    copy = poisoned.pop()
+    if x.is_cuda:
+        torch.cuda._sleep(round(seconds * 1.8e9))  # about: GPUs have clocks of 1.2 to 2 GHz
+    else:
+        time.sleep(seconds)
+    return copy.copy_(x)
+
+
+def late(x: Tensor, seconds: float) -> Tensor:
+    y: Tensor = _Late.apply(x, seconds)  # type: ignore[no-untyped-call]
+    return y
+
+
+class Late(nn.Module):
+    """Late at both ends, by a time that changes from call to call and from stage to stage."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.count = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        before, after = (self.count * step % 7 * 1e-4 for step in (3, 5))
+        return late(torch.tanh(self.linear(late(x, before))), after)
 
 
 _ALL = [
@@ -317,6 +365,7 @@ _ALL = [
     Case("odd", odd_stage, regression, squared_error),
     Case("many", lambda i, n: ManyTensors(), regression, many_error, has_float64=False),
     Case("mixed", mixed_stage, regression, squared_error, has_float64=False),
+    Case("late", lambda i, n: Late(i), regression, squared_error),
     Case("cut", lambda i, n: Cut() if i == (n - 1) // 2 else mlp(True), regression, squared_error),
 ]
 CASES = {case.name: case for case in _ALL}

@@ -1,68 +1,109 @@
-"""Messages over NCCL on one GPU, which all ranks share (NCCL 2.30 and NCCL_MULTI_RANK_GPU_ENABLE=1)."""
+"""Ranks as threads that share one GPU: what they compute, and what they do about failures.
+
+NCCL needs version 2.30 and NCCL_MULTI_RANK_GPU_ENABLE=1 for it. benchmarks/gpu_check.sh runs these.
+"""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import pytest
 import torch
 from gpu_ranks import (
-    CUDA,
-    NCCL,
+    DEVICE,
+    TRANSPORTS,
     a_stage_that_fails_once,
-    allocations_of_steps,
-    steps_without_synchronizing,
+    exact_weight_gradients,
+    gpu_job,
+    main_grads,
 )
-from parity import Job, check_job
+from parity import Job, check_equal, check_job, run_job, unsplit
+from test_parity import THREAD_CASES
 
 from dualpipe_ext.testing import run_ranks
 
-pytestmark = pytest.mark.gpu
-
-JOB = Job("attention", "dualpipe", 4, 8, config=NCCL, device=CUDA)
-
-
-def job(schedule: str, num_ranks: int, dtype: torch.dtype = torch.float32) -> Job:
-    return Job(JOB.case, schedule, num_ranks, 2 * num_ranks, dtype=dtype, config=NCCL, device=CUDA)
+pytestmark = [pytest.mark.gpu, TRANSPORTS]
+BF16 = torch.bfloat16
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["float32", "bf16"])
+IN_BF16 = ["linear", "attention", "tied", "odd", "cut", "checkpoint_reentrant"]
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4, 8])
-@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev", "1f1b", "zb1p"])
-def test_parity_of_threads(schedule: str, num_ranks: int) -> None:
-    check_job(job(schedule, num_ranks))
-
-
+@pytest.mark.parametrize("rows", [64, 8192])
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_parity_of_processes(num_ranks: int) -> None:
-    check_job(job("dualpipe", num_ranks), "processes")
+def test_nothing_is_read_or_written_too_early(transport: str, num_ranks: int, rows: int) -> None:
+    """Kernels are late, and memory is full of NaN until they have written it."""
+    many = (rows,) * 2 * num_ranks  # sums over them need float64 to be comparable
+    check_job(gpu_job(transport, "late", num_ranks=num_ranks, rows=many, dtype=torch.float64))
 
 
-def test_parity_in_float64() -> None:
-    check_job(job("dualpipe", 4, torch.float64))
+def test_live_activations(transport: str) -> None:
+    for result in run_job(gpu_job(transport, "bias")):
+        assert result.stats.peak_live_activations == 5
 
 
-@pytest.mark.parametrize("case", ["tied", "many", "mixed", "odd", "checkpoint"])
-def test_parity_of_other_models(case: str) -> None:
-    check_job(Job(case, "dualpipe", 4, 8, config=NCCL, device=CUDA))
+def test_weight_gradients_in_float32_of_weights_in_bf16(transport: str) -> None:
+    """Products of bf16 are summed in float32, and rounded nowhere before."""
+    job = gpu_job(transport, "linear", dtype=BF16)
+    expected = exact_weight_gradients(job.stages(), job)
+    for found in run_ranks(main_grads, job.num_ranks, args=(job,)):
+        for stage, named in found.items():
+            for name, sums in named.items():
+                exact = expected[stage][name]
+                error = float((sums.double() - exact).norm() / exact.norm())
+                assert sums.dtype == torch.float32 and error < 1e-5, (stage, name, error)
 
 
-def test_parity_where_messages_travel_in_host_memory() -> None:
-    check_job(Job(JOB.case, "dualpipe", 4, 8, device=CUDA))
-
-
-def test_the_host_never_waits_for_the_device() -> None:
-    assert run_ranks(steps_without_synchronizing, 4, args=(JOB,)) == [True] * 4
-
-
-def test_memory_is_level() -> None:
-    for reserved in run_ranks(allocations_of_steps, 4, args=(JOB,)):
-        assert len(set(reserved[2:])) == 1, reserved
-
-
-@pytest.mark.parametrize("ranks", ["threads", "processes"])
-def test_a_failure_ends_all_ranks_and_the_next_step_works(
-    ranks: Literal["threads", "processes"],
-) -> None:
-    for endings in run_ranks(a_stage_that_fails_once, 4, ranks, args=(JOB,)):
+def test_a_failure_ends_all_ranks_and_the_next_step_works(transport: str) -> None:
+    job = gpu_job(transport, "attention")
+    for endings in run_ranks(a_stage_that_fails_once, 4, args=(job,)):
         assert endings[0] == endings[2] == "fine", endings
         assert "out of luck" in endings[1], endings
+
+
+@DTYPES
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
+def test_sizes(transport: str, schedule: str, num_ranks: int, dtype: torch.dtype) -> None:
+    check_job(gpu_job(transport, "bias", schedule, num_ranks, dtype=dtype))
+
+
+@pytest.mark.parametrize("case", THREAD_CASES)
+def test_models(transport: str, case: str) -> None:
+    check_job(gpu_job(transport, case, sync="within"))
+
+
+@pytest.mark.parametrize("case", IN_BF16)
+def test_models_in_bf16(transport: str, case: str) -> None:
+    check_job(gpu_job(transport, case, dtype=BF16))
+
+
+def test_float64(transport: str) -> None:
+    check_job(gpu_job(transport, "gpt", dtype=torch.float64))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb1p", "zbv", "gpipe", "interleaved_1f1b"])
+def test_planners(transport: str, schedule: str) -> None:
+    stages = 2 if schedule == "interleaved_1f1b" else 0
+    check_job(gpu_job(transport, "attention", schedule, stages_per_rank=stages))
+
+
+@DTYPES
+def test_gradients_that_nobody_defers_have_the_bits_of_the_unsplit_model(
+    transport: str, dtype: torch.dtype
+) -> None:
+    config = {"split_weight_gradients": False}
+    job = gpu_job(transport, "bias", "dualpipev", dtype=dtype, config=config)
+    expected = unsplit(job).gradients
+    for result in run_job(job):
+        for stage, gradients in result.gradients.items():
+            check_equal(tuple(gradients.values()), tuple(expected[stage].values()), str(stage))
+
+
+def test_rows_that_do_not_come_out_even(transport: str) -> None:
+    check_job(gpu_job(transport, "attention", rows=(3, 3, 3, 2, 3, 3, 2, 2)))
+
+
+def test_shapes_that_are_described_each_time(transport: str) -> None:
+    check_job(gpu_job(transport, "many", config={"dynamic_shapes": True}))
+
+
+def test_messages_in_host_memory(transport: str) -> None:
+    check_job(Job("attention", "dualpipe", 4, 8, device=DEVICE))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from dualpipe_ext import _C, DualPipe, DualPipeConfig
+from dualpipe_ext import _C, DualPipe, DualPipeConfig, _cuda
 from dualpipe_ext._cuda import shapes_digest, shared_queues
 from dualpipe_ext._transport import gpu_settings
 from dualpipe_ext.testing import run_ranks
@@ -14,28 +17,33 @@ from dualpipe_ext.testing import run_ranks
 CUDA = torch.device("cuda", 3)
 
 
-def make_without_cuda(rank: int, num_ranks: int) -> str:
-    """What a pipeline over NCCL says in a build without it."""
+def make_without_cuda(rank: int, num_ranks: int, transport: Any) -> str:
+    """What a pipeline on GPUs says in a build without CUDA."""
     with pytest.raises(ValueError) as caught:
-        DualPipe([nn.Linear(2, 2) for _ in range(2)], config=DualPipeConfig(transport="nccl"))
+        DualPipe([nn.Linear(2, 2) for _ in range(2)], config=DualPipeConfig(transport=transport))
     return str(caught.value)
 
 
-def test_a_build_without_cuda_says_so_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(_C, "nccl_engine", raising=False)
-    for text in run_ranks(make_without_cuda, 2):
+@pytest.mark.parametrize("transport", ["nccl", "copy"])
+def test_a_build_without_cuda_says_so_on_every_rank(
+    transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(_C, "gpu_engine", raising=False)
+    for text in run_ranks(make_without_cuda, 2, args=(transport,)):
+        assert f"transport={transport!r} needs the extension with CUDA" in text
         assert "built without; python -m dualpipe_ext info shows" in text
 
 
 @pytest.fixture
-def with_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if this build had NCCL, whatever it has."""
-    monkeypatch.setattr(_C, "nccl_engine", None, raising=False)
+def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this build had CUDA, whatever it has."""
+    monkeypatch.setattr(_C, "gpu_engine", None, raising=False)
     monkeypatch.setattr(_C, "require_one_nccl", lambda: None, raising=False)
 
 
-def test_stages_on_the_cpu_are_refused(with_nccl: None) -> None:
-    config = DualPipeConfig(transport="nccl")
+@pytest.mark.parametrize("transport", ["nccl", "copy"])
+def test_stages_on_the_cpu_are_refused(transport: Any, with_cuda: None) -> None:
+    config = DualPipeConfig(transport=transport)
     with pytest.raises(ValueError, match="for stages on a GPU, and these are on 'cpu'"):
         gpu_settings(config, torch.device("cpu"), [])
 
@@ -45,13 +53,30 @@ def test_the_host_is_asked_nothing() -> None:
 
 
 def test_settings_follow_the_configuration(
-    with_nccl: None, monkeypatch: pytest.MonkeyPatch
+    with_cuda: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     config = DualPipeConfig(transport="nccl", nccl_max_ctas=4, dynamic_shapes=True)
     settings = gpu_settings(config, CUDA, [])
     assert settings is not None
     assert (settings.device, settings.max_ctas, settings.dynamic_shapes) == (3, 4, True)
+    assert not settings.by_copies
+    by_copies = gpu_settings(DualPipeConfig(transport="copy"), CUDA, [])
+    assert by_copies is not None and by_copies.by_copies
+
+
+@pytest.mark.parametrize("chosen", [None, "1"])
+@pytest.mark.parametrize("has_started", [False, True])
+def test_queues_are_asked_for_while_the_driver_listens(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None, has_started: bool
+) -> None:
+    monkeypatch.setattr(_cuda, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: has_started)
+    monkeypatch.delenv(_cuda.QUEUES, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv(_cuda.QUEUES, chosen)
+    _cuda.reserve_queues()
+    assert os.environ.get(_cuda.QUEUES) == (chosen or (None if has_started else "32"))
 
 
 @pytest.mark.parametrize(("queues", "num_streams"), [("", 9), ("8", 9), ("16", 40)])

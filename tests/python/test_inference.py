@@ -20,7 +20,7 @@ def infer(rank: int, num_ranks: int, job: Job, how: str) -> tuple[Any, Any, list
     pipeline = Pipeline(own_stages(job, rank), job.schedule)
     inputs, labels = own_batch(job.plan(), rank, job.microbatches())
     mode = torch.inference_mode() if how == "inference_mode" else torch.no_grad()
-    with mode, job.what().context():
+    with mode, job.what().context(job.device_type):
         loss, outputs = pipeline.step(
             *inputs,
             num_chunks=job.num_chunks,

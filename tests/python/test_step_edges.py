@@ -187,3 +187,25 @@ def test_outputs_that_do_not_fit_together_come_in_pieces() -> None:
     assert [piece.shape for piece in columns] == [(2, 1), (2, 2), (2, 3), (2, 4)]
     assert torch.equal(numbers, torch.full((4,), 8.0))
     assert [piece is None for piece in sometimes] == [False, True, False, True]
+
+
+def test_all_ranks_synchronize_or_none() -> None:
+    """It waits for everybody, disturbs nothing, and tells of a step that failed elsewhere."""
+
+    def rank_fn(rank: int, num_ranks: int) -> str:
+        model = DualPipe([nn.Linear(4, 4), nn.Linear(4, 4)])
+        run_step(model, rank, num_ranks)
+        trace = model.last_trace
+        model.synchronize()
+        assert model.last_trace == trace
+        with pytest.raises((ValueError, PipelineError)) as caught:
+            if rank == 1:
+                model.step(None, num_chunks=1)
+            else:
+                model.synchronize()
+        model.synchronize()
+        run_step(model, rank, num_ranks)
+        return str(caught.value)
+
+    for text in run_ranks(rank_fn, 2, timeout=20):
+        assert "num_microbatches is 1" in text

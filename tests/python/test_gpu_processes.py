@@ -1,0 +1,48 @@
+"""Ranks as processes that share one GPU: what they compute, and what they do when one is killed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from gpu_ranks import TRANSPORTS, a_stage_that_fails_once, die_on_the_device, gpu_job, run_jobs
+from parity import check_results, unsplit
+
+from dualpipe_ext.testing import run_ranks
+
+pytestmark = [pytest.mark.gpu, TRANSPORTS]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_parity(transport: str, num_ranks: int) -> None:
+    jobs = [
+        gpu_job(transport, "attention", num_ranks=num_ranks),
+        gpu_job(transport, "bias", num_ranks=num_ranks, dtype=torch.bfloat16),
+        gpu_job(transport, "late", num_ranks=num_ranks),
+        gpu_job(transport, "dropout", num_ranks=num_ranks, config={"seed": 7}),
+        gpu_job(transport, "tied", "dualpipev", num_ranks=num_ranks),
+    ]
+    results = run_ranks(run_jobs, num_ranks, "processes", (jobs,), timeout=60.0)
+    for job, found in zip(jobs, zip(*results, strict=True), strict=True):
+        check_results(job, found, unsplit(job))
+
+
+def test_a_failure_ends_all_ranks_and_the_next_step_works(transport: str) -> None:
+    job = gpu_job(transport, "attention", num_ranks=2)
+    for endings in run_ranks(a_stage_that_fails_once, 2, "processes", (job,), timeout=60.0):
+        assert endings[0] == endings[2] == "fine", endings
+        assert "out of luck" in endings[1], endings
+
+
+def test_a_rank_that_is_killed(transport: str, tmp_path: Path) -> None:
+    """The others say so within seconds, and then end by themselves."""
+    with pytest.raises(RuntimeError, match="rank 1 died with exit code -9"):
+        run_ranks(die_on_the_device, 4, "processes", (transport, str(tmp_path)), timeout=60.0)
+    ended_at = time.time()
+    for rank in (0, 2, 3):
+        error, text, seconds, written_at = torch.load(tmp_path / str(rank))
+        assert error == "PipelineError" and "rank 1" in text, text
+        assert seconds < 12.0
+        assert ended_at - written_at < 8.0, "a process that reported did not end"
