@@ -29,6 +29,10 @@ __all__ = ["Fault", "FaultInjector", "MessageKind", "run_ranks"]
 
 RankFunction = Callable[..., Any]
 
+# Each rank begins as a new process does, with the environment of now. A test suite that starts
+# hundreds may choose "forkserver" and preload what they all import.
+START_METHOD = "spawn"
+
 
 def run_ranks(
     fn: RankFunction,
@@ -200,7 +204,7 @@ def _start(processes: Sequence[Any], fn: RankFunction) -> None:
 def _run_processes(
     fn: RankFunction, num_ranks: int, args: Sequence[Any], timeout: float
 ) -> list[Any]:
-    context = mp.get_context("spawn")
+    context = mp.get_context(START_METHOD)
     with tempfile.TemporaryDirectory(prefix="dualpipe_ranks_") as folder:
         processes = [
             context.Process(

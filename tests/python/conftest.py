@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,7 +14,19 @@ from typing import Protocol
 import pytest
 import torch
 
+from dualpipe_ext import testing
+
 WATCHER = Path(__file__).resolve().parents[2] / ".ci" / "timeout_with_stacks.py"
+
+
+# What takes seconds to import, in each of the processes that tests run ranks in.
+SLOW_IMPORTS = (
+    "torch",
+    "dualpipe_ext",
+    "torch.distributed.checkpoint",
+    "transformers.trainer",
+    "lightning.pytorch",
+)
 
 
 class TimeoutSettings(Protocol):
@@ -53,6 +66,12 @@ def pytest_configure(config: pytest.Config) -> None:
     stderr = os.dup(2)
     config.stash[_watcher] = Watcher(stderr)
     os.close(stderr)
+
+
+def pytest_collection_finish() -> None:
+    """Ranks that are processes are forked from one that has imported what the collected tests have."""
+    testing.START_METHOD = "forkserver"
+    multiprocessing.set_forkserver_preload([name for name in SLOW_IMPORTS if name in sys.modules])
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
