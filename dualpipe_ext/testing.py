@@ -204,7 +204,7 @@ def _start(processes: Sequence[Any], fn: RankFunction) -> None:
 def _run_processes(
     fn: RankFunction, num_ranks: int, args: Sequence[Any], timeout: float
 ) -> list[Any]:
-    context = mp.get_context(START_METHOD)
+    context: Any = mp.get_context(START_METHOD)
     with tempfile.TemporaryDirectory(prefix="dualpipe_ranks_") as folder:
         processes = [
             context.Process(
