@@ -63,21 +63,22 @@ class BatchLoss:
         reduction: what a micro-batch weighs: its rows, its tokens, or 1.
         ignore_index: the label of what is no token.
         is_shifted: the first label in time counts for no position.
-        is_assumed: the reduction was not chosen by anybody.
+        refuses_padding: the function may leave out labels of ``ignore_index``, and the weights are
+            those of rows: nobody chose the reduction, or ``function`` is known to count labels.
     """
 
     function: LossFunction
     reduction: Reduction
     ignore_index: int = IGNORED
     is_shifted: bool = False
-    is_assumed: bool = False
+    refuses_padding: bool = False
 
     def units(self, labels: Sequence[Tensor | None], rows: int) -> int:
         """How much a micro-batch weighs, before this is divided by the units of the batch."""
         tokens = labels[0] if labels else None
         if self.reduction == "token":
             return self._num_tokens(tokens)
-        if self.is_assumed and tokens is not None and not tokens.is_floating_point():
+        if self.refuses_padding and tokens is not None and not tokens.is_floating_point():
             self._refuse_padding(tokens)
         return rows
 
@@ -93,7 +94,7 @@ class BatchLoss:
             raise ValueError(
                 f"labels have the value {self.ignore_index}, which losses leave out by default, so "
                 f"their mean is not one over rows; choose reduction='token' for a mean over the "
-                f"other labels, or reduction='mean' if the loss_fn counts them all"
+                f"other labels; reduction='mean' is for a loss_fn that counts them all"
             )
 
     def check(self, total: int) -> None:
@@ -159,7 +160,9 @@ def choose_loss(
             reduction = "sum"
         chosen: Reduction = reduction or "mean"
         is_shifted = given.function is next_token_loss
-        return BatchLoss(loss_fn, chosen, ignore_index, is_shifted, is_assumed=reduction is None)
+        if chosen == "mean" and given.ignore_index is not None:  # a mean over labels, not over rows
+            return BatchLoss(loss_fn, chosen, given.ignore_index, refuses_padding=True)
+        return BatchLoss(loss_fn, chosen, ignore_index, is_shifted, reduction is None)
     if reduction not in (None, "token"):
         raise ValueError(
             f"reduction={reduction!r} is for a loss_fn of your own; without one the loss is the "

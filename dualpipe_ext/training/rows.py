@@ -68,9 +68,9 @@ class RowPlan:
         return self._span(self.leaving[rank], rows)
 
     def _span(self, microbatches: Sequence[int], rows: int) -> range:
+        cut = self.microbatches(rows)  # raises on every rank, those without rows included
         if not microbatches:
             return range(0)
-        cut = self.microbatches(rows)
         return range(cut[microbatches[0]].start, cut[microbatches[-1]].stop)
 
 

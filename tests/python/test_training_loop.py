@@ -17,8 +17,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from dualpipe_ext import TrainingWrapper, setup_dual_pipe
 from dualpipe_ext.adapters import get_model_adapter
+from dualpipe_ext.schedule import plan
 from dualpipe_ext.testing import run_ranks
-from dualpipe_ext.training.losses import cross_entropy, next_token_loss
+from dualpipe_ext.training.losses import choose_loss, cross_entropy, next_token_loss
+from dualpipe_ext.training.rows import RowPlan
 
 ROWS = 12
 
@@ -402,3 +404,22 @@ def test_which_rows_come_first_does_not_matter_to_a_batch_norm() -> None:
 
     for forwards, backwards in run_ranks(evaluate, 2):
         assert forwards == pytest.approx(backwards, rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_a_batch_that_is_too_small_is_refused_where_no_row_enters_too(rank: int) -> None:
+    """Else these ranks would start a step that the two ends stay away from."""
+    rows = RowPlan.of(plan("dualpipe", num_ranks=4, num_microbatches=8))
+    for rows_of in (rows.entering_rows, rows.leaving_rows):
+        assert len(rows_of(rank, 8)) == (0 if rank in (1, 2) else 4)
+        with pytest.raises(ValueError, match="5 rows, fewer than its 8 micro-batches"):
+            rows_of(rank, 5)
+
+
+@pytest.mark.parametrize("ignored", [-100, 0])
+def test_padding_is_refused_in_a_mean_over_rows_of_a_loss_that_counts_labels(ignored: int) -> None:
+    """Means over the labels of micro-batches, weighed by rows, are no mean over anything."""
+    loss = choose_loss(False, nn.CrossEntropyLoss(ignore_index=ignored), "mean", -100)
+    assert loss.units([torch.tensor([1, 2])], 2) == 2
+    with pytest.raises(ValueError, match=f"the value {ignored}, .*choose reduction='token'"):
+        loss.units([torch.tensor([1, ignored])], 2)
