@@ -20,7 +20,7 @@ from dualpipe_ext.adapters.sizes import check_num_partitions, check_sizes
 from dualpipe_ext.adapters.table import print_plan
 from dualpipe_ext.groups import PipelineGroup, is_first_rank
 
-__all__ = ["ModelAdapterBase"]
+__all__ = ["ModelAdapterBase", "predicts_next_token"]
 
 
 class ModelAdapterBase(ABC):
@@ -170,11 +170,12 @@ class ModelAdapterBase(ABC):
             layer_seconds={
                 name: cost.seconds for name, cost in zip(layers, costs[1:], strict=False) if timed
             },
-            is_causal=_is_causal(self.model),
+            is_causal=predicts_next_token(self.model),
         )
 
 
-def _is_causal(model: nn.Module) -> bool:
+def predicts_next_token(model: nn.Module) -> bool:
+    """Whether it is a causal language model of Hugging Face, by its name."""
     names = [each.__name__ for each in type(model).__mro__]
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 

@@ -26,6 +26,7 @@ class LossSettings:
         weight: by class.
         ignore_index: the label that does not count.
         num_trained: its own parameters.
+        is_known: whether it is one of those that compare each label with the output in its place.
     """
 
     function: Callable[..., Any]
@@ -33,6 +34,7 @@ class LossSettings:
     weight: Tensor | None
     ignore_index: int | None
     num_trained: int
+    is_known: bool
 
     @classmethod
     def of(cls, loss_fn: Callable[..., Any], by_class: Collection[Any]) -> LossSettings:
@@ -48,8 +50,10 @@ class LossSettings:
             loss_fn = loss_fn.func
         if isinstance(loss_fn, TORCH_LOSSES):
             given = {**vars(loss_fn), "weight": getattr(loss_fn, "weight", None), **given}
-        counts = loss_fn in (F.cross_entropy, F.nll_loss, *by_class)
-        if counts or isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)):
+        is_known = loss_fn in (F.cross_entropy, F.nll_loss, *by_class) or isinstance(
+            loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)
+        )
+        if is_known:
             given = {"ignore_index": IGNORED, **given}
         else:
             given["weight"] = None  # by element: its mean is one over rows all the same
@@ -60,6 +64,7 @@ class LossSettings:
             given.get("weight"),
             given.get("ignore_index"),
             sum(parameter.requires_grad for parameter in parameters),
+            is_known,
         )
 
     def check(self, reduction: str | None, ignore_index: int) -> None:

@@ -135,6 +135,7 @@ def choose_loss(
     loss_fn: LossFunction | None,
     reduction: Reduction | None,
     ignore_index: int,
+    shifts_labels: bool | None = None,
 ) -> BatchLoss:
     """The loss that was asked for; left out, the cross-entropy over tokens.
 
@@ -143,10 +144,11 @@ def choose_loss(
         loss_fn: as for :class:`dualpipe_ext.TrainingWrapper`.
         reduction: likewise.
         ignore_index: likewise.
+        shifts_labels: likewise.
 
     Raises:
         ValueError: an unknown reduction, or settings of ``loss_fn`` that say otherwise; or it has
-            parameters.
+            parameters, or nobody knows which labels it counts.
         TypeError: ``loss_fn`` cannot be called.
     """
     if reduction is not None and reduction not in get_args(Reduction):
@@ -159,7 +161,7 @@ def choose_loss(
         if reduction is None and given.reduction == "sum":
             reduction = "sum"
         chosen: Reduction = reduction or "mean"
-        is_shifted = given.function is next_token_loss
+        is_shifted = _is_shifted(given, shifts_labels, is_causal and chosen == "token")
         if chosen == "mean" and given.ignore_index is not None:  # a mean over labels, not over rows
             return BatchLoss(loss_fn, chosen, given.ignore_index, refuses_padding=True)
         return BatchLoss(loss_fn, chosen, ignore_index, is_shifted, reduction is None)
@@ -170,6 +172,25 @@ def choose_loss(
         )
     function = next_token_loss if is_causal else cross_entropy
     return BatchLoss(partial(function, ignore_index=ignore_index), "token", ignore_index, is_causal)
+
+
+def _is_shifted(loss: LossSettings, told: bool | None, is_asked: bool) -> bool:
+    """Whether a loss leaves out the first label of each row."""
+    known = loss.function is next_token_loss if loss.is_known else None
+    if None not in (known, told) and known != told:
+        raise ValueError(
+            f"shifts_labels={told}, but this loss_fn {'leaves out' if known else 'counts'} the first "
+            f"label of each row; leave shifts_labels out"
+        )
+    found = told if known is None else known
+    if found is None and is_asked:
+        raise ValueError(
+            "reduction='token' counts the labels that the loss_fn counts, and a loss_fn for the next "
+            "token may leave out the first label of each row: give shifts_labels=True if it shifts "
+            "the labels itself, False if they are shifted already; or use "
+            "dualpipe_ext.training.next_token_loss"
+        )
+    return bool(found)
 
 
 def _check_rows(output: Tensor, numbers: Tensor, error: Exception) -> None:

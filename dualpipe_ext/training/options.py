@@ -19,6 +19,7 @@ class LoopOptions:
     loss_fn: LossFunction | None
     reduction: Reduction | None
     ignore_index: int
+    shifts_labels: bool | None
     max_grad_norm: float | None
     accumulation_steps: int
     autocast: torch.dtype | None
@@ -34,6 +35,8 @@ class LoopOptions:
                 raise TypeError(f"{name}={value!r}: it must be an int, not {type(value).__name__}")
             if value < least:
                 raise ValueError(f"{name}={value}: it must be at least {least}")
+        if self.shifts_labels not in (None, True, False):
+            raise TypeError(f"shifts_labels={self.shifts_labels!r}: it must be True, False or None")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(
                 f"max_grad_norm={self.max_grad_norm}: it must be above 0; use float('inf') to "

@@ -90,6 +90,9 @@ class TrainingWrapper:
             their ``"sum"``, or ``"token"``, the mean over labels other than ``ignore_index`` in all
             micro-batches.
         ignore_index: the label of what does not count.
+        shifts_labels: whether ``loss_fn`` compares each position with the next label, and so leaves
+            out the first one of each row: ``"token"`` does not count it then. Asked for where a
+            causal language model has a loss of your own.
         max_grad_norm: gradients of the whole model are clipped to this norm.
         accumulation_steps: batches between two steps of the optimizer. The gradient is that of one
             batch made of all of them.
@@ -128,6 +131,7 @@ class TrainingWrapper:
         loss_fn: LossFunction | None = None,
         reduction: Reduction | None = None,
         ignore_index: int = IGNORED,
+        shifts_labels: bool | None = None,
         max_grad_norm: float | None = None,
         accumulation_steps: int = 1,
         scaler: GradScaler | None = None,
@@ -152,6 +156,7 @@ class TrainingWrapper:
             loss_fn=loss_fn,
             reduction=reduction,
             ignore_index=ignore_index,
+            shifts_labels=shifts_labels,
             max_grad_norm=max_grad_norm,
             accumulation_steps=accumulation_steps,
             autocast=autocast,
@@ -381,9 +386,12 @@ class TrainingWrapper:
         num_microbatches = self.config.num_microbatches or source.smallest().num_microbatches
         self._rows = RowPlan.of(source.plan(num_microbatches))
         stages = own_stages(model, source, self._group)
-        is_causal = predicts_next_token(stages)
         self._loss = choose_loss(
-            is_causal, options.loss_fn, options.reduction, options.ignore_index
+            predicts_next_token(stages),
+            options.loss_fn,
+            options.reduction,
+            options.ignore_index,
+            options.shifts_labels,
         )
         self._accumulation = Accumulation(
             options.accumulation_steps, is_mean=self._loss.reduction != "sum"

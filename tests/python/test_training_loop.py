@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from loops import LOSSES, make_batch, make_gpt, make_optimizer, token_loss
 from plain_models import VOCABULARY
 from torch import Tensor, nn
@@ -352,6 +353,43 @@ def test_language_models_learn_the_next_token(kind: type[nn.Sequential], is_cut:
         return float(TrainingWrapper(parts, setup_dual_pipe(own, size)).train_step((text, labels)))
 
     assert run_ranks(train, 2) == pytest.approx([expected] * 2, rel=1e-5)
+
+
+def shifting_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """As users write it."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("shifts", [None, False, True])
+def test_a_loss_that_shifts_counts_no_first_label(shifts: bool | None) -> None:
+    model = OurModel(nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8), nn.Linear(8, VOCABULARY))
+    text = make_batch(8, seed=1)[0]
+    labels = text.clone()
+    for row in range(8):
+        labels[row, 1 + row % 5 :] = -100  # some rows have no more than the first label
+    with torch.no_grad():
+        expected = float(shifting_loss(model(text), labels))
+
+    def train(rank: int, size: int) -> float:
+        own = copy.deepcopy(model)
+        config = setup_dual_pipe(own, size)
+        options = {"loss_fn": shifting_loss, "reduction": "token", "shifts_labels": shifts}
+        return float(TrainingWrapper(own, config, **options).train_step((text, labels)))
+
+    if shifts is None:
+        with pytest.raises(ValueError, match="give shifts_labels=True if it shifts"):
+            run_ranks(train, 2)
+    else:
+        is_right = run_ranks(train, 2) == pytest.approx([expected] * 2, rel=1e-5)
+        assert is_right == shifts
+
+
+def test_what_is_known_of_a_loss_is_not_told_otherwise() -> None:
+    with pytest.raises(ValueError, match="leaves out the first label of each row; leave shifts"):
+        choose_loss(True, next_token_loss, "token", -100, shifts_labels=False)
+    with pytest.raises(ValueError, match="counts the first label of each row; leave shifts"):
+        choose_loss(True, nn.CrossEntropyLoss(), "token", -100, shifts_labels=True)
+    assert choose_loss(False, shifting_loss, "token", -100).is_shifted is False
 
 
 @pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2.0, 3.0, 4.0])])

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dualpipe_ext.adapters.base import predicts_next_token
 from dualpipe_ext.compat.batches import BatchPipeline
 from dualpipe_ext.compat.ranks import both_ends, host_group
 from dualpipe_ext.config import DualPipeConfig
@@ -40,13 +41,14 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
         reduction: what ``criterion`` returns of some rows: their ``"mean"`` or ``"sum"``, or for
             ``"token"`` the mean over targets other than -100. Left out, it is taken for the mean
             over rows, and whole numbers among which is -100 are refused as targets.
+        shifts_labels: as for :class:`dualpipe_ext.TrainingWrapper`.
         config: everything else about the pipeline.
 
     Attributes:
         model: as it was given.
 
     Raises:
-        ValueError: an unknown reduction.
+        ValueError: an unknown reduction, or nobody knows which labels it counts.
     """
 
     def __init__(
@@ -55,13 +57,16 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
         num_chunks: int = 0,
         *,
         reduction: Reduction | None = None,
+        shifts_labels: bool | None = None,
         config: DualPipeConfig | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         chosen = config or DualPipeConfig()
         self._config = replace(chosen, num_microbatches=num_chunks) if num_chunks else chosen
-        self._loss = choose_loss(False, self._criterion, reduction, IGNORED)
+        self._loss = choose_loss(
+            predicts_next_token(model), self._criterion, reduction, IGNORED, shifts_labels
+        )
         self._built: BatchPipeline | None = None
         self._stepped: float | None = None  # the loss that was trained, until its backward
 
