@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,9 +28,7 @@ from dualpipe_ext.microbatches import Joined
 from dualpipe_ext.profiling import record_step
 from dualpipe_ext.schedule import Schedule
 from dualpipe_ext.stats import StepStatistics, TraceEvent
-from dualpipe_ext.weight_grad import (
-    WeightSplitReport,
-)
+from dualpipe_ext.weight_grad import WeightSplitReport
 
 __all__ = ["Pipeline"]
 
@@ -126,8 +125,15 @@ class Pipeline(nn.Module):
         """Calls of :meth:`step` so far, of which random numbers depend where ``seed`` is set."""
         return self._num_steps
 
-    def resume_at(self, num_steps: int) -> None:
-        """Goes on as after so many steps, with parameters that were loaded into all copies."""
+    def resume_at(self, num_steps: int, *, seed: int | None = None) -> None:
+        """Goes on as after so many steps, with parameters that were loaded into all copies.
+
+        Args:
+            num_steps: of the pipeline that is continued.
+            seed: its ``config.seed``. Left out, the own one stays; a pipeline without one gets none.
+        """
+        if seed is not None and self.config.seed is not None:
+            self.config = replace(self.config, seed=seed)
         self._num_steps = num_steps
         self._unsummed = None
 

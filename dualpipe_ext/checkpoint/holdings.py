@@ -97,6 +97,11 @@ class Holding:
         parameters = (p for piece in self.pieces for _, p in piece.parameters())
         return next((p.device for p in parameters), torch.device("cpu"))
 
+    @property
+    def seed(self) -> int | None:
+        """Of the pipeline's dropout."""
+        return None if self.pipeline is None else self.pipeline.config.seed
+
     def saved_state(self) -> dict[str, Any]:
         """What is saved on this rank."""
         pieces = [piece for piece in self.pieces if piece.is_saved]

@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from dualpipe_ext.checkpoint.compare import check_architecture
 from dualpipe_ext.checkpoint.folders import check_files, find_checkpoint
 from dualpipe_ext.checkpoint.holdings import Holding, Shapes
-from dualpipe_ext.checkpoint.restore import Run, apply_state, read_state
+from dualpipe_ext.checkpoint.replicas import on_all_replicas, on_first_replica
+from dualpipe_ext.checkpoint.restore import Run, State, apply_state, read_state
 from dualpipe_ext.checkpoint.saved import Saved
 
 __all__ = ["Resumed", "load_checkpoint"]
@@ -33,7 +34,8 @@ class Resumed:
         step: as it was saved.
         extra: as it was saved.
         random_state: whether generators of random numbers go on where they were. They do on as many
-            ranks and replicas as saved them; on others they are left alone.
+            ranks and replicas as saved them; on others they are left alone. The seed of a pipeline
+            that has one (``DualPipeConfig.seed``) is the saved one in any case.
     """
 
     path: Path
@@ -55,7 +57,7 @@ def load_checkpoint(
     """Loads what :func:`save_checkpoint` saved, on any number of ranks or in one piece.
 
     Every rank calls it. Each reads its own stages, both copies of them. Everything is read and
-    checked on all ranks before anything is changed. Checkpoints are pickles in part: load those
+    checked on all ranks, of all replicas, before anything is changed. Checkpoints are pickles in part: load those
     alone whose origin you trust.
 
     Args:
@@ -65,7 +67,8 @@ def load_checkpoint(
             checkpoint is not loaded; the same holds for what follows.
         scheduler: of the optimizer.
         scaler: of the losses.
-        replicas: as for :func:`save_checkpoint`; every replica reads for itself.
+        replicas: as for :func:`save_checkpoint`; the first one chooses the checkpoint, and every one
+            reads it for itself.
         timeout: seconds to wait for the slowest rank.
 
     Raises:
@@ -76,7 +79,25 @@ def load_checkpoint(
     """
     holding = Holding.of(model, timeout)
     ranks = holding.ranks
-    place = ranks.from_first(lambda: find_checkpoint(path), _FAILURE)
+    place = on_first_replica(
+        replicas, lambda: ranks.from_first(lambda: find_checkpoint(path), _FAILURE), _FAILURE
+    )
+    run = Run(holding, optimizer, scheduler, scaler, replicas)
+
+    def read() -> tuple[Saved, State]:
+        saved = _open(place, holding)
+        return saved, ranks.share_here(lambda: read_state(saved, run), _FAILURE)
+
+    saved, state = on_all_replicas(replicas, read, _FAILURE)
+    on_all_replicas(
+        replicas, lambda: ranks.share_here(lambda: apply_state(state, run), _FAILURE), _FAILURE
+    )
+    return Resumed(place, saved.manifest["step"], state.extra, state.generators is not None)
+
+
+def _open(place: Path, holding: Holding) -> Saved:
+    """A checkpoint that fits the model; every rank calls it."""
+    ranks = holding.ranks
     found: list[Saved] = []
 
     def describe() -> dict[int, Shapes]:
@@ -89,10 +110,7 @@ def load_checkpoint(
     (saved,) = found
     by_stage = {stage: shapes for own in by_rank for stage, shapes in own.items()}
     check_architecture(saved, _in_order(by_stage), holding.architecture)
-    run = Run(holding, optimizer, scheduler, scaler, replicas)
-    state = ranks.share_here(lambda: read_state(saved, run), _FAILURE)
-    ranks.share_here(lambda: apply_state(state, run), _FAILURE)
-    return Resumed(place, saved.manifest["step"], state.extra, state.generators is not None)
+    return saved
 
 
 def _in_order(by_stage: dict[int, Shapes]) -> Shapes:

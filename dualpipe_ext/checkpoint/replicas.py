@@ -1,10 +1,10 @@
-"""Checkpoints under data parallelism: the first replica saves, the others wait for it."""
+"""Checkpoints under data parallelism: what replicas of a pipeline do together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,12 +12,30 @@ from torch import Tensor
 
 from dualpipe_ext._C import PipelineError
 
-__all__ = ["average_buffers", "gather_from_replicas", "on_first_replica", "replica_of"]
+__all__ = [
+    "average_buffers",
+    "gather_from_replicas",
+    "on_all_replicas",
+    "on_first_replica",
+    "reaching_replicas",
+    "replica_of",
+]
+
+T = TypeVar("T")
 
 
 def replica_of(replicas: dist.ProcessGroup | None) -> int:
     """Which replica this rank belongs to."""
     return 0 if replicas is None else dist.get_rank(replicas)
+
+
+@contextmanager
+def reaching_replicas() -> Iterator[None]:
+    """Around collectives of torch, whose errors say no more than that."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PipelineError(f"a rank of another replica cannot be reached: {error}") from error
 
 
 def average_buffers(replicas: dist.ProcessGroup | None, buffers: Iterable[Tensor]) -> None:
@@ -26,40 +44,42 @@ def average_buffers(replicas: dist.ProcessGroup | None, buffers: Iterable[Tensor
         return
     for buffer in (each for each in buffers if each.is_floating_point()):
         total = buffer.to(torch.float64, copy=True)
-        dist.all_reduce(total, group=replicas)
+        with reaching_replicas():
+            dist.all_reduce(total, group=replicas)
         buffer.copy_(total / replicas.size())
 
 
-def gather_from_replicas(replicas: dist.ProcessGroup | None, value: Any) -> list[Any]:
+def gather_from_replicas(replicas: dist.ProcessGroup | None, value: T) -> list[T]:
     """The value of each replica."""
     if replicas is None:
         return [value]
-    gathered: list[Any] = [None] * replicas.size()
-    dist.all_gather_object(gathered, value, group=replicas)
+    gathered: list[T] = [value] * replicas.size()
+    with reaching_replicas():
+        dist.all_gather_object(gathered, value, group=replicas)
     return gathered
 
 
-def on_first_replica(replicas: dist.ProcessGroup | None, save: Callable[[], Path]) -> Path:
-    """Calls ``save`` on the first replica, and returns its result on all of them.
+def on_all_replicas(replicas: dist.ProcessGroup | None, make: Callable[[], T], failure: str) -> T:
+    """Calls ``make`` on every replica, and returns this one's result once all have theirs.
 
     Raises:
-        Exception: what ``save`` raised, on the first replica.
-        PipelineError: the same on the others, as text.
+        Exception: what ``make`` raised here, once the other replicas know of it.
+        PipelineError: ``make`` raised on another one, which ``failure`` says more about, or that
+            cannot be reached.
     """
-    if replicas is None:
-        return save()
-    failure: Exception | None = None
-    outcome = [("", "")]
-    if replica_of(replicas) == 0:
-        try:
-            outcome = [(str(save()), "")]
-        except Exception as error:  # noqa: BLE001 - the other replicas must not wait
-            failure = error
-            outcome = [("", f"{type(error).__name__}: {error}")]
-    dist.broadcast_object_list(outcome, group=replicas, group_src=0)
-    if failure is not None:
-        raise failure
-    ((place, text),) = outcome
-    if text:
-        raise PipelineError(f"the first replica could not save the checkpoint: {text}")
-    return Path(place)
+    try:
+        made = make()
+    except Exception as error:  # whatever it is, the other replicas must not wait for this one
+        gather_from_replicas(replicas, f"{type(error).__name__}: {error}")
+        raise
+    for replica, text in enumerate(gather_from_replicas(replicas, "")):
+        if text:
+            raise PipelineError(f"replica {replica} {failure}: {text}")
+    return made
+
+
+def on_first_replica(replicas: dist.ProcessGroup | None, make: Callable[[], T], failure: str) -> T:
+    """Calls ``make`` on the first replica, and returns its result on all; raises as the above."""
+    is_first = replica_of(replicas) == 0
+    made = on_all_replicas(replicas, lambda: make() if is_first else None, failure)
+    return gather_from_replicas(replicas, made)[0]  # type: ignore[return-value]

@@ -36,6 +36,7 @@ class State:
 
     Attributes:
         num_pipeline_steps: of the pipeline that saved.
+        seed: of the same.
         generators: of random numbers; ``None`` for other numbers of ranks or replicas.
     """
 
@@ -45,6 +46,7 @@ class State:
     scaler: dict[str, Any] | None
     extra: Any
     num_pipeline_steps: int
+    seed: int | None
     generators: dict[str, Any] | None
 
 
@@ -64,6 +66,7 @@ def read_state(saved: Saved, run: Run) -> State:
         scaler=None if run.scaler is None else saved.read_one("scaler"),
         extra=saved.read_one("extra"),
         num_pipeline_steps=saved.manifest["num_pipeline_steps"],
+        seed=_read_seed(saved, run),
         generators=_read_generators(saved, run),
     )
 
@@ -82,13 +85,20 @@ def apply_state(state: State, run: Run) -> None:
     if state.generators is not None:
         set_random_state(state.generators, run.holding.device)
     if run.holding.pipeline is not None:
-        run.holding.pipeline.resume_at(state.num_pipeline_steps)
+        run.holding.pipeline.resume_at(state.num_pipeline_steps, seed=state.seed)
 
 
 def _read_optimizer(saved: Saved, run: Run, optimizer: Optimizer) -> dict[str, Any]:
     keys = OptimizerKeys(saved.keys("optimizer"), run.holding)
     values = saved.read("optimizer", keys.all())
     return restored_state(optimizer, run.holding, keys, values, saved.read_one("groups"))
+
+
+def _read_seed(saved: Saved, run: Run) -> int | None:
+    """Of this replica, if there were as many."""
+    seeds: list[int | None] = saved.manifest.get("seeds", [])
+    replica = replica_of(run.replicas)
+    return seeds[replica] if replica < len(seeds) else None
 
 
 def _read_generators(saved: Saved, run: Run) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ from dualpipe_ext.checkpoint.random_state import random_state
 from dualpipe_ext.checkpoint.replicas import (
     average_buffers,
     gather_from_replicas,
+    on_all_replicas,
     on_first_replica,
 )
 from dualpipe_ext.checkpoint.storage import FAILURE, write_values
@@ -78,14 +79,12 @@ def save_checkpoint(
         PipelineError: another rank could not save, with its reason.
     """
     holding = Holding.of(model, timeout)
-    if holding.pipeline is not None:
-        holding.pipeline.sync_buffers()
+    on_all_replicas(replicas, lambda: _settle(holding), FAILURE)
     average_buffers(replicas, model.buffers())
-    if holding.pipeline is not None:
-        holding.pipeline.synchronize()  # a message that fails late must not be found too late
     if optimizer is not None:
         gather_shards(optimizer)
     generators = gather_from_replicas(replicas, random_state(holding.device))
+    seeds = gather_from_replicas(replicas, holding.seed)
 
     def save() -> Path:
         ranks = holding.ranks
@@ -99,7 +98,7 @@ def save_checkpoint(
                 values.update(_states(optimizer, scheduler, scaler), extra=extra)
 
         def finish() -> Path:
-            place = folders.commit(draft, step, _facts(holding, optimizer))
+            place = folders.commit(draft, step, {**_facts(holding, optimizer), "seeds": seeds})
             folders.remove_old(place, keep)
             return place
 
@@ -113,7 +112,14 @@ def save_checkpoint(
                 folders.discard(draft)
             raise
 
-    return on_first_replica(replicas, save)
+    return on_first_replica(replicas, save, FAILURE)
+
+
+def _settle(holding: Holding) -> None:
+    """Both copies of each stage become equal, and messages that fail late are found now."""
+    if holding.pipeline is not None:
+        holding.pipeline.sync_buffers()
+        holding.pipeline.synchronize()
 
 
 def _check(step: int, keep: int | None) -> None:

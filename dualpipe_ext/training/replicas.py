@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dualpipe_ext._C import PipelineError, process_group_all_gather
 from dualpipe_ext._handshake import collect
+from dualpipe_ext.checkpoint.replicas import reaching_replicas
 from dualpipe_ext.gradients import main_grads
 from dualpipe_ext.pipeline import Pipeline
 
@@ -71,7 +72,7 @@ class Replicas:
             return
         self.gather(0.0)
         self._copies = _all_copies(self.group, pipeline)
-        with _reaching_others():
+        with reaching_replicas():
             for tensor in (*pipeline.parameters(), *pipeline.buffers()):
                 dist.broadcast(tensor.detach(), group=self.group, group_src=0)
 
@@ -100,7 +101,7 @@ class Replicas:
     def _exchange(self, values: list[float]) -> list[list[float]]:
         if self.group is None:
             return [values]
-        with _reaching_others():
+        with reaching_replicas():
             return process_group_all_gather(self.group, values)
 
     def sum_gradients(self, pipeline: Pipeline) -> None:
@@ -116,7 +117,7 @@ class Replicas:
         grads = [p.grad for p in parameters if p.grad is not None] + main_grads(parameters)
         for bucket in _buckets(grads, pipeline.config.bucket_bytes):
             flat = torch.cat([grad.reshape(-1) for grad in bucket])
-            with _reaching_others():
+            with reaching_replicas():
                 dist.all_reduce(flat, group=self._copies)
             sizes = [grad.numel() for grad in bucket]
             for grad, total in zip(bucket, flat.split(sizes), strict=True):
@@ -127,20 +128,11 @@ class Replicas:
         """A gradient that some copy has becomes one of all; zero where it was none."""
         has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
         if has.numel():
-            with _reaching_others():
+            with reaching_replicas():
                 dist.all_reduce(has, op=dist.ReduceOp.MAX, group=self._copies)
         for parameter, anywhere in zip(parameters, has.tolist(), strict=True):
             if anywhere and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-
-
-@contextmanager
-def _reaching_others() -> Iterator[None]:
-    """Around collectives of torch, whose errors say no more than that."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PipelineError(f"a rank of another replica cannot be reached: {error}") from error
 
 
 def _all_copies(replicas: dist.ProcessGroup, pipeline: Pipeline) -> dist.ProcessGroup:

@@ -105,6 +105,27 @@ def draw() -> list[float]:
     return [float(torch.rand(())), random.random(), float(np.random.rand())]
 
 
+def load_replicas(
+    rank: int, folder: Path, pipeline: DualPipe, replicas: dist.ProcessGroup
+) -> dict[str, Any]:
+    """The second replica looks elsewhere; then one rank of it has another optimizer."""
+    is_second = dist.get_rank(replicas) == 1
+    elsewhere = folder / "of another run" if is_second else folder
+    kind = torch.optim.SGD if rank == 3 else torch.optim.AdamW
+    before = [parameter.detach().clone() for parameter in pipeline.parameters()]
+    unloaded = attempt(
+        load_checkpoint, folder, pipeline, kind(pipeline.parameters(), lr=0.1), replicas=replicas
+    )
+    parameters = zip(before, pipeline.parameters(), strict=True)
+    is_unchanged = all(torch.equal(value, parameter) for value, parameter in parameters)
+    return {
+        "chosen": load_checkpoint(elsewhere, pipeline, replicas=replicas).path,
+        "nowhere": attempt(load_checkpoint, folder / "empty", pipeline, replicas=replicas),
+        "unloaded": unloaded,
+        "unchanged": is_unchanged,
+    }
+
+
 def save_replicas(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """Two replicas of two ranks: what each saves, loads and draws; then a save that fails."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
@@ -138,6 +159,7 @@ def save_replicas(rank: int, size: int, folder: Path) -> dict[str, Any]:
         "went on": went_on,
         "mean": mean,
     }
+    found |= load_replicas(rank, folder, pipeline, replicas)
     if rank == 2:  # the second rank of the first replica
         for module in pipeline.module:
             module.load = Explosive(is_deadly=False)  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,3 +56,25 @@ def train(rank: int, size: int, num_replicas: int, seed: int | None) -> dict[str
 def train_both(rank: int, size: int) -> list[dict[str, Any]]:
     """One pipeline without a seed of its own, then two side by side with one."""
     return [train(rank, size, 1, None), train(rank, size, 2, 7)]
+
+
+def go_on(rank: int, size: int, folder: Path) -> dict[str, Masks]:
+    """Of two replicas: what is dropped after a save; again, resumed by a script seeded otherwise."""
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "pp"))
+    rows = torch.arange(16.0)[:, None].expand(-1, WIDTH).contiguous()
+    found: dict[str, Masks] = {}
+    for name in ("saved", "resumed"):
+        masks: Masks = []
+        model = make(masks)
+        torch.manual_seed(1 if name == "saved" else 2)
+        config = DualPipeConfig(num_microbatches=size, timeout=30.0)
+        wrapper = TrainingWrapper(model, config, loss_fn=nn.functional.mse_loss, mesh=mesh)
+        if name == "saved":
+            wrapper.train_step((rows, rows))
+            wrapper.save_checkpoint(folder)
+        else:
+            wrapper.load_checkpoint(folder)
+        masks.clear()
+        wrapper.train_step((rows, rows))
+        found[name] = masks
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,17 +51,48 @@ def test_a_killed_rank_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     assert values(tmp_path) == {3.0}
 
 
-def test_the_first_replica_saves_for_all(tmp_path: Path) -> None:
-    found = run_ranks(save_replicas, 4, "processes", (tmp_path,))
-    assert names(tmp_path) == ["step-00000001"]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("replicas")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    """What two replicas of two ranks came to; ranks 1 and 3 are the second one."""
+    return run_ranks(save_replicas, 4, "processes", (folder,))
+
+
+def test_the_first_replica_saves_for_all(found: list[dict[str, Any]], folder: Path) -> None:
+    assert names(folder) == ["step-00000001"]
     for each in found:
-        assert each["place"] == tmp_path / "step-00000001"
+        assert each["place"] == folder / "step-00000001"
         assert each["drawn"] == each["drawn again"] and each["knows"] and not each["alone knows"]
         assert each["went on"] == [True, True]  # in shards and whole
         assert each["mean"] == {1.5}  # of ranks 0 to 3
         assert "No space left on device" in each["failed"].text
     assert len({tuple(each["drawn"]) for each in found}) == 4
-    assert found[3]["failed"].text.startswith("the first replica could not save the checkpoint")
+    assert found[3]["failed"].text.startswith("replica 0 could not save the checkpoint")
+
+
+def test_the_first_replica_chooses_what_all_load(found: list[dict[str, Any]], folder: Path) -> None:
+    for each in found:
+        assert each["chosen"] == folder / "step-00000001"
+    assert [each["nowhere"].error for each in found] == [
+        "FileNotFoundError",
+        "PipelineError",
+        "PipelineError",
+        "PipelineError",
+    ]
+
+
+def test_a_rank_that_cannot_load_is_told_to_all_replicas(found: list[dict[str, Any]]) -> None:
+    for rank, each in enumerate(found):
+        outcome = each["unloaded"]
+        assert outcome.error == ("ValueError" if rank == 3 else "PipelineError"), outcome
+        assert "the optimizer here is" in outcome.text
+        assert outcome.seconds < 10 and each["unchanged"]
+    assert found[0]["unloaded"].text.startswith("replica 1 could not load the checkpoint")
+    assert found[1]["unloaded"].text.startswith("rank 1 could not load the checkpoint")
 
 
 def test_a_checkpoint_without_its_last_file_does_not_count(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from dropout_runs import Masks, train_both
+from dropout_runs import Masks, go_on, train_both
 
 from dualpipe_ext.testing import run_ranks
 
@@ -29,3 +30,10 @@ def test_mirrors_draw_for_themselves_and_loaders_alike(found: list[list[dict[str
 def test_replicas_draw_for_themselves(found: list[list[dict[str, Any]]]) -> None:
     masks = masks_of([side_by_side for _, side_by_side in found])
     assert len(set(masks)) == len(masks) == 4 * 4 * 4 * 2  # steps, layers, micro-batches, replicas
+
+
+def test_a_resumed_run_drops_what_the_uninterrupted_one_does(tmp_path: Path) -> None:
+    found = run_ranks(go_on, 4, "processes", (tmp_path,))
+    for rank in found:
+        assert rank["saved"] and rank["resumed"] == rank["saved"]
+    assert len({tuple(rank["saved"]) for rank in found}) == 4
