@@ -11,7 +11,7 @@ from dualpipe_ext.groups import PipelineGroup
 
 __all__ = ["agree", "collect"]
 
-Describe = Callable[[], dict[str, Any]]
+Describe = Callable[[], Any]  # of what JSON can hold
 
 
 def agree(group: PipelineGroup, timeout: float, describe: Describe) -> None:
@@ -28,9 +28,7 @@ def agree(group: PipelineGroup, timeout: float, describe: Describe) -> None:
     _compare(collect(group, timeout, describe, "could not make its pipeline"))
 
 
-def collect(
-    group: PipelineGroup, timeout: float, describe: Describe, failure: str
-) -> list[dict[str, Any]]:
+def collect(group: PipelineGroup, timeout: float, describe: Describe, failure: str) -> list[Any]:
     """Calls ``describe`` on every rank and returns the results, by rank. They travel as JSON.
 
     Raises:

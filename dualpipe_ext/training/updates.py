@@ -60,17 +60,24 @@ class Updater:
         """Whether this rank's gradients, scaled ones, allow it."""
         return self._scaler is None or are_finite(self.grads())
 
-    def run(self, loss: float, are_finite: bool) -> None:
-        """One step, unless the gradients of some rank are not finite and a scaler looks at them.
+    def prepare(self, are_finite: bool) -> None:
+        """Unscales and clips gradients; all ranks call it together.
 
         Args:
-            loss: of the batch, for a scheduler that looks at it.
             are_finite: whether :meth:`can_step` is true on all ranks.
         """
         if self._scaler is not None:
             self._scaler.unscale(self.optimizer, are_finite)
         if self._max_grad_norm is not None:
             self.grad_norm = self._pipeline.clip_grad_norm_(self._max_grad_norm)
+
+    def step(self, loss: float, are_finite: bool) -> None:
+        """Changes parameters, unless the gradients of some rank are not finite and a scaler looks.
+
+        Args:
+            loss: of the batch, for a scheduler that looks at it.
+            are_finite: as for :meth:`prepare`.
+        """
         if self._scaler is None:
             self.optimizer.step()
         else:

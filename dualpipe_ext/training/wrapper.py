@@ -18,7 +18,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dualpipe_ext._C import PipelineError
-from dualpipe_ext._handshake import agree
+from dualpipe_ext._handshake import agree, collect
 from dualpipe_ext.checkpoint import Resumed, load_checkpoint, save_checkpoint
 from dualpipe_ext.checkpoint.replicas import average_buffers
 from dualpipe_ext.config import DualPipeConfig
@@ -224,6 +224,8 @@ class TrainingWrapper:
                 different batches, or no optimizer.
             PipelineError: a stage raised, or another rank failed. Gradients that were accumulated
                 are gone; the next step works.
+            Exception: what optimizer or scheduler raised on this rank; the others raise a
+                ``PipelineError`` and have updated their parameters: go on from a checkpoint.
         """
         updater = self._trained_by
         try:
@@ -234,12 +236,13 @@ class TrainingWrapper:
             loss *= self._loss.share(total) / self._loss.share(units)
             can_step = updater.can_step() if is_last else True
             report = self._summarize(Report(loss, part.fingerprint, can_step))
+            if is_last:
+                self._update(updater, report)
         except BaseException:
             updater.discard()
             self._accumulation.restart()
             raise
         if is_last:
-            updater.run(report.loss, report.are_finite)
             self._accumulation.restart()
         return torch.tensor(report.loss, dtype=torch.float64)
 
@@ -453,6 +456,18 @@ class TrainingWrapper:
         with self._replicas.telling_failures():
             report = summarize(self._group, own)
         return replace(report, loss=math.fsum(self._replicas.gather(report.loss)))
+
+    def _update(self, updater: Updater, report: Report) -> None:
+        """Changes parameters on all ranks; one that cannot is told to the others."""
+        with self._replicas.telling_failures():
+            updater.prepare(report.are_finite)
+            collect(
+                self._group,
+                self.config.timeout,
+                lambda: updater.step(report.loss, report.are_finite),
+                "could not update its parameters",
+            )
+        self._replicas.gather(0.0)  # all of them came through
 
     def _average_buffers(self) -> None:
         """Statistics of batch norms: what is evaluated must not depend on the copy."""

@@ -83,9 +83,15 @@ def train(rank: int, size: int, folder: Path) -> dict[str, Any]:
     }
     other_mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "tp"))
     found["wrong mesh"] = attempt(split_mesh, other_mesh)
-    found["failures"] = [fail(wrapper, rank, how) for how in ("batch", "stage", "different")]
+    before = [parameter.detach().clone() for parameter in wrapper.pipeline.parameters()]
+    found["failures"] = [
+        fail(wrapper, rank, how) for how in ("batch", "stage", "different", "update")
+    ]
     wrong = {"reduction": "median"} if rank == 1 else {}
     found["failures"].append(attempt(make, mesh=mesh, **wrong))
+    with torch.no_grad():
+        for parameter, value in zip(wrapper.pipeline.parameters(), before, strict=True):
+            parameter.copy_(value)
     found["wrong groups"] = attempt(make, **dict.fromkeys(GROUPS, mesh.get_group("pp")))
     found["mesh and groups"] = attempt(make, mesh=mesh, replica_group=mesh.get_group("dp"))
     found["halves"] = {
@@ -209,13 +215,16 @@ def fail(wrapper: TrainingWrapper, rank: int, how: str) -> Outcome:
         text = text[:3]
     if rank == 1 and how == "different":
         text = text.flip(0)
-    if rank == 1 and how == "stage":
+    if rank == 1 and how in ("stage", "update"):
 
         def raise_error(*_: object) -> None:
             raise RuntimeError("out of luck")
 
-        handle = wrapper.pipeline.module[0].register_forward_pre_hook(raise_error)
-    outcome = attempt(wrapper.train_step, (text, labels))
+        if how == "stage":
+            handle = wrapper.pipeline.module[0].register_forward_pre_hook(raise_error)
+        else:
+            handle = wrapper.optimizer.register_step_pre_hook(raise_error)
+    outcome = attempt(wrapper.train_step, (text, labels), update=how == "update")
     if handle is not None:
         handle.remove()
     return outcome

@@ -355,3 +355,40 @@ def test_a_failed_step_ends_its_accumulation() -> None:
         failed, loss = outcome.value
         assert failed.is_a("PipelineError") and "out of luck" in failed.text
         assert loss == pytest.approx(expected[rank], rel=1e-6)
+
+
+class Failing(SGD):
+    """Raises in its first step, on the ranks that are told to."""
+
+    def __init__(self, parameters: Any, on: bool) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.fails = on
+
+    def step(self, closure: Any = None) -> None:
+        if self.fails:
+            self.fails = False
+            raise RuntimeError("out of luck")
+        super().step(closure)
+
+
+@pytest.mark.parametrize("culprit", range(4))
+def test_an_optimizer_that_raises_is_told_to_all_ranks(culprit: int) -> None:
+    def train(rank: int, size: int) -> Outcome:
+        wrapper = make(
+            optimizer=partial(Failing, on=rank == culprit),
+            config=DualPipeConfig(timeout=20.0),
+            max_grad_norm=1.0,
+            accumulation_steps=2,
+        )
+        wrapper.train_step((TEXT, LABELS))
+        failed = attempt(wrapper.train_step, (TEXT, LABELS))
+        assert all(p.grad is None for p in wrapper.pipeline.parameters())
+        wrapper.train_step((TEXT, LABELS))
+        assert float(wrapper.train_step((TEXT, LABELS))) > 0
+        return failed
+
+    for rank, failed in enumerate(run_ranks(train, 4)):
+        assert failed.error == ("RuntimeError" if rank == culprit else "PipelineError"), failed
+        assert "out of luck" in failed.text and failed.seconds < 5.0
+        if rank != culprit:
+            assert failed.text.startswith(f"rank {culprit} could not update its parameters")
