@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,6 +13,10 @@ import yaml
 
 __all__ = ["DualPipeConfig"]
 
+_OTHER_NAMES = {"num_chunks": "num_microbatches", "num_partitions": "num_stages"}
+
+BalanceCriterion = Literal["parameters", "memory", "time"]
+Balance = BalanceCriterion | Sequence[int]
 MemoryOptimization = Literal["none", "activation_checkpoint", "offload"]
 MirrorInit = Literal["broadcast", "check", "none"]
 OverlapStrategy = Literal["full", "none"]
@@ -29,6 +33,9 @@ class DualPipeConfig:
         num_microbatches: used by ``step`` where ``num_chunks`` is left out; 0: it must be given
             (:class:`~dualpipe_ext.TrainingWrapper` takes the least that the schedule serves).
         schedule: used where a pipeline is given none.
+        balance: how an adapter cuts a whole model: ``"parameters"``, ``"memory"`` or ``"time"``
+            evened out over the ranks, or the number of layers of each stage
+            (:meth:`dualpipe_ext.adapters.ModelAdapterBase.partition`).
         overlap_strategy: ``"full"``, or ``"none"``, to compare with or to look for a mistake:
             receives are posted where they are used, weight gradients are computed with those of the
             inputs, a pair runs one after the other and mirrored gradients are summed after the
@@ -68,6 +75,7 @@ class DualPipeConfig:
     num_stages: int = 0
     num_microbatches: int = 0
     schedule: str = "dualpipe"
+    balance: Balance = "parameters"
     overlap_strategy: OverlapStrategy = "full"
     memory_optimization: MemoryOptimization = "none"
     lookahead: int = 2
@@ -87,6 +95,7 @@ class DualPipeConfig:
         _at_least("lookahead", self.lookahead, 0)
         _at_least("bucket_bytes", self.bucket_bytes, 1)
         _at_least("nccl_max_ctas", self.nccl_max_ctas, 0)
+        object.__setattr__(self, "balance", _checked_balance(self.balance))
         _one_of("overlap_strategy", self.overlap_strategy, OverlapStrategy)
         _one_of("memory_optimization", self.memory_optimization, MemoryOptimization)
         _one_of("transport", self.transport, Transport)
@@ -171,12 +180,24 @@ def _at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}={value}: it must be at least {least}")
 
 
-def _one_of(name: str, value: str, kind: Any) -> None:
+def _one_of(name: str, value: object, kind: Any) -> None:
     allowed = [repr(each) for each in get_args(kind)]
     if repr(value) not in allowed:
         raise ValueError(f"{name}={value!r}: choose {', '.join(allowed[:-1])} or {allowed[-1]}")
 
 
+def _checked_balance(balance: object) -> Balance:
+    """Numbers of layers as a tuple, so that equal configurations are equal."""
+    if isinstance(balance, (list, tuple)):
+        for size in balance:
+            _at_least("balance", size, 0)
+        return tuple(balance)
+    _one_of("balance", balance, BalanceCriterion)
+    return balance  # type: ignore[return-value]
+
+
 def _nearest(name: object, known: list[str]) -> str:
+    if name in _OTHER_NAMES:
+        return f"it is {_OTHER_NAMES[str(name)]!r} here"
     close = difflib.get_close_matches(str(name), known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"

@@ -302,11 +302,19 @@ def _end_with_launcher(folder: str) -> None:
     threading.Thread(target=watch, name="launcher's watch", daemon=True).start()
 
 
+class _KeyError(KeyError):
+    """Shows its text as it is, where ``KeyError`` shows how it would be written in a program."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 def _portable(error: Exception) -> BaseException:
     """The error with its traceback as text, which survives pickling."""
     text = "".join(traceback.format_exception(error))
     try:
-        copy = type(error)(f"{error}\n\nraised on a rank:\n{text}")
+        kind = _KeyError if type(error) is KeyError else type(error)
+        copy = kind(f"{error}\n\nraised on a rank:\n{text}")
     except Exception:  # noqa: BLE001 - an exception type with another signature
         return RuntimeError(text)
     copy.is_origin = error.__cause__ is not None  # type: ignore[attr-defined]

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import accumulate, pairwise
-from typing import Literal
 
 import torch.distributed as dist
 
@@ -16,9 +15,7 @@ from dualpipe_ext.adapters.split import best_for_ranks, fronts
 from dualpipe_ext.adapters.step_time import step_seconds
 from dualpipe_ext.groups import PipelineGroup, has_group, resolve_group
 
-__all__ = ["Balance", "agreed", "balanced_sizes", "sum_of"]
-
-Balance = Literal["time", "memory", "parameters"] | Sequence[int]
+__all__ = ["agreed", "balanced_sizes", "sum_of"]
 
 _TIMEOUT_S = 600.0  # for ranks that measure more slowly than others
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dualpipe_ext.adapters.balance import Balance, agreed, balanced_sizes, sum_of
+from dualpipe_ext.adapters.balance import agreed
 from dualpipe_ext.adapters.complete import check_complete, find_ties
 from dualpipe_ext.adapters.cost import Cost, parameter_cost
 from dualpipe_ext.adapters.measure import measure
 from dualpipe_ext.adapters.partition import Partition
+from dualpipe_ext.adapters.parts import Parts, Split, single_layers
 from dualpipe_ext.adapters.plan import PartitionPlan, Stage, StagePlan
-from dualpipe_ext.adapters.sizes import check_num_partitions, check_sizes
+from dualpipe_ext.adapters.sizes import check_num_partitions, check_num_parts, check_sizes
 from dualpipe_ext.adapters.table import print_plan
+from dualpipe_ext.config import Balance
 from dualpipe_ext.groups import PipelineGroup, is_first_rank
 
 __all__ = ["ModelAdapterBase", "predicts_next_token"]
@@ -98,78 +100,77 @@ class ModelAdapterBase(ABC):
                 layers cannot be separated, with the reason.
             TypeError: ``num_partitions`` or a size is no int.
         """
-        num_layers = len(self.layers)
-        check_num_partitions(num_partitions, num_layers, type(self.model).__name__)
-        costs: list[Cost] = []
+        num_layers, kind = len(self.layers), type(self.model).__name__
+        check_num_partitions(num_partitions, num_layers, kind)
         if isinstance(balance, str):
-            costs = self._costs(balance, sample_inputs, process_group)
-            sizes = _without_ends(balanced_sizes(costs, num_partitions, balance))
+            parts = self.parts()
+            check_num_parts(num_partitions, parts, self.layers, kind)
+            measured = Parts(parts, self._costs(balance, parts, sample_inputs, process_group))
+            split = measured.split(num_partitions, balance)
+            partitions = self._partitions(split, measured.layer_seconds(self.layers))
         else:
             sizes = check_sizes(balance, num_partitions, num_layers)
-        partitions = self._partitions(sizes, costs)
+            ranges = [range(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
+            partitions = self._partitions(Split(ranges, []), {})
         if show and is_first_rank(process_group):
             print_plan(partitions[0].plan)
         return partitions
 
-    def pieces(self) -> list[Stage]:
-        """What comes before the first layer, each layer, and what comes behind the last one."""
-        num_layers = len(self.layers)
-        ranges = [range(i, i + 1) for i in range(num_layers)]
-        return self.cut([range(0), *ranges, range(num_layers, num_layers)])
+    def parts(self) -> list[range]:
+        """Layers that can be on different stages, by index: one each, where nothing joins them.
+
+        The first part is what runs before all layers; what runs behind them is the last one, or
+        belongs to it.
+        """
+        return single_layers(len(self.layers))
 
     def _costs(
         self,
         balance: str,
+        parts: Sequence[range],
         sample_inputs: Sequence[Tensor | None] | None,
         process_group: dist.ProcessGroup | PipelineGroup | None,
     ) -> list[Cost]:
-        """The costs of the pieces; measured ones where times or activations count."""
+        """The costs of the parts; measured ones where times or activations count."""
         if balance not in ("time", "memory", "parameters"):
             raise ValueError(
                 f"balance={balance!r}: choose 'time', 'memory' or 'parameters', or give the number "
                 f"of layers of each stage, as in balance=[2, 3]"
             )
         if balance == "parameters":
-            return [parameter_cost(piece.module) for piece in self.pieces()]
+            return [parameter_cost(piece.module) for piece in self.cut(parts)]
         return agreed(
             lambda: measure(
-                self.pieces(), self.sample_inputs() if sample_inputs is None else sample_inputs
+                self.cut(parts), self.sample_inputs() if sample_inputs is None else sample_inputs
             ),
             process_group,
         )
 
-    def _partitions(self, sizes: Sequence[int], costs: Sequence[Cost]) -> list[Partition]:
-        ranges = [range(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
-        stages = self.cut(ranges)
-        plan = self._plan(stages, ranges, costs)
+    def _partitions(self, split: Split, layer_seconds: Mapping[str, float]) -> list[Partition]:
+        stages = self.cut(split.ranges)
+        plan = self._plan(stages, split, layer_seconds)
         partitions = [Partition(s, replace(plan, index=i)) for i, s in enumerate(stages)]
         for partition, mirror in zip(partitions, reversed(partitions), strict=True):
             partition.set_mirror(mirror)
         return partitions
 
     def _plan(
-        self, stages: Sequence[Stage], ranges: Sequence[range], costs: Sequence[Cost]
+        self, stages: Sequence[Stage], split: Split, layer_seconds: Mapping[str, float]
     ) -> PartitionPlan:
         check_complete(self.model, stages)
         layers = self.layers
-        timed = any(cost.seconds for cost in costs)
-        if costs:
-            by_stage = sum_of(costs, _with_ends([len(own) for own in ranges]))
-        else:
-            by_stage = [parameter_cost(stage.module) for stage in stages]
+        costs = split.costs or [parameter_cost(stage.module) for stage in stages]
         return PartitionPlan(
             architecture=type(self.model).__name__,
             num_partitions=len(stages),
             index=0,
             stages=tuple(
                 StagePlan(tuple(layers[i] for i in own), tuple(stage.module.state_dict()), cost)
-                for stage, own, cost in zip(stages, ranges, by_stage, strict=True)
+                for stage, own, cost in zip(stages, split.ranges, costs, strict=True)
             ),
             inputs=self.inputs,
             ties=find_ties(stages),
-            layer_seconds={
-                name: cost.seconds for name, cost in zip(layers, costs[1:], strict=False) if timed
-            },
+            layer_seconds=layer_seconds,
             is_causal=predicts_next_token(self.model),
         )
 
@@ -178,12 +179,3 @@ def predicts_next_token(model: nn.Module) -> bool:
     """Whether it is a causal language model of Hugging Face, by its name."""
     names = [each.__name__ for each in type(model).__mro__]
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
-
-
-def _with_ends(sizes: Sequence[int]) -> list[int]:
-    """Layers by stage -> pieces by stage: those before and behind all layers count as well."""
-    return [sizes[0] + 1, *sizes[1:-1], sizes[-1] + 1]
-
-
-def _without_ends(sizes: Sequence[int]) -> list[int]:
-    return [sizes[0] - 1, *sizes[1:-1], sizes[-1] - 1]

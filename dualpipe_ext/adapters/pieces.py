@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from operator import attrgetter
 
 from torch import Tensor, fx, nn
 
 from dualpipe_ext.adapters.first_call import FirstCall
+from dualpipe_ext.adapters.parts import single_layers
 from dualpipe_ext.adapters.plan import Outputs, Stage
 from dualpipe_ext.adapters.trace import trace_layers
 
@@ -57,6 +58,26 @@ class TracedModel:
         first, *others = modules
         first_call = FirstCall.of(self._model, self._graph)
         return [Stage(first, first_call), *(Stage(module, _call) for module in others)]
+
+    def parts(self) -> list[range]:
+        """The layers that can be on different stages: those together that a skip passes by.
+
+        As :meth:`dualpipe_ext.adapters.ModelAdapterBase.parts`.
+        """
+        singles = single_layers(len(self._layers))
+        stage_of = {node: self._stage(node, singles) for node in self._layer_of}
+        joined = {
+            border  # between the parts border and border + 1
+            for node, user in self._skips(stage_of)
+            for border in range(self._next_cut(node, stage_of), stage_of[user])
+        }
+        parts = singles[:1]
+        for border, layers in enumerate(singles[1:]):
+            if border in joined:
+                parts[-1] = range(parts[-1].start, layers.stop)
+            else:
+                parts.append(layers)
+        return parts
 
     def _assign(self) -> dict[fx.Node, int]:
         """The layer that each node runs in or behind; -1 before the first one."""
@@ -130,11 +151,15 @@ class TracedModel:
         return [node for node in stage_of if node in needed]
 
     def _check_skips(self, stage_of: dict[fx.Node, int]) -> None:
+        for node, user in self._skips(stage_of):
+            raise ValueError(self._skip(node, user, stage_of))
+
+    def _skips(self, stage_of: dict[fx.Node, int]) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """What passes a whole stage by, with what uses it."""
         for user, at in stage_of.items():
             for node in self._needs(user) & self._from_layers if user not in self._sizes else ():
-                first = self._next_cut(node, stage_of)
-                if at > first:
-                    raise ValueError(self._skip(node, user, stage_of))
+                if at > self._next_cut(node, stage_of):
+                    yield node, user
 
     def _next_cut(self, node: fx.Node, stage_of: dict[fx.Node, int]) -> int:
         """The last stage that may use what a node computes."""
@@ -149,10 +174,11 @@ class TracedModel:
 
     def _skip(self, node: fx.Node, user: fx.Node, stage_of: dict[fx.Node, int]) -> str:
         source = self._layers[self._layer_of[node]]
-        target = self._layers[self._layer_of[user]]
+        is_behind = user.op == "output" or user.target not in self._layers
+        target = f"{'behind' if is_behind else 'in'} {self._layers[self._layer_of[user]]}"
         return (
             f"{type(self._model).__name__} has a skip connection across stages: what {source} "
-            f"computes (stage {stage_of[node]}) is used at {target} (stage {stage_of[user]}), past "
+            f"computes (stage {stage_of[node]}) is used {target} (stage {stage_of[user]}), past "
             f"the layers in between; choose sizes, as in balance=[...], that keep both on one "
             f"stage, or let those layers take and return it as well"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["check_num_partitions", "check_sizes"]
+__all__ = ["check_num_partitions", "check_num_parts", "check_sizes"]
 
 
 def check_num_partitions(num_partitions: int, num_layers: int, model: str) -> None:
@@ -16,13 +16,28 @@ def check_num_partitions(num_partitions: int, num_layers: int, model: str) -> No
         )
     if num_partitions < 2 or num_partitions % 2:
         raise ValueError(
-            f"num_partitions={num_partitions}: it must be even and at least 2, for rank r of "
-            f"DualPipe holds stages r and P-1-r"
+            f"num_partitions={num_partitions}: it must be even and at least 2, for models are cut "
+            f"for DualPipe, whose rank r holds stages r and P-1-r; choose another number of stages, "
+            f"or give the pipeline of another schedule stages of your own"
         )
     if num_partitions > num_layers:
         raise ValueError(
             f"num_partitions={num_partitions}, but the {model} has {num_layers} layers, and none "
             f"of them can be cut; use at most {num_layers - num_layers % 2}"
+        )
+
+
+def check_num_parts(
+    num_partitions: int, parts: Sequence[range], layers: Sequence[str], model: str
+) -> None:
+    """Raises where skip connections leave a model in fewer parts than partitions."""
+    if num_partitions > len(parts):
+        joined = max(parts, key=len)
+        raise ValueError(
+            f"num_partitions={num_partitions}, but {model} has a skip connection across "
+            f"{layers[joined[0]]} to {layers[joined[-1]]}: they have to be on one stage, which leaves "
+            f"{len(parts)} parts; use at most {len(parts) - len(parts) % 2}, or let those layers take "
+            f"and return what passes them by"
         )
 
 

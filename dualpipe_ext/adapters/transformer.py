@@ -56,6 +56,10 @@ class TransformerLayerAdapter(ModelAdapterBase):
         """The arguments of the model's forward that the first stage takes."""
         return self._inputs
 
+    def parts(self) -> list[range]:
+        """The blocks, those together that a skip connection passes by."""
+        return self._traced.parts()
+
     def cut(self, stages: Sequence[range]) -> list[Stage]:
         """Cuts the model behind blocks."""
         return self._traced.cut(stages)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dualpipe_ext.config import DualPipeConfig
 from dualpipe_ext.groups import PipelineGroup
@@ -40,6 +40,7 @@ class BatchPipeline:
         group: the ranks.
         device: where this rank's stages go.
         label_names: which entries of a batch by name are labels.
+        sample_inputs: as for :class:`dualpipe_ext.TrainingWrapper`.
 
     Attributes:
         pipeline: what runs the steps.
@@ -57,6 +58,7 @@ class BatchPipeline:
         group: PipelineGroup,
         device: torch.device,
         label_names: Sequence[str] = ("labels",),
+        sample_inputs: Sequence[Tensor | None] | None = None,
     ) -> None:
         if config.schedule != "dualpipe":
             raise ValueError(
@@ -65,7 +67,8 @@ class BatchPipeline:
             )
         source = schedule_source(config, group.size)
         num_microbatches = config.num_microbatches or source.smallest().num_microbatches
-        stages = [stage.to(device) for stage in own_stages(model, source, group)]
+        stages = own_stages(model, source, group, config.balance, sample_inputs)
+        stages = [stage.to(device) for stage in stages]
         self.rows = RowPlan.of(source.plan(num_microbatches))
         self.pipeline = Pipeline(stages, config.schedule, 0, group, config=config)
         warn_of_other_models(weights_digest(model), group, config.timeout)

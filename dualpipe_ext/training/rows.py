@@ -48,10 +48,10 @@ class RowPlan:
         if rows < self.num_microbatches:
             raise ValueError(
                 f"the batch has {rows} rows, fewer than its {self.num_microbatches} micro-batches; "
-                f"use a larger batch (drop_last=True where it is the last one), or a smaller "
-                f"num_microbatches"
+                f"use a larger batch (drop_last=True where it is the last one), or "
+                f"{self._smaller()}"
             )
-        groups = sorted(group for group in self.entering if group)
+        groups = self._groups()
         sizes = [
             size
             for part, group in zip(even_parts(rows, len(groups)), groups, strict=True)
@@ -66,6 +66,17 @@ class RowPlan:
     def leaving_rows(self, rank: int, rows: int) -> range:
         """The rows that leave on a rank; empty where none do."""
         return self._span(self.leaving[rank], rows)
+
+    def _groups(self) -> list[tuple[int, ...]]:
+        """The micro-batches of each rank where some enter."""
+        return sorted(group for group in self.entering if group)
+
+    def _smaller(self) -> str:
+        """How fewer micro-batches are had."""
+        num_ranks = len(self.entering)
+        if len(self._groups()) == 2 and self.num_microbatches == 2 * num_ranks:
+            return f"fewer ranks: num_microbatches={self.num_microbatches} is the least for {num_ranks}"
+        return "a smaller num_microbatches"
 
     def _span(self, microbatches: Sequence[int], rows: int) -> range:
         cut = self.microbatches(rows)  # raises on every rank, those without rows included

@@ -7,14 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dualpipe_ext._advice import warn_caller
 from dualpipe_ext._source import ScheduleSource
 from dualpipe_ext._step import microbatch_seed
 from dualpipe_ext.adapters import Partition, get_model_adapter
-from dualpipe_ext.config import DualPipeConfig
+from dualpipe_ext.config import Balance, DualPipeConfig
 from dualpipe_ext.groups import PipelineGroup
+from dualpipe_ext.schedule import plan, schedules
 from dualpipe_ext.training.digests import digest
 
 __all__ = [
@@ -43,17 +44,33 @@ def setup_dual_pipe(model: nn.Module, num_stages: int, **settings: Any) -> DualP
         settings: of :class:`DualPipeConfig`, by name.
 
     Raises:
-        ValueError: the model cannot be cut into so many stages, or an unknown setting.
+        ValueError: the model cannot be cut into so many stages, the schedule does not serve so many
+            micro-batches, or an unknown setting.
         TypeError: no model, or a setting of a wrong type.
     """
-    get_model_adapter(model).partition(num_partitions=num_stages, show=False)
     chosen = {
         "num_stages": num_stages,
         "num_microbatches": 2 * num_stages,
         "overlap_strategy": "full",
         "memory_optimization": "activation_checkpoint",
     }
-    return DualPipeConfig.from_dict({**chosen, **settings})
+    config = DualPipeConfig.from_dict({**chosen, **settings})
+    _check_microbatches(config)
+    # Whatever is evened out, it can be cut as well; measuring is for the ranks together.
+    balance: Balance = "parameters" if isinstance(config.balance, str) else config.balance
+    get_model_adapter(model).partition(num_stages, balance, show=False)
+    return config
+
+
+def _check_microbatches(config: DualPipeConfig) -> None:
+    """Raises where the schedule cannot serve them, as far as its number of ranks is known."""
+    info = next((each for each in schedules() if each.name == config.schedule), None)
+    if info is None:
+        plan(config.schedule, 2, 4)  # says which ones there are
+    elif config.num_microbatches and info.stages_per_rank:
+        one_copy = 1 if info.placement == "bidirectional" else info.stages_per_rank
+        num_ranks = max(2, config.num_stages // one_copy)
+        plan(config.schedule, num_ranks, config.num_microbatches, info.stages_per_rank)
 
 
 def schedule_source(config: DualPipeConfig, num_ranks: int) -> ScheduleSource:
@@ -74,7 +91,11 @@ def schedule_source(config: DualPipeConfig, num_ranks: int) -> ScheduleSource:
 
 
 def own_stages(
-    model: nn.Module | Sequence[nn.Module], source: ScheduleSource, group: PipelineGroup
+    model: nn.Module | Sequence[nn.Module],
+    source: ScheduleSource,
+    group: PipelineGroup,
+    balance: Balance = "parameters",
+    sample_inputs: Sequence[Tensor | None] | None = None,
 ) -> list[nn.Module]:
     """What a rank holds of a model, in the order of the pipeline's modules.
 
@@ -82,11 +103,15 @@ def own_stages(
         model: a whole one; all of its partitions, or more than this rank's; or this rank's stages.
         source: the schedule.
         group: the ranks.
+        balance: how a whole model is cut.
+        sample_inputs: one micro-batch of the model, to measure its layers with.
     """
     schedule = source.smallest()
     stages = schedule.stages_of(group.rank)
     if isinstance(model, nn.Module):
-        partitions = get_model_adapter(model).partition(schedule.num_stages, process_group=group)
+        partitions = get_model_adapter(model).partition(
+            schedule.num_stages, balance, sample_inputs=sample_inputs, process_group=group
+        )
         return [partitions[stage] for stage in stages]
     given = list(model)
     by_index = {each.plan.index: each for each in given if isinstance(each, Partition)}

@@ -11,6 +11,7 @@ import torch
 
 from dualpipe_ext.pipeline import Pipeline
 from dualpipe_ext.training.batches import Batch, fingerprint
+from dualpipe_ext.training.imbalance import ImbalanceWatch
 from dualpipe_ext.training.losses import BatchLoss
 from dualpipe_ext.training.modes import autocasting
 from dualpipe_ext.training.parts import Cutter, Part
@@ -37,6 +38,7 @@ class BatchSteps:
     def __init__(self, pipeline: Pipeline, rows: RowPlan, dim: int, timeout: float) -> None:
         self.device = next((each.device for each in pipeline.parameters()), torch.device("cpu"))
         self._pipeline = pipeline
+        self._watch = ImbalanceWatch(pipeline)
         self._rows = rows
         self._cutter = Cutter(rows, pipeline.group, BY_ROWS, self.device, dim, timeout)
 
@@ -102,6 +104,8 @@ class BatchSteps:
                 return_outputs=return_outputs,
                 sync_gradients=sync_gradients,
             )
+        if torch.is_grad_enabled():
+            self._watch.after_step()
         return 0.0 if losses is None else float(losses.double().sum()), outputs
 
     def infer(self, part: Part, autocast: torch.dtype | None = None) -> Any:

@@ -103,6 +103,8 @@ class TrainingWrapper:
             device, whose values :meth:`load_checkpoint` brings.
         input_names: what the first stage takes, for batches by name, where stages are your own.
         label_names: which entries of a batch by name are labels, in the order of ``loss_fn``.
+        sample_inputs: one micro-batch of the model's inputs, for a ``config.balance`` that measures
+            layers; adapters of Hugging Face's models make one up.
         batch_dim: the dimension of the rows, 0 or more.
         process_group: the ranks; torch's default group where left out.
         replica_group: the ranks in the same place of other pipelines (replicas), each of which is
@@ -139,6 +141,7 @@ class TrainingWrapper:
         device: torch.device | str | None = None,
         input_names: Sequence[str] | None = None,
         label_names: Sequence[str] = ("labels",),
+        sample_inputs: Sequence[Tensor | None] | None = None,
         batch_dim: int = 0,
         process_group: dist.ProcessGroup | PipelineGroup | None = None,
         replica_group: dist.ProcessGroup | None = None,
@@ -167,7 +170,7 @@ class TrainingWrapper:
         self._replicas = Replicas(replica_group)
         with self._replicas.telling_failures():
             weights = weights_digest(model)  # before it is given memory with whatever is in it
-            self._agree(lambda: self._adopt(model, device))
+            self._agree(lambda: self._adopt(model, device, sample_inputs))
             warn_of_other_models(weights, self._group, self.config.timeout)
             config = seeded(self.config, self._group, self._replicas.index)
             self.pipeline = Pipeline(
@@ -380,7 +383,10 @@ class TrainingWrapper:
         agree(self._group, self.config.timeout, describe)
 
     def _adopt(
-        self, model: nn.Module | Sequence[nn.Module], device: torch.device | str | None
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        device: torch.device | str | None,
+        sample_inputs: Sequence[Tensor | None] | None,
     ) -> dict[str, Any]:
         """Cuts the model, and resolves what can be wrong on one rank; the others are told."""
         options = self._options
@@ -388,7 +394,7 @@ class TrainingWrapper:
         source = schedule_source(self.config, self._group.size)
         num_microbatches = self.config.num_microbatches or source.smallest().num_microbatches
         self._rows = RowPlan.of(source.plan(num_microbatches))
-        stages = own_stages(model, source, self._group)
+        stages = own_stages(model, source, self._group, self.config.balance, sample_inputs)
         self._loss = choose_loss(
             predicts_next_token(stages),
             options.loss_fn,

@@ -184,17 +184,23 @@ class VisionTransformer(nn.Module):
 
 
 class Skipping(nn.Module):
-    """The first block's output is added again before the last one."""
+    """One block's output is added again behind a later one."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_blocks: int = 4, source: int = 0, target: int = 2) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.blocks = nn.ModuleList(Block() for _ in range(num_blocks))
+        self.source = source
+        self.target = target
 
     def forward(self, x: Tensor) -> Tensor:
-        early = self.blocks[0](x)
-        x = self.blocks[2](self.blocks[1](early))
-        y: Tensor = self.blocks[3](x + early)
-        return y
+        early = x
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index == self.source:
+                early = x
+            if index == self.target:
+                x = x + early
+        return x
 
 
 class Deciding(nn.Module):

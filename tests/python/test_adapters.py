@@ -7,7 +7,7 @@ import gc
 import re
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -285,7 +285,11 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "skip connection": (
         lambda: get_model_adapter(Skipping()).partition(2, balance=[2, 2]),
-        r"across stages: what blocks.0 computes \(stage 0\) is used at blocks.2 \(stage 1\)",
+        r"across stages: what blocks.0 computes \(stage 0\) is used behind blocks.2 \(stage 1\)",
+    ),
+    "a skip over nearly everything": (
+        lambda: get_model_adapter(Skipping(6, 0, 5)).partition(4),
+        "num_partitions=4, but Skipping has a skip connection across blocks.1 to blocks.5.*at most 2",
     ),
     "values decide": (lambda: get_model_adapter(Deciding()).partition(2), "cannot be traced"),
     "gradients switched off": (
@@ -397,6 +401,34 @@ def test_a_skip_within_a_stage_is_fine() -> None:
     x = torch.ones(2, 3, 8)
     with torch.no_grad():
         check_chained(partitions, (x,), (model(x),))
+
+
+@pytest.mark.parametrize("balance", ["parameters", "memory", "time"])
+@pytest.mark.parametrize(
+    ("num_blocks", "source", "target", "num_partitions"),
+    [(4, 0, 2, 2), (4, 0, 2, 4), (6, 0, 2, 2), (6, 1, 5, 2), (6, 3, 5, 4), (6, 0, 5, 2)],
+)
+def test_blocks_that_a_skip_passes_by_stay_together(
+    balance: Literal["parameters", "memory", "time"],
+    num_blocks: int,
+    source: int,
+    target: int,
+    num_partitions: int,
+) -> None:
+    model = seeded(lambda: Skipping(num_blocks, source, target))
+    x = torch.ones(2, 3, 8)
+    partitions = get_model_adapter(model).partition(
+        num_partitions, balance, sample_inputs=(x,), show=False
+    )
+    check_union(model, partitions)
+    with torch.no_grad():
+        check_chained(partitions, (x,), (model(x),))
+    passed_by = [f"blocks.{i}" for i in range(source + 1, target + 1)]
+    assert any(set(passed_by) <= set(partition.plan.layers) for partition in partitions)
+    if balance == "time":
+        measured = partitions[0].plan.layer_seconds
+        assert set(measured) == {f"blocks.{i}" for i in range(num_blocks)}
+        assert len({measured[name] for name in passed_by}) == 1
 
 
 # Partitions on ranks

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import random
 import time
+import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,9 +16,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_models import GPT, WIDTH
 from torch import Tensor, nn
+from torch.optim import SGD
 
-from dualpipe_ext import DualPipe, PipelineError, WeightGradStore
-from dualpipe_ext.adapters import Cost, Imbalance, get_model_adapter, report_imbalance
+from dualpipe_ext import (
+    DualPipe,
+    DualPipeConfig,
+    PipelineError,
+    TrainingWrapper,
+    WeightGradStore,
+)
+from dualpipe_ext.adapters import (
+    Cost,
+    Imbalance,
+    Partition,
+    get_model_adapter,
+    report_imbalance,
+)
 from dualpipe_ext.adapters.balance import balanced_sizes, sum_of
 from dualpipe_ext.adapters.split import best_for_ranks, fronts
 from dualpipe_ext.adapters.step_time import step_seconds
@@ -222,6 +237,49 @@ def test_reports_that_no_move_helps() -> None:
     report = imbalance([2] * 8, [2, 2, 2, 2])
     assert report.layer is None and report.better_sizes == (2, 2, 2, 2)
     assert "would not help" in str(report)
+
+
+def warned(sizes: Sequence[int], num_steps: int) -> list[str]:
+    """By a training loop over eight equal layers."""
+
+    def train(rank: int, size: int) -> None:
+        config = DualPipeConfig(balance=sizes, num_microbatches=8)
+        wrapper = TrainingWrapper(slow_model([2] * 8), config, SGD, loss_fn=Tensor.sum)
+        for _ in range(num_steps):
+            wrapper.train_step(((torch.ones(8, 2),), ()))
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run_ranks(train, 4)
+    return [str(each.message) for each in told if "the stages are uneven" in str(each.message)]
+
+
+def test_training_warns_of_uneven_stages_once() -> None:
+    (text,) = warned([3, 1, 2, 2], num_steps=7)
+    assert "move 2: balance=[2, 2, 2, 2] in place of [3, 1, 2, 2]" in text
+    assert "balance='time'" in text
+
+
+def test_training_does_not_warn_of_even_stages() -> None:
+    assert warned([2, 2, 2, 2], num_steps=6) == []
+
+
+def test_a_configuration_says_how_to_cut() -> None:
+    """By times, where it is told so: the first layer takes as long as all others."""
+
+    def cut(rank: int, size: int, **options: Any) -> list[tuple[str, ...]]:
+        model = slow_model([8, 1, 1, 1, 1, 1, 1, 1, 1])
+        wrapper = TrainingWrapper(model, DualPipeConfig(balance="time"), SGD, **options)
+        partition = wrapper.pipeline.module[0]
+        assert isinstance(partition, Partition)
+        return [stage.layers for stage in partition.plan.stages]
+
+    with pytest.raises(ValueError, match="are measured with a micro-batch; pass sample_inputs="):
+        run_ranks(cut, 4)
+    first, *others = run_ranks(partial(cut, sample_inputs=(torch.ones(1, 2),)), 4)
+    assert all(stages == first for stages in others)
+    by_rank = [first[0] + first[3], first[1] + first[2]]
+    assert min(by_rank, key=len) in [("0",), ("0", "1"), ("0", "8")], first
 
 
 def test_reports_on_partitions_alone() -> None:

@@ -22,6 +22,7 @@ CHANGED = DualPipeConfig(
     timeout=2.5,
     bucket_bytes=1024,
     seed=7,
+    balance=[1, 2, 1, 0],
 )
 
 
@@ -41,6 +42,7 @@ def test_travels_as_a_file(tmp_path: Path) -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "a near miss": ({"num_stage": 4}, ValueError, ("'num_stage'", "did you mean 'num_stages'?")),
+    "its name in a step": ({"num_chunks": 4}, ValueError, ("it is 'num_microbatches' here",)),
     "an unknown name": ({"zzz": 1}, ValueError, ("'zzz'", "there are num_stages, ")),
     "a number as text": ({"num_stages": "4"}, TypeError, ("num_stages='4'", "int, not str")),
     "a negative number": ({"num_stages": -2}, ValueError, ("num_stages=-2", "at least 0")),
@@ -55,6 +57,12 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
         ("'none', 'activation_checkpoint' or 'offload'",),
     ),
     "a schedule that is no name": ({"schedule": 3}, TypeError, ("schedule=3", "schedules()")),
+    "an unknown balance": (
+        {"balance": "speed"},
+        ValueError,
+        ("balance='speed'", "'parameters', 'memory' or 'time'"),
+    ),
+    "a balance with half a layer": ({"balance": [1, 0.5]}, TypeError, ("balance=0.5", "an int")),
     "a seed in words": ({"seed": "42"}, TypeError, ("seed='42'", "an int, not str")),
     "yes for true": (
         {"split_weight_gradients": "no"},
@@ -105,6 +113,29 @@ def test_setup_as_in_the_seed() -> None:
         memory_optimization="activation_checkpoint",
     )
     assert setup_dual_pipe(GPT(4), 4, memory_optimization="none", lookahead=1).lookahead == 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "num_microbatches", "part"),
+    [
+        ("dualpipe", 3, "use 8"),
+        ("dualpipe", 9, "use 10"),
+        ("dualpipev", 3, "at least 2 \\* num_ranks = 4"),
+        ("1f2b", 8, "1f2b"),
+    ],
+)
+def test_setup_of_what_the_schedule_does_not_serve(
+    schedule: str, num_microbatches: int, part: str
+) -> None:
+    with pytest.raises(ValueError, match=part):
+        setup_dual_pipe(GPT(4), 4, schedule=schedule, num_microbatches=num_microbatches)
+
+
+def test_setup_with_sizes() -> None:
+    assert setup_dual_pipe(GPT(4), 2, balance=[3, 1]).balance == (3, 1)
+    assert setup_dual_pipe(GPT(4), 2, balance="time").balance == "time"
+    with pytest.raises(ValueError, match="has 3 sizes for 2 partitions"):
+        setup_dual_pipe(GPT(4), 2, balance=[2, 1, 1])
 
 
 @pytest.mark.parametrize(

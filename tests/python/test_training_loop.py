@@ -373,7 +373,11 @@ def test_a_loss_that_shifts_counts_no_first_label(shifts: bool | None) -> None:
     def train(rank: int, size: int) -> float:
         own = copy.deepcopy(model)
         config = setup_dual_pipe(own, size)
-        options = {"loss_fn": shifting_loss, "reduction": "token", "shifts_labels": shifts}
+        options: dict[str, Any] = {
+            "loss_fn": shifting_loss,
+            "reduction": "token",
+            "shifts_labels": shifts,
+        }
         return float(TrainingWrapper(own, config, **options).train_step((text, labels)))
 
     if shifts is None:

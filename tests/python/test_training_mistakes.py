@@ -72,7 +72,8 @@ CONSTRUCTION = {
         ("Deciding cannot be traced", "register_adapter"), {"model": Deciding}
     ),
     "a skip connection": Wrong(
-        ("Skipping has a skip connection across stages", "balance="), {"model": Skipping}
+        ("Skipping has a skip connection across stages", "used behind blocks.2", "balance="),
+        {"model": Skipping, "config": DualPipeConfig(balance=[2, 2])},
     ),
     "too few micro-batches": Wrong(
         ("num_microbatches is 2", "use 4"), {"config": DualPipeConfig(num_microbatches=2)}
@@ -364,11 +365,11 @@ class Failing(SGD):
         super().__init__(parameters, lr=0.1)
         self.fails = on
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         if self.fails:
             self.fails = False
             raise RuntimeError("out of luck")
-        super().step(closure)
+        return super().step(closure)
 
 
 @pytest.mark.parametrize("culprit", range(4))

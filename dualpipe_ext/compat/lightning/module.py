@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +44,7 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
             over rows, and whole numbers among which is -100 are refused as targets.
         shifts_labels: as for :class:`dualpipe_ext.TrainingWrapper`.
         config: everything else about the pipeline.
+        sample_inputs: as for :class:`dualpipe_ext.TrainingWrapper`.
 
     Attributes:
         model: as it was given.
@@ -59,6 +61,7 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
         reduction: Reduction | None = None,
         shifts_labels: bool | None = None,
         config: DualPipeConfig | None = None,
+        sample_inputs: Sequence[Tensor | None] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -67,6 +70,7 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
         self._loss = choose_loss(
             predicts_next_token(model), self._criterion, reduction, IGNORED, shifts_labels
         )
+        self._sample_inputs = sample_inputs
         self._built: BatchPipeline | None = None
         self._stepped: float | None = None  # the loss that was trained, until its backward
 
@@ -107,7 +111,13 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
             )
         self._refuse_other_parameters()
         group = resolve_group(host_group(None), None)
-        self._built = BatchPipeline(self.model, self._seeded_config(), group, strategy.root_device)
+        self._built = BatchPipeline(
+            self.model,
+            self._seeded_config(),
+            group,
+            strategy.root_device,
+            sample_inputs=self._sample_inputs,
+        )
 
     def _refuse_other_parameters(self) -> None:
         """A criterion's own would get the gradient of half of a batch, on two of the ranks."""

@@ -1,0 +1,51 @@
+"""The parts of a model that can be on different stages, with what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from dualpipe_ext.adapters.balance import balanced_sizes, sum_of
+from dualpipe_ext.adapters.cost import Cost
+
+__all__ = ["Parts", "Split", "single_layers"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The layers of each stage, by index, and what the stages cost."""
+
+    ranges: list[range]
+    costs: list[Cost]
+
+
+def single_layers(num_layers: int) -> list[range]:
+    """What runs before all layers, each layer, and what runs behind them."""
+    singles = [range(i, i + 1) for i in range(num_layers)]
+    return [range(0), *singles, range(num_layers, num_layers)]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts of a model, in order, each with what it costs."""
+
+    ranges: list[range]
+    costs: list[Cost]
+
+    def split(self, num_stages: int, criterion: str) -> Split:
+        """Consecutive parts for each stage, evened out as :func:`balanced_sizes` does."""
+        counts = balanced_sizes(self.costs, num_stages, criterion)
+        edges = list(accumulate((len(part) for part in self.ranges), initial=0))
+        stages = pairwise(accumulate(counts, initial=0))
+        ranges = [range(edges[first], edges[last]) for first, last in stages]
+        return Split(ranges, sum_of(self.costs, counts))
+
+    def layer_seconds(self, layers: Sequence[str]) -> dict[str, float]:
+        """What each layer takes by its name, an equal share of its part; empty if not measured."""
+        return {
+            layers[i]: cost.seconds / len(part)
+            for part, cost in zip(self.ranges, self.costs, strict=True)
+            for i in part
+            if cost.seconds
+        }

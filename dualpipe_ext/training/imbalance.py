@@ -1,0 +1,53 @@
+"""Uneven stages, noticed while a model is trained."""
+
+from __future__ import annotations
+
+from dualpipe_ext._advice import warn_caller
+from dualpipe_ext.adapters import Imbalance, Partition, report_imbalance
+from dualpipe_ext.pipeline import Pipeline
+
+__all__ = ["ImbalanceWatch"]
+
+FIRST, LAST = 3, 5  # steps: the ones before are slow for other reasons
+GAIN = 0.1  # of the simulated step; smaller ones are within what one layer's noise makes
+LEAST_SECONDS = 5e-4  # of a stage and a micro-batch: below, other things than layers take the time
+
+
+class ImbalanceWatch:
+    """Warns, once, on the first rank, where moving one layer would make steps shorter.
+
+    Three steps have to agree on the layer. Stages on a GPU are not watched: what a rank measures
+    there is how long it takes to give the GPU its work.
+
+    Args:
+        pipeline: whose steps are watched, where its modules are partitions of DualPipe.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._num_steps = 0
+        self._seen: list[Imbalance] = []
+
+    def after_step(self) -> None:
+        """Looks at the training step that was just run; all ranks call it."""
+        self._num_steps += 1
+        if not FIRST <= self._num_steps <= LAST or not self._is_watched():
+            return
+        try:
+            self._seen.append(report_imbalance(self._pipeline, threshold=GAIN))
+        except ValueError:  # a stage without a backward, on all ranks
+            return
+        if len(self._seen) == LAST - FIRST + 1 and self._pipeline.rank == 0:
+            self._warn()
+
+    def _is_watched(self) -> bool:
+        modules = self._pipeline.module
+        is_cut = self._pipeline.is_mirrored and all(isinstance(m, Partition) for m in modules)
+        return is_cut and all(p.device.type == "cpu" for p in self._pipeline.parameters())
+
+    def _warn(self) -> None:
+        layers = {report.layer for report in self._seen}
+        last = self._seen[-1]
+        mean = sum(stage.seconds for stage in last.stages) / len(last.stages)
+        if len(layers) == 1 and last.layer is not None and mean >= LEAST_SECONDS:
+            warn_caller(f"the stages are uneven: {last}; or let balance='time' find the sizes")
