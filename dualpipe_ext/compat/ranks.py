@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dualpipe_ext._handshake import collect
 from dualpipe_ext.pipeline import Pipeline
 
-__all__ = ["both_ends", "host_group", "rank_device"]
+__all__ = ["both_ends", "host_group", "on_all_ranks", "rank_device"]
+
+_TIMEOUT_S = 1800.0  # for a rank that writes a large model to a slow disk
 
 
 def host_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
@@ -38,6 +42,22 @@ def rank_device(device: torch.device, rank: int) -> torch.device:
     if device.type != "cuda" or (device.index is not None and "LOCAL_RANK" in os.environ):
         return device
     return torch.device("cuda", rank % torch.cuda.device_count())
+
+
+def on_all_ranks(pipeline: Pipeline, act: Callable[[], object], failure: str) -> None:
+    """Calls ``act`` on every rank; returns once all of them are through.
+
+    For what one rank writes: the others neither read it too early nor wait for it in vain.
+
+    Raises:
+        Exception: what ``act`` raised on this rank, once the others know of it.
+        PipelineError: ``act`` raised on another rank, which ``failure`` says more about.
+    """
+
+    def describe() -> None:
+        act()
+
+    collect(pipeline.group, _TIMEOUT_S, describe, failure)
 
 
 def both_ends(own: Any, pipeline: Pipeline, group: dist.ProcessGroup) -> Tensor:

@@ -301,7 +301,20 @@ def run_with_parts(rank: int, size: int, jobs: dict[str, Run]) -> dict[str, Any]
     """Runs where a rank has a part of the stages; then a validation that needs all of them."""
     start_as_torchrun(rank, size)
     found: dict[str, Any] = {name: run_over_pipeline(size, job) for name, job in jobs.items()}
-    return {**found, "measured": measure(size)}
+    return {**found, "measured": measure(size), "unsaved": save_to_a_full_disk(rank, size)}
+
+
+def save_to_a_full_disk(rank: int, size: int) -> Outcome:
+    """The first rank cannot write."""
+    trainer = make_trainer(Run(), [], devices=size, strategy=DualPipeStrategy())
+    trainer.fit(Split(2 * size), make_loader(8, 0, False))
+    if rank == 0:
+        trainer.strategy.checkpoint_io.save_checkpoint = full_disk
+    return attempt(trainer.save_checkpoint, "unsaved.ckpt")
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError("No space left on device")
 
 
 def noisy_losses(size: int, folder: str = "", resume: str | None = None) -> list[float]:

@@ -135,6 +135,23 @@ def test_ranks_with_a_part_of_the_model_save_and_resume_all_of_it(
         assert found["are own"] == {True}  # no memory for states of stages that are elsewhere
 
 
+def test_a_failing_write_is_told_to_all_ranks(parts: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(parts):
+        for outcome in (found["unsaved"], found["no checkpoint"]):
+            assert outcome.error == ("PipelineError" if rank else "OSError"), outcome
+            assert "No space left on device" in outcome.text and outcome.seconds < 20
+            assert rank == 0 or outcome.text.startswith("rank 0 could not save the model")
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(parts: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(parts):
+        step, last = found["went on to"]
+        assert step == last > 2
+        nothing = found["nothing to resume"]
+        assert nothing.error == ("PipelineError" if rank else "ValueError"), nothing
+        assert "there is no complete checkpoint in" in nothing.text
+
+
 @pytest.mark.parametrize("ranks", ["pipeline", "parts"])
 def test_an_unsplit_run_goes_on_with_its_checkpoint(
     ranks: str, folder: Path, unsplit: dict[str, History], request: pytest.FixtureRequest

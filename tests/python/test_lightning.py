@@ -175,6 +175,14 @@ def test_a_model_of_which_a_rank_has_a_part_is_not_called(parts: list[dict[str, 
         assert "Perceptron was called while it is trained" in found["measured"].text
 
 
+def test_a_failing_write_is_told_to_all_ranks(parts: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(parts):
+        outcome = found["unsaved"]
+        assert outcome.error == ("PipelineError" if rank else "OSError"), outcome
+        assert "No space left on device" in outcome.text and outcome.seconds < 20
+        assert rank == 0 or outcome.text.startswith("rank 0 could not write the checkpoint")
+
+
 def check(found: History, expected: History, relative: float) -> None:
     """The losses of a run, the scores, the model, its predictions."""
     close = torch.testing.assert_close

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from hf_models import ARCHITECTURES, CLASSES, OTHERS_LIKE_THEM, TIME, VOCABULARY
+from outcomes import attempt
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments
@@ -205,13 +207,31 @@ def run_all(
 
 
 def run_with_parts(rank: int, size: int, job: Run) -> dict[str, Any]:
-    """A run, and one from its checkpoint of step 2; whether all that has a state then is its own."""
+    """A run, and one from its checkpoint of step 2; whether all that has a state then is its own.
+
+    Then saves that fail on the first rank, and going on although the last save was cut off.
+    """
     once = run_rank(size, job)
     trainer = job.make(DualPipeTrainer, num_chunks=2 * size)
     resumed = run(trainer, resume=2)
     own = {id(p) for p in trainer.pipeline.parameters()}
     state = trainer.optimizer.optimizer.state
-    return {"once": once, "resumed": resumed, "are own": {id(p) in own for p in state}}
+    found = {"once": once, "resumed": resumed, "are own": {id(p) in own for p in state}}
+    (Path(job.folder) / "checkpoint-99").mkdir(exist_ok=True)  # cut off before anything was there
+    going_on = job.make(DualPipeTrainer, num_chunks=2 * size)
+    going_on.train(resume_from_checkpoint=True)
+    found["went on to"] = going_on.state.global_step, trainer.state.global_step
+    if rank == 0:
+        going_on._save = _full_disk
+    found["unsaved"] = attempt(going_on.save_model, f"{job.folder}/unsaved")
+    going_on.args.output_dir = f"{job.folder}/elsewhere"
+    found["no checkpoint"] = attempt(going_on._save_checkpoint, going_on.model, None)
+    found["nothing to resume"] = attempt(going_on.train, resume_from_checkpoint=True)
+    return found
+
+
+def _full_disk(*_: Any, **__: Any) -> None:
+    raise OSError("No space left on device")
 
 
 def is_exact(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from dualpipe_ext.checkpoint.ranks import Ranks
 from dualpipe_ext.compat.batches import BatchPipeline
 from dualpipe_ext.compat.huggingface.arguments import accepted, recomputes
+from dualpipe_ext.compat.huggingface.checkpoints import last_complete_checkpoint
 from dualpipe_ext.compat.huggingface.losses import ModelLoss
 from dualpipe_ext.compat.huggingface.one_process import show_one_process
-from dualpipe_ext.compat.ranks import both_ends, host_group, rank_device
+from dualpipe_ext.compat.ranks import both_ends, host_group, on_all_ranks, rank_device
 from dualpipe_ext.compat.whole import own_state_alone, update_model, whole_state
 from dualpipe_ext.config import DualPipeConfig
 from dualpipe_ext.groups import resolve_group
@@ -181,17 +184,36 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
 
     # The model in one piece
 
-    def train(self, *args: Any, **options: Any) -> Any:
-        """As the trainer's; afterwards :attr:`model` has all values on every rank."""
-        result = super().train(*args, **options)
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any
+    ) -> Any:
+        """As the trainer's; afterwards :attr:`model` has all values on every rank.
+
+        ``resume_from_checkpoint=True`` takes the last checkpoint that is complete.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if resume_from_checkpoint is True:
+            ranks = Ranks(self.pipeline.group, self.pipeline.config.timeout)
+            resume_from_checkpoint = ranks.from_first(
+                lambda: last_complete_checkpoint(str(self.args.output_dir)),
+                "found nothing to resume from",
+            )
+        result = super().train(resume_from_checkpoint, *args, **options)
         update_model(self.model, self.pipeline, self._host)
         return result
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the whole model, on the first rank. Call it on every rank."""
+        """Writes the whole model, on the first rank. Call it on every rank.
+
+        Raises:
+            Exception: what went wrong, on the first rank.
+            PipelineError: the same, on the others.
+        """
         update_model(self.model, self.pipeline, self._host)
-        super().save_model(output_dir, _internal_call)
-        dist.barrier(self._host)
+        save = partial(super().save_model, output_dir, _internal_call)
+        on_all_ranks(self.pipeline, save, "could not save the model")
 
     def hyperparameter_search(self, *_: Any, **__: Any) -> Any:
         """Not here.
@@ -202,8 +224,8 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         raise ValueError("DualPipeTrainer has one model, which is not cut again for each trial")
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
-        super()._save_checkpoint(*args, **options)
-        dist.barrier(self._host)  # nobody reads it before it is there
+        save = partial(super()._save_checkpoint, *args, **options)
+        on_all_ranks(self.pipeline, save, "could not save the checkpoint")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with whole_state(self._torch_optimizer(), self.pipeline, self._host):

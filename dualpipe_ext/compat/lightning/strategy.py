@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from dualpipe_ext.compat.lightning.module import DualPipeLightningModule
 from dualpipe_ext.compat.lightning.optimizer_states import load_whole_state, save_whole_state
 from dualpipe_ext.compat.lightning.refusals import refuse_settings
-from dualpipe_ext.compat.ranks import host_group
+from dualpipe_ext.compat.ranks import host_group, on_all_ranks
 from dualpipe_ext.compat.whole import update_model
 from dualpipe_ext.training.optimizers import refuse_closures
 
@@ -108,6 +109,16 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         update_model(self.lightning_module.model, self._pipeline, host_group(None))
         state: dict[str, Any] = self.lightning_module.state_dict()
         return state
+
+    def save_checkpoint(self, *args: Any, **options: Any) -> None:
+        """Writes a checkpoint on the first rank, as Lightning does. Every rank calls it.
+
+        Raises:
+            Exception: what went wrong, on the first rank.
+            PipelineError: the same, on the others.
+        """
+        save = partial(super().save_checkpoint, *args, **options)
+        on_all_ranks(self._pipeline, save, "could not write the checkpoint")
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """That of an unsplit run, on the first rank. Every rank calls it."""
