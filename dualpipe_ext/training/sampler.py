@@ -37,7 +37,7 @@ class ReplicaBatchSampler(Sampler[list[int]]):
         seed: of the order.
         drop_last: leave out the last batch where it is smaller. Otherwise a replica has none where
             it comes to less than one sample for each: ``evaluate()`` takes loaders of different
-            lengths.
+            lengths, ``train_step()`` does not; the other replicas would wait for this one.
         rows: of the rows of a replica's batch, those to read: for ``train_step(...,
             halves=True)``, where inputs and labels of different rows are read
             (:meth:`dualpipe_ext.TrainingWrapper.own_rows`). Batches of none are lists of none.

@@ -239,8 +239,8 @@ def lightning_losses(size: int) -> list[float]:
     return found
 
 
-def hugging_face_log(folder: str) -> list[dict[str, float]]:
-    """What the trainer logged; the model is read from a folder named as in the block."""
+def hugging_face_job(folder: str) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
+    """The settings and the data of the Hugging Face block."""
     arguments = {
         "output_dir": folder,
         "per_device_train_batch_size": 16,
@@ -254,7 +254,12 @@ def hugging_face_log(folder: str) -> list[dict[str, float]]:
         "use_cpu": True,
         "dataloader_pin_memory": False,
     }
-    dataset = [{"input_ids": text, "labels": text} for text in torch.cat(texts())]
+    return arguments, [{"input_ids": text, "labels": text} for text in torch.cat(texts())]
+
+
+def hugging_face_log(folder: str) -> list[dict[str, float]]:
+    """What the trainer logged; the model is read from a folder named as in the block."""
+    arguments, dataset = hugging_face_job(folder)
     names = run_block(HUGGING_FACE, arguments=arguments, train_dataset=dataset)
     log: list[dict[str, float]] = names["trainer"].state.log_history
     return log

@@ -144,8 +144,9 @@ def test_measures_times_and_a_measured_step_is_near_the_best() -> None:
     assert measured == pytest.approx(milliseconds, rel=0.4)  # a busy machine wakes up late
     sizes = [len(stage.layers) for stage in partitions[0].plan.stages]
     steps = {tuple(s): measured_step(milliseconds, s) for s in all_splits(7, 4)}
-    own = min(steps[tuple(sizes)], measured_step(milliseconds, sizes))
-    assert own <= 1.05 * min(steps.values()), (sizes, steps)
+    for split in (tuple(sizes), min(steps, key=lambda split: steps[split])):  # once more, both
+        steps[split] = min(steps[split], measured_step(milliseconds, split))
+    assert steps[tuple(sizes)] <= 1.05 * min(steps.values()), (sizes, steps)
 
 
 def test_measures_activations() -> None:

@@ -6,6 +6,7 @@ table are those of the simulator in test_schedule_facade.py.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from seed_blocks import (
     CONFIGURATION,
     YourModel,
     following,
+    hugging_face_job,
     loss_of,
     run_block,
     run_core,
@@ -35,7 +37,8 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def trainers(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the model of the Hugging Face block."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("trainers")
@@ -48,6 +51,11 @@ def trainers(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         num_attention_heads=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder / "your-model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trainers(folder: Path) -> list[Any]:
     return run_ranks(run_trainers, 2, "processes", (str(folder),))
 
 
@@ -103,7 +111,17 @@ def test_the_lightning_module_trains_as_the_unsplit_model(trainers: list[Any]) -
         torch.testing.assert_close(torch.tensor(losses), expected, rtol=1e-5, atol=0.0)
 
 
-def test_the_hugging_face_trainer_learns_and_logs_its_times(trainers: list[Any]) -> None:
+def test_the_hugging_face_trainer_trains_as_a_plain_one(trainers: list[Any], folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    arguments, dataset = hugging_face_job(str(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder / "your-model")
+    plain = Trainer(model=model, args=TrainingArguments(**arguments), train_dataset=dataset)
+    plain.train()
+    expected = [log for log in plain.state.log_history if "loss" in log]
     logs = [log for log in trainers[0][1] if "loss" in log]
     assert len(logs) == 4 and logs[-1]["loss"] < logs[0]["loss"]
+    for name in ("loss", "grad_norm"):
+        found = [log[name] for log in logs]
+        assert found == pytest.approx([log[name] for log in expected], rel=1e-5)
     assert all(0 < log["pipeline_step_seconds"] for log in logs)

@@ -29,7 +29,7 @@ def batches(architecture: Architecture) -> list[dict[str, Tensor]]:
     return made
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_trains_with_the_loss_of_the_model(name: str) -> None:
     architecture = ARCHITECTURES[name]
     data = batches(architecture)
