@@ -1,4 +1,4 @@
-"""What the ranks of a pipeline tell one another when it is made."""
+"""What the ranks of a pipeline tell one another beside its steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from dualpipe_ext._C import PipelineError
 from dualpipe_ext.groups import PipelineGroup
 
-__all__ = ["agree", "collect"]
+__all__ = ["act_together", "agree", "collect"]
 
 Describe = Callable[[], Any]  # of what JSON can hold
 
@@ -46,6 +46,28 @@ def collect(group: PipelineGroup, timeout: float, describe: Describe, failure: s
         if "error" in answer:
             raise PipelineError(f"rank {rank} {failure}: {answer['error']}")
     return [answer["facts"] for answer in answers]
+
+
+def act_together(
+    group: PipelineGroup, timeout: float, act: Callable[[], None], failure: str
+) -> None:
+    """Calls ``act`` on every rank; for what is done in each step, where texts would take too long.
+
+    Raises as :func:`collect` does.
+    """
+    raised: Exception | None = None
+    try:
+        act()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait
+        raised = error
+    failed = group.all_gather_floats([float(raised is not None)])
+    if any(flag for (flag,) in failed):
+        collect(group, timeout, lambda: _raise(raised), failure)
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _compare(facts: list[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dualpipe_ext._C import PipelineError
-from dualpipe_ext._handshake import agree, collect
+from dualpipe_ext._handshake import act_together, agree
 from dualpipe_ext.checkpoint import Resumed, load_checkpoint, save_checkpoint
 from dualpipe_ext.checkpoint.replicas import average_buffers
 from dualpipe_ext.config import DualPipeConfig
@@ -467,7 +467,7 @@ class TrainingWrapper:
         """Changes parameters on all ranks; one that cannot is told to the others."""
         with self._replicas.telling_failures():
             updater.prepare(report.are_finite)
-            collect(
+            act_together(
                 self._group,
                 self.config.timeout,
                 lambda: updater.step(report.loss, report.are_finite),
