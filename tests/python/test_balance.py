@@ -138,10 +138,14 @@ def measured_step(milliseconds: Sequence[float], sizes: Sequence[int]) -> float:
 def test_measures_times_and_a_measured_step_is_near_the_best() -> None:
     milliseconds = [1, 1, 2, 1, 1, 2, 4]
     adapter = get_model_adapter(slow_model(milliseconds))
-    partitions = adapter.partition(4, "time", sample_inputs=(torch.ones(1, 2),), show=False)
-    layer_seconds = partitions[0].plan.layer_seconds
-    measured = [1e3 * layer_seconds[str(i)] / 3 for i in range(7)]
-    assert measured == pytest.approx(milliseconds, rel=0.4)  # a busy machine wakes up late
+    for _ in range(5):  # a busy machine wakes up late
+        partitions = adapter.partition(4, "time", sample_inputs=(torch.ones(1, 2),), show=False)
+        layer_seconds = partitions[0].plan.layer_seconds
+        measured = [1e3 * layer_seconds[str(i)] / 3 for i in range(7)]
+        if measured == pytest.approx(milliseconds, rel=0.3):
+            break
+    else:
+        pytest.fail(f"measured {measured} at last, for layers of {milliseconds}")
     sizes = [len(stage.layers) for stage in partitions[0].plan.stages]
     steps = {tuple(s): measured_step(milliseconds, s) for s in all_splits(7, 4)}
     for split in (tuple(sizes), min(steps, key=lambda split: steps[split])):  # once more, both
