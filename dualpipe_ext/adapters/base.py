@@ -22,7 +22,7 @@ from dualpipe_ext.adapters.table import print_plan
 from dualpipe_ext.config import Balance
 from dualpipe_ext.groups import PipelineGroup, is_first_rank
 
-__all__ = ["ModelAdapterBase", "predicts_next_token"]
+__all__ = ["ModelAdapterBase", "is_causal_model"]
 
 
 class ModelAdapterBase(ABC):
@@ -171,11 +171,14 @@ class ModelAdapterBase(ABC):
             inputs=self.inputs,
             ties=find_ties(stages),
             layer_seconds=layer_seconds,
-            is_causal=predicts_next_token(self.model),
+            is_causal=is_causal_model(self.model),
         )
 
 
-def predicts_next_token(model: nn.Module) -> bool:
-    """Whether it is a causal language model of Hugging Face, by its name."""
-    names = [each.__name__ for each in type(model).__mro__]
-    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+def is_causal_model(model: nn.Module) -> bool:
+    """Whether its class, or one that it is derived from, is a causal language model of transformers."""
+    return any(
+        kind.__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        and kind.__module__.startswith(("transformers.", "transformers_modules."))
+        for kind in type(model).__mro__
+    )

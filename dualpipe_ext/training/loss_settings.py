@@ -50,9 +50,8 @@ class LossSettings:
             loss_fn = loss_fn.func
         if isinstance(loss_fn, TORCH_LOSSES):
             given = {**vars(loss_fn), "weight": getattr(loss_fn, "weight", None), **given}
-        is_known = loss_fn in (F.cross_entropy, F.nll_loss, *by_class) or isinstance(
-            loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)
-        )
+        is_known = loss_fn in (F.cross_entropy, F.nll_loss, *by_class)
+        is_known |= type(loss_fn) in (nn.CrossEntropyLoss, nn.NLLLoss)  # subclasses do as they like
         if is_known:
             given = {"ignore_index": IGNORED, **given}
         else:

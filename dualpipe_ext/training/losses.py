@@ -62,7 +62,7 @@ class BatchLoss:
             otherwise the mean over their rows (``"mean"``) or tokens (``"token"``).
         reduction: what a micro-batch weighs: its rows, its tokens, or 1.
         ignore_index: the label of what is no token.
-        is_shifted: the first label in time counts for no position.
+        is_shifted: the first label in time counts for no position; ``None`` where nobody knows.
         refuses_padding: the function may leave out labels of ``ignore_index``, and the weights are
             those of rows: nobody chose the reduction, or ``function`` is known to count labels.
     """
@@ -70,7 +70,7 @@ class BatchLoss:
     function: LossFunction
     reduction: Reduction
     ignore_index: int = IGNORED
-    is_shifted: bool = False
+    is_shifted: bool | None = False
     refuses_padding: bool = False
 
     def units(self, labels: Sequence[Tensor | None], rows: int) -> int:
@@ -87,13 +87,20 @@ class BatchLoss:
             raise ValueError(
                 "reduction='token' counts labels, and the batch has none; use 'mean' or 'sum'"
             )
+        if self.is_shifted is None and labels.dim() > 1:
+            raise ValueError(
+                "reduction='token' counts the labels that the loss_fn counts, and one for the next "
+                "token may leave out the first label of each row: give shifts_labels=True if it "
+                "shifts labels itself, False if each label is for the output in its place; or use "
+                "dualpipe_ext.training.next_token_loss or cross_entropy"
+            )
         return int(((labels[:, 1:] if self.is_shifted else labels) != self.ignore_index).sum())
 
     def _refuse_padding(self, labels: Tensor) -> None:
         if bool((labels == self.ignore_index).any()):
             raise ValueError(
-                f"labels have the value {self.ignore_index}, which losses leave out by default, so "
-                f"their mean is not one over rows; choose reduction='token' for a mean over the "
+                f"labels have the value {self.ignore_index}, which the loss leaves out, or may leave "
+                f"out, so that its mean is not one over rows; choose reduction='token' for a mean over the "
                 f"other labels; reduction='mean' is for a loss_fn that counts them all"
             )
 
@@ -140,7 +147,8 @@ def choose_loss(
     """The loss that was asked for; left out, the cross-entropy over tokens.
 
     Args:
-        is_causal: labels are the model's own tokens, each for the position before it.
+        is_causal: labels are the model's own tokens, each for the position before it, unless
+            ``shifts_labels`` says otherwise.
         loss_fn: as for :class:`dualpipe_ext.TrainingWrapper`.
         reduction: likewise.
         ignore_index: likewise.
@@ -148,7 +156,7 @@ def choose_loss(
 
     Raises:
         ValueError: an unknown reduction, or settings of ``loss_fn`` that say otherwise; or it has
-            parameters, or nobody knows which labels it counts.
+            parameters.
         TypeError: ``loss_fn`` cannot be called.
     """
     if reduction is not None and reduction not in get_args(Reduction):
@@ -161,7 +169,7 @@ def choose_loss(
         if reduction is None and given.reduction == "sum":
             reduction = "sum"
         chosen: Reduction = reduction or "mean"
-        is_shifted = _is_shifted(given, shifts_labels, is_causal and chosen == "token")
+        is_shifted = _is_shifted(given, shifts_labels)
         if chosen == "mean" and given.ignore_index is not None:  # a mean over labels, not over rows
             return BatchLoss(loss_fn, chosen, given.ignore_index, refuses_padding=True)
         return BatchLoss(loss_fn, chosen, ignore_index, is_shifted, reduction is None)
@@ -170,27 +178,22 @@ def choose_loss(
             f"reduction={reduction!r} is for a loss_fn of your own; without one the loss is the "
             f"cross-entropy over tokens"
         )
-    function = next_token_loss if is_causal else cross_entropy
-    return BatchLoss(partial(function, ignore_index=ignore_index), "token", ignore_index, is_causal)
+    shifts = is_causal if shifts_labels is None else shifts_labels
+    function = next_token_loss if shifts else cross_entropy
+    return BatchLoss(partial(function, ignore_index=ignore_index), "token", ignore_index, shifts)
 
 
-def _is_shifted(loss: LossSettings, told: bool | None, is_asked: bool) -> bool:
-    """Whether a loss leaves out the first label of each row."""
-    known = loss.function is next_token_loss if loss.is_known else None
-    if None not in (known, told) and known != told:
+def _is_shifted(loss: LossSettings, told: bool | None) -> bool | None:
+    """Whether a loss leaves out the first label of each row, as far as that is known."""
+    if not loss.is_known:
+        return told
+    known = loss.function is next_token_loss
+    if told is not None and known != told:
         raise ValueError(
             f"shifts_labels={told}, but this loss_fn {'leaves out' if known else 'counts'} the first "
             f"label of each row; leave shifts_labels out"
         )
-    found = told if known is None else known
-    if found is None and is_asked:
-        raise ValueError(
-            "reduction='token' counts the labels that the loss_fn counts, and a loss_fn for the next "
-            "token may leave out the first label of each row: give shifts_labels=True if it shifts "
-            "the labels itself, False if they are shifted already; or use "
-            "dualpipe_ext.training.next_token_loss"
-        )
-    return bool(found)
+    return known
 
 
 def _check_rows(output: Tensor, numbers: Tensor, error: Exception) -> None:

@@ -90,9 +90,9 @@ class TrainingWrapper:
             their ``"sum"``, or ``"token"``, the mean over labels other than ``ignore_index`` in all
             micro-batches.
         ignore_index: the label of what does not count.
-        shifts_labels: whether ``loss_fn`` compares each position with the next label, and so leaves
-            out the first one of each row: ``"token"`` does not count it then. Asked for where a
-            causal language model has a loss of your own.
+        shifts_labels: whether the loss compares each position with the next label, and so leaves
+            out the first one of each row, which ``"token"`` does not count then. To be said of a
+            ``loss_fn`` of your own whose labels have a time dimension.
         max_grad_norm: gradients of the whole model are clipped to this norm.
         accumulation_steps: batches between two steps of the optimizer. The gradient is that of one
             batch made of all of them.

@@ -170,6 +170,7 @@ def train_rank(rank: int, size: int, loop: Loop) -> Result:
         scheduler=make_scheduler if loop.scheduled else None,
         loss_fn=LOSSES[loop.reduction],
         reduction=loop.reduction,  # type: ignore[arg-type]
+        shifts_labels=False,
         max_grad_norm=loop.max_grad_norm,
         accumulation_steps=loop.accumulation_steps,
         scaler=scaler,

@@ -66,6 +66,7 @@ def train(rank: int, size: int, folder: Path) -> dict[str, Any]:
         optimizer=make_optimizer,
         loss_fn=token_loss,
         reduction="token",
+        shifts_labels=False,
         max_grad_norm=0.3,
         accumulation_steps=2,
         mesh=mesh,
@@ -117,6 +118,7 @@ def train_by_halves(mesh: DeviceMesh, share: dict[str, Any], schedule: str) -> l
         optimizer=make_optimizer,
         loss_fn=token_loss,
         reduction="token",
+        shifts_labels=False,
         max_grad_norm=0.3,
         accumulation_steps=2,
         process_group=mesh.get_group("pp"),
@@ -151,6 +153,7 @@ def train_sharded(mesh: DeviceMesh, share: dict[str, Any], folder: Path) -> dict
         },
         loss_fn=token_loss,
         reduction="token",
+        shifts_labels=False,
         max_grad_norm=0.3,
         accumulation_steps=2,
         scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10),
@@ -185,6 +188,7 @@ def load_sharded(rank: int, size: int, folder: Path) -> tuple[State, int, float]
         scaler=torch.amp.GradScaler("cpu", init_scale=1.0),
         loss_fn=token_loss,
         reduction="token",
+        shifts_labels=False,
     )
     wrapper.load_checkpoint(folder)
     scaler = wrapper._trained_by.scaler

@@ -70,6 +70,7 @@ class Run:
             else None,
             loss_fn=token_loss,
             reduction="token",
+            shifts_labels=False,
             device=device,
         )
 

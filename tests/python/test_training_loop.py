@@ -29,6 +29,8 @@ ROWS = 12
 def make(size: int, model: nn.Module | None = None, **options: Any) -> TrainingWrapper:
     model = model or make_gpt()
     given = {"optimizer": make_optimizer, "loss_fn": token_loss, "reduction": "token", **options}
+    if given["loss_fn"] is token_loss:
+        given["shifts_labels"] = False
     return TrainingWrapper(model, setup_dual_pipe(model, num_stages=size), **given)
 
 
@@ -73,7 +75,13 @@ def test_partitions_of_your_own(all_of_them: bool) -> None:
         partitions = get_model_adapter(make_gpt()).partition(size, balance=[0, 1, 2, 1])
         stages = partitions if all_of_them else [partitions[rank], partitions[size - 1 - rank]]
         wrapper = TrainingWrapper(
-            stages, None, SGD, optimizer_options={"lr": 0.1}, loss_fn=token_loss, reduction="token"
+            stages,
+            None,
+            SGD,
+            optimizer_options={"lr": 0.1},
+            loss_fn=token_loss,
+            reduction="token",
+            shifts_labels=False,
         )
         assert wrapper.optimizer.param_groups[0]["lr"] == 0.1
         return float(wrapper.train_step(batch))
@@ -323,15 +331,21 @@ def test_all_ranks_skip_a_step_whose_optimizer_leaves_parameters_out() -> None:
 
 
 class SomeLMHeadModel(nn.Sequential):
-    """By its name a language model of transformers."""
+    """By its name and its module a language model of transformers."""
+
+    __module__ = "transformers.models.some"
 
 
 class OurModel(SomeLMHeadModel):
     pass
 
 
+class OursForCausalLM(nn.Sequential):
+    """By its name alone."""
+
+
 @pytest.mark.parametrize("is_cut", [False, True])
-@pytest.mark.parametrize("kind", [SomeLMHeadModel, OurModel, nn.Sequential])
+@pytest.mark.parametrize("kind", [SomeLMHeadModel, OurModel, OursForCausalLM, nn.Sequential])
 def test_language_models_learn_the_next_token(kind: type[nn.Sequential], is_cut: bool) -> None:
     layers = [
         nn.Embedding(VOCABULARY, 8),
@@ -344,7 +358,7 @@ def test_language_models_learn_the_next_token(kind: type[nn.Sequential], is_cut:
     labels = text.clone()
     labels[:, -2:] = -100
     with torch.no_grad():
-        loss = cross_entropy if kind is nn.Sequential else next_token_loss
+        loss = next_token_loss if issubclass(kind, SomeLMHeadModel) else cross_entropy
         expected = float(loss(model(text), labels))
 
     def train(rank: int, size: int) -> float:
@@ -360,9 +374,12 @@ def shifting_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
+@pytest.mark.parametrize("kind", [OurModel, nn.Sequential])
 @pytest.mark.parametrize("shifts", [None, False, True])
-def test_a_loss_that_shifts_counts_no_first_label(shifts: bool | None) -> None:
-    model = OurModel(nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8), nn.Linear(8, VOCABULARY))
+def test_a_loss_that_shifts_counts_no_first_label(
+    kind: type[nn.Sequential], shifts: bool | None
+) -> None:
+    model = kind(nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8), nn.Linear(8, VOCABULARY))
     text = make_batch(8, seed=1)[0]
     labels = text.clone()
     for row in range(8):
@@ -393,7 +410,29 @@ def test_what_is_known_of_a_loss_is_not_told_otherwise() -> None:
         choose_loss(True, next_token_loss, "token", -100, shifts_labels=False)
     with pytest.raises(ValueError, match="counts the first label of each row; leave shifts"):
         choose_loss(True, nn.CrossEntropyLoss(), "token", -100, shifts_labels=True)
-    assert choose_loss(False, shifting_loss, "token", -100).is_shifted is False
+    assert choose_loss(False, shifting_loss, "token", -100).is_shifted is None
+
+
+class ShiftingLoss(nn.CrossEntropyLoss):
+    """Does something else than the class that it is derived from."""
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def test_a_loss_is_not_known_by_what_it_is_derived_from() -> None:
+    assert choose_loss(False, ShiftingLoss(), "token", -100).is_shifted is None
+    assert choose_loss(False, ShiftingLoss(), "token", -100, shifts_labels=True).is_shifted
+
+
+@pytest.mark.parametrize("shifts", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_loss_of_nobody_shifts_as_it_is_told(is_causal: bool, shifts: bool) -> None:
+    loss = choose_loss(is_causal, None, None, -100, shifts_labels=shifts)
+    logits, labels = torch.randn(2, 5, 4), torch.randint(4, (2, 5))
+    expected = next_token_loss if shifts else cross_entropy
+    torch.testing.assert_close(loss.function(logits, labels), expected(logits, labels))
+    assert loss.units((labels,), 2) == (8 if shifts else 10)
 
 
 @pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2.0, 3.0, 4.0])])

@@ -55,6 +55,7 @@ def make(**options: Any) -> TrainingWrapper:
         "optimizer": make_optimizer,
         "loss_fn": token_loss,
         "reduction": "token",
+        "shifts_labels": False,
         **{
             name: each() if name in ("model", "scheduler") else each
             for name, each in options.items()

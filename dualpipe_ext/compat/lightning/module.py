@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dualpipe_ext.adapters.base import predicts_next_token
+from dualpipe_ext.adapters.base import is_causal_model
 from dualpipe_ext.compat.batches import BatchPipeline
 from dualpipe_ext.compat.ranks import both_ends, host_group
 from dualpipe_ext.config import DualPipeConfig
@@ -50,7 +50,7 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
         model: as it was given.
 
     Raises:
-        ValueError: an unknown reduction, or nobody knows which labels it counts.
+        ValueError: an unknown reduction.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
         chosen = config or DualPipeConfig()
         self._config = replace(chosen, num_microbatches=num_chunks) if num_chunks else chosen
         self._loss = choose_loss(
-            predicts_next_token(model), self._criterion, reduction, IGNORED, shifts_labels
+            is_causal_model(model), self._criterion, reduction, IGNORED, shifts_labels
         )
         self._sample_inputs = sample_inputs
         self._built: BatchPipeline | None = None
