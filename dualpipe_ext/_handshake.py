@@ -49,7 +49,7 @@ def collect(group: PipelineGroup, timeout: float, describe: Describe, failure: s
 
 
 def act_together(
-    group: PipelineGroup, timeout: float, act: Callable[[], None], failure: str
+    group: PipelineGroup, timeout: float, act: Callable[[], None], *, failure: str
 ) -> None:
     """Calls ``act`` on every rank; for what is done in each step, where texts would take too long.
 

@@ -96,6 +96,11 @@ class DualPipeConfig:
         _at_least("bucket_bytes", self.bucket_bytes, 1)
         _at_least("nccl_max_ctas", self.nccl_max_ctas, 0)
         object.__setattr__(self, "balance", _checked_balance(self.balance))
+        if self.num_stages and len(self.balance) != self.num_stages and not self.evens_out:
+            raise ValueError(
+                f"balance={list(self.balance)} has {len(self.balance)} sizes for {self.num_stages} "
+                f"stages; give one each"
+            )
         _one_of("overlap_strategy", self.overlap_strategy, OverlapStrategy)
         _one_of("memory_optimization", self.memory_optimization, MemoryOptimization)
         _one_of("transport", self.transport, Transport)
@@ -113,6 +118,11 @@ class DualPipeConfig:
             raise TypeError(f"timeout={self.timeout!r}: it must be a number of seconds")
         if not self.timeout > 0:
             raise ValueError(f"timeout={self.timeout}: it is in seconds and must be above 0")
+
+    @property
+    def evens_out(self) -> bool:
+        """Whether ``balance`` says what to even out, rather than how many layers a stage gets."""
+        return isinstance(self.balance, str)
 
     def resolved(self) -> DualPipeConfig:
         """This configuration with what its ``overlap_strategy`` decides filled in."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from dualpipe_ext._C import PipelineError
 from dualpipe_ext.adapters.cost import Cost
-from dualpipe_ext.adapters.split import best_for_ranks, fronts
+from dualpipe_ext.adapters.split import best_for_ranks, best_for_stages, fronts
 from dualpipe_ext.adapters.step_time import step_seconds
 from dualpipe_ext.groups import PipelineGroup, has_group, resolve_group
 
@@ -20,20 +20,35 @@ __all__ = ["agreed", "balanced_sizes", "sum_of"]
 _TIMEOUT_S = 600.0  # for ranks that measure more slowly than others
 
 
-def balanced_sizes(costs: Sequence[Cost], num_stages: int, criterion: str) -> list[int]:
+def balanced_sizes(
+    costs: Sequence[Cost], num_stages: int, criterion: str, paired: bool = True
+) -> list[int]:
     """How many of the costs each stage gets, next to one another; each one at least one.
 
-    Rank r holds stages r and P-1-r, so what counts is the pair. For ``"memory"`` and
+    Where each stage has a rank of its own, the costliest stage is to cost as little as possible.
+    Where rank r holds stages r and P-1-r (``paired``), what counts is the pair. For ``"memory"`` and
     ``"parameters"`` it is the split whose fullest rank holds least, and of these the one whose
     fullest stage does. For ``"time"``, the splits that no other beats in both the slowest rank and
-    the slowest stage are simulated, as steps of 3P micro-batches, and the fastest is taken.
+    the slowest stage are simulated, as steps of 3P micro-batches, and of the fastest ones, which
+    are less than half a percent apart, that whose slowest stage is the fastest.
     """
+    if not paired:
+        return best_for_stages([_amount(cost, criterion, num_stages) for cost in costs], num_stages)
+    amounts = [_amount(cost, criterion, num_stages) for cost in costs]
+    if criterion != "time":
+        return best_for_ranks(amounts, num_stages)
+    found = [
+        (step_seconds(sum_of(costs, sizes), 3 * num_stages), slowest, sizes)
+        for _, slowest, sizes in fronts(amounts, num_stages)
+    ]
+    limit = 1.005 * min(step for step, *_ in found)
+    return min((slowest, sizes) for step, slowest, sizes in found if step <= limit)[1]
+
+
+def _amount(cost: Cost, criterion: str, num_stages: int) -> float:
     if criterion == "parameters":
-        return best_for_ranks([cost.num_parameters for cost in costs], num_stages)
-    if criterion == "memory":
-        return best_for_ranks([cost.memory(num_stages) for cost in costs], num_stages)
-    candidates = [sizes for *_, sizes in fronts([cost.seconds for cost in costs], num_stages)]
-    return min(candidates, key=lambda sizes: step_seconds(sum_of(costs, sizes), 3 * num_stages))
+        return cost.num_parameters
+    return cost.memory(num_stages) if criterion == "memory" else cost.seconds
 
 
 def sum_of(costs: Sequence[Cost], sizes: Sequence[int]) -> list[Cost]:

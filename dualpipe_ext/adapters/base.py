@@ -17,7 +17,12 @@ from dualpipe_ext.adapters.measure import measure
 from dualpipe_ext.adapters.partition import Partition
 from dualpipe_ext.adapters.parts import Parts, Split, single_layers
 from dualpipe_ext.adapters.plan import PartitionPlan, Stage, StagePlan
-from dualpipe_ext.adapters.sizes import check_num_partitions, check_num_parts, check_sizes
+from dualpipe_ext.adapters.sizes import (
+    check_criterion,
+    check_num_partitions,
+    check_num_parts,
+    check_sizes,
+)
 from dualpipe_ext.adapters.table import print_plan
 from dualpipe_ext.config import Balance
 from dualpipe_ext.groups import PipelineGroup, is_first_rank
@@ -72,21 +77,26 @@ class ModelAdapterBase(ABC):
         balance: Balance = "parameters",
         *,
         sample_inputs: Sequence[Tensor | None] | None = None,
+        costs: Sequence[Cost] | None = None,
+        paired: bool = True,
         process_group: dist.ProcessGroup | PipelineGroup | None = None,
         show: bool = True,
     ) -> list[Partition]:
         """Cuts the model into stages.
 
-        Rank r holds stages r and P-1-r, and both count: ``"parameters"`` makes the fullest rank as
-        small as possible, ``"memory"`` the one that needs most bytes in training, and ``"time"``
-        the simulated step as short as possible. The latter two measure each layer (F, I, W,
-        activations); every rank of the group calls it, and all take what rank 0 measured.
+        ``"parameters"`` makes the fullest rank as small as possible, ``"memory"`` the one that
+        needs most bytes in training, and ``"time"`` the simulated step as short as possible. The
+        latter two measure each layer (F, I, W, activations); every rank of the group calls it, and
+        all take what rank 0 measured.
 
         Args:
-            num_partitions: how many; even, and at most one for each layer.
+            num_partitions: how many; even where they are ``paired``, and at most one for each layer.
             balance: what is evened out over the ranks, or how many layers each stage gets.
             sample_inputs: one micro-batch of :attr:`inputs`, to measure layers with. Left out, one
                 that the adapter makes up, if it can.
+            costs: what :meth:`measure` found, in place of measuring here.
+            paired: rank r holds stages r and P-1-r, and both count: so it is with DualPipe and
+                schedules in a V. Otherwise each stage counts by itself.
             process_group: the ranks that have to agree; left out, torch's default group where
                 there is one.
             show: print the result, on rank 0.
@@ -101,17 +111,20 @@ class ModelAdapterBase(ABC):
             TypeError: ``num_partitions`` or a size is no int.
         """
         num_layers, kind = len(self.layers), type(self.model).__name__
-        check_num_partitions(num_partitions, num_layers, kind)
+        check_num_partitions(num_partitions, num_layers, kind, paired)
         if isinstance(balance, str):
+            check_criterion(balance)
             parts = self.parts()
             check_num_parts(num_partitions, parts, self.layers, kind)
-            measured = Parts(parts, self._costs(balance, parts, sample_inputs, process_group))
-            split = measured.split(num_partitions, balance)
-            partitions = self._partitions(split, measured.layer_seconds(self.layers))
+            if costs is None:
+                costs = self._costs(balance, parts, sample_inputs, process_group)
+            measured = Parts(parts, list(costs))
+            split = measured.split(num_partitions, balance, paired)
+            partitions = self._partitions(split, paired, measured.layer_seconds(self.layers))
         else:
             sizes = check_sizes(balance, num_partitions, num_layers)
             ranges = [range(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
-            partitions = self._partitions(Split(ranges, []), {})
+            partitions = self._partitions(Split(ranges, []), paired, {})
         if show and is_first_rank(process_group):
             print_plan(partitions[0].plan)
         return partitions
@@ -124,6 +137,18 @@ class ModelAdapterBase(ABC):
         """
         return single_layers(len(self.layers))
 
+    def measure(self, sample_inputs: Sequence[Tensor | None] | None = None) -> list[Cost]:
+        """What each of :meth:`parts` takes, measured: F, I, W, activations.
+
+        Args:
+            sample_inputs: as for :meth:`partition`.
+
+        Raises:
+            ValueError: there is none to measure with, or the model has no values.
+        """
+        inputs = self.sample_inputs() if sample_inputs is None else sample_inputs
+        return measure(self.cut(self.parts()), inputs)
+
     def _costs(
         self,
         balance: str,
@@ -132,23 +157,15 @@ class ModelAdapterBase(ABC):
         process_group: dist.ProcessGroup | PipelineGroup | None,
     ) -> list[Cost]:
         """The costs of the parts; measured ones where times or activations count."""
-        if balance not in ("time", "memory", "parameters"):
-            raise ValueError(
-                f"balance={balance!r}: choose 'time', 'memory' or 'parameters', or give the number "
-                f"of layers of each stage, as in balance=[2, 3]"
-            )
         if balance == "parameters":
             return [parameter_cost(piece.module) for piece in self.cut(parts)]
-        return agreed(
-            lambda: measure(
-                self.cut(parts), self.sample_inputs() if sample_inputs is None else sample_inputs
-            ),
-            process_group,
-        )
+        return agreed(lambda: self.measure(sample_inputs), process_group)
 
-    def _partitions(self, split: Split, layer_seconds: Mapping[str, float]) -> list[Partition]:
+    def _partitions(
+        self, split: Split, paired: bool, layer_seconds: Mapping[str, float]
+    ) -> list[Partition]:
         stages = self.cut(split.ranges)
-        plan = self._plan(stages, split, layer_seconds)
+        plan = replace(self._plan(stages, split, layer_seconds), is_paired=paired)
         partitions = [Partition(s, replace(plan, index=i)) for i, s in enumerate(stages)]
         for partition, mirror in zip(partitions, reversed(partitions), strict=True):
             partition.set_mirror(mirror)
@@ -171,6 +188,10 @@ class ModelAdapterBase(ABC):
             inputs=self.inputs,
             ties=find_ties(stages),
             layer_seconds=layer_seconds,
+            layer_parameters={
+                name: parameter_cost(self.model.get_submodule(name)).num_parameters
+                for name in layers
+            },
             is_causal=is_causal_model(self.model),
         )
 

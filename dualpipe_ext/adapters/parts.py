@@ -33,9 +33,9 @@ class Parts:
     ranges: list[range]
     costs: list[Cost]
 
-    def split(self, num_stages: int, criterion: str) -> Split:
+    def split(self, num_stages: int, criterion: str, paired: bool) -> Split:
         """Consecutive parts for each stage, evened out as :func:`balanced_sizes` does."""
-        counts = balanced_sizes(self.costs, num_stages, criterion)
+        counts = balanced_sizes(self.costs, num_stages, criterion, paired)
         edges = list(accumulate((len(part) for part in self.ranges), initial=0))
         stages = pairwise(accumulate(counts, initial=0))
         ranges = [range(edges[first], edges[last]) for first, last in stages]

@@ -54,6 +54,8 @@ class PartitionPlan:
         inputs: what the first stage takes, in the order of ``step()``.
         ties: parameters with several names, on two stages or more: (stage, name) of each.
         layer_seconds: F, I and W of each layer by its name, where they were measured.
+        layer_parameters: numbers in the parameters of each layer.
+        is_paired: whether rank r holds stages r and P-1-r; otherwise each stage is for another rank.
         is_causal: a causal language model of transformers, or a class derived from one: labels are
             the model's own tokens, and each is for the position before it.
     """
@@ -65,6 +67,8 @@ class PartitionPlan:
     inputs: tuple[str, ...]
     ties: tuple[tuple[tuple[int, str], ...], ...] = ()
     layer_seconds: Mapping[str, float] = field(default_factory=dict)
+    layer_parameters: Mapping[str, int] = field(default_factory=dict)
+    is_paired: bool = True
     is_causal: bool = False
 
     @property
@@ -78,8 +82,16 @@ class PartitionPlan:
         return self.stages[self.index].names
 
     def share_of(self, layer: str) -> float:
-        """What part of its stage's time a layer takes; an equal one, if it was not measured."""
+        """What part of its stage's time a layer takes.
+
+        If it was not measured, that of its parameters; those of what runs before all layers do not
+        count, for an embedding takes little time, while those of a head behind them do.
+        """
         stage = next(stage for stage in self.stages if layer in stage.layers)
         if layer in self.layer_seconds and stage.cost.seconds > 0:
             return self.layer_seconds[layer] / stage.cost.seconds
-        return 1 / len(stage.layers)
+        of_layers = sum(self.layer_parameters.get(name, 0) for name in stage.layers)
+        total = stage.cost.num_parameters if stage is self.stages[-1] else of_layers
+        if not of_layers:
+            return 1 / len(stage.layers)
+        return self.layer_parameters[layer] / max(total, of_layers)

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["check_num_partitions", "check_num_parts", "check_sizes"]
+__all__ = ["check_criterion", "check_num_partitions", "check_num_parts", "check_sizes"]
 
 
-def check_num_partitions(num_partitions: int, num_layers: int, model: str) -> None:
+def check_num_partitions(num_partitions: int, num_layers: int, model: str, paired: bool) -> None:
     """Raises where a model cannot be cut into so many partitions."""
     if not isinstance(num_partitions, int) or isinstance(num_partitions, bool):
         raise TypeError(
             f"num_partitions={num_partitions!r}: it must be an int, not "
             f"{type(num_partitions).__name__}"
         )
-    if num_partitions < 2 or num_partitions % 2:
+    if num_partitions < 2 or (paired and num_partitions % 2):
+        even = (
+            "even and at least 2, for rank r holds stages r and P-1-r" if paired else "at least 2"
+        )
         raise ValueError(
-            f"num_partitions={num_partitions}: it must be even and at least 2, for models are cut "
-            f"for DualPipe, whose rank r holds stages r and P-1-r; choose another number of stages, "
-            f"or give the pipeline of another schedule stages of your own"
+            f"num_partitions={num_partitions}, the number of stages: it must be {even}"
         )
     if num_partitions > num_layers:
         raise ValueError(
             f"num_partitions={num_partitions}, but the {model} has {num_layers} layers, and none "
-            f"of them can be cut; use at most {num_layers - num_layers % 2}"
+            f"of them can be cut; use at most {num_layers - (num_layers % 2 if paired else 0)}"
+        )
+
+
+def check_criterion(balance: str) -> None:
+    """Raises where it is none of those that sizes can be found by."""
+    if balance not in ("time", "memory", "parameters"):
+        raise ValueError(
+            f"balance={balance!r}: choose 'time', 'memory' or 'parameters', or give the number of "
+            f"layers of each stage, as in balance=[2, 3]"
         )
 
 

@@ -1,4 +1,4 @@
-"""Contiguous splits of a row of costs into stages, by the best that ranks with two stages can do."""
+"""Contiguous splits of a row of costs into stages, by the best that their ranks can do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["best_for_ranks", "fronts"]
+__all__ = ["best_for_ranks", "best_for_stages", "fronts"]
 
 Costs = npt.NDArray[np.float64]
 
@@ -24,6 +24,26 @@ def best_for_ranks(costs: Sequence[float], num_stages: int) -> list[int]:
             break
         best = candidate
     return best[2]
+
+
+def best_for_stages(costs: Sequence[float], num_stages: int) -> list[int]:
+    """The sizes of the split whose costliest stage costs least, each stage at least one item. Exact."""
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(costs, dtype=np.float64))])
+    count = len(sums)
+    spans = sums[None, :] - sums[:, None]  # [i, j]: the cost of items i to j-1
+    spans[np.tril_indices(count)] = np.inf
+    best = spans[0]  # [j]: the costliest stage of items 0 to j-1, in so many stages
+    edges = []
+    for _ in range(num_stages - 1):
+        worst = np.maximum(best[:, None], spans)
+        edges.append(worst.argmin(axis=0))
+        best = worst.min(axis=0)
+    last = count - 1
+    sizes: list[int] = []
+    for before in reversed(edges):
+        sizes.insert(0, int(last - before[last]))
+        last = int(before[last])
+    return [last, *sizes]
 
 
 def fronts(costs: Sequence[float], num_stages: int) -> Iterator[tuple[float, float, list[int]]]:

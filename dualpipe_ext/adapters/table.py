@@ -19,17 +19,21 @@ def plan_table(plan: PartitionPlan) -> Table:
     timed, sized = any(c.seconds for c in costs), any(c.activation_bytes for c in costs)
     table = Table(title=f"{plan.architecture} in {plan.num_partitions} stages")
     table.add_column("stage", justify="right")
-    table.add_column("ranks")
+    if plan.is_paired:
+        table.add_column("ranks")
     table.add_column("layers")
     columns = ["parameters", *(["F ms", "I ms", "W ms"] if timed else [])]
     for name in [*columns, *(["activations MiB"] if sized else []), "ranks' load"]:
         table.add_column(name, justify="right")
-    loads = [_weight(a) + _weight(b) for a, b in zip(costs, reversed(costs), strict=True)]
+    loads = [_weight(cost) for cost in costs]
+    if plan.is_paired:
+        loads = [a + b for a, b in zip(loads, reversed(loads), strict=True)]
     for index, stage in enumerate(plan.stages):
-        ranks = sorted((index, plan.num_partitions - 1 - index))
+        ranks = ["{}, {}".format(*sorted((index, plan.num_partitions - 1 - index)))]
         numbers = _numbers(stage.cost, timed, sized)
         load = f"{loads[index] / max(loads):.0%}" if max(loads) else "-"
-        table.add_row(str(index), "{}, {}".format(*ranks), _layers(plan, stage), *numbers, load)
+        own = ranks if plan.is_paired else []
+        table.add_row(str(index), *own, _layers(plan, stage), *numbers, load)
     return table
 
 

@@ -65,11 +65,24 @@ def trace_layers(model: nn.Module, layers: Sequence[str], inputs: Sequence[str])
 
 def _trace(model: nn.Module, layers: Sequence[str], inputs: Sequence[str], training: bool) -> Trace:
     tracer = _LayerTracer(layers, inputs)
-    own = set(vars(model))
+    modules = {name: model.get_submodule(name) for name in ("", *sorted(tracer.containers))}
+    before = {name: _attributes(module) for name, module in modules.items()}
     try:
         with _mode(model, tracer.containers, training):
             graph = tracer.trace(model)
-        return Trace(graph, {name: vars(model)[name] for name in set(vars(model)) - own})
+        changed = [
+            f"{name}.{key}".lstrip(".")
+            for name, module in modules.items()
+            for key, value in _attributes(module).items()
+            if value is not before[name].get(key) and _is_of_the_trace(value)
+        ]
+        if changed:
+            raise RuntimeError(
+                f"it assigns {', '.join(changed)}, which stages would not do; keep what changes in "
+                f"training inside of layers or submodules"
+            )
+        own = set(vars(model)) - before[""].keys()
+        return Trace(graph, {name: vars(model)[name] for name in own})
     except Exception as error:  # whatever a forward raises when it is called with stand-ins
         kind = type(model).__name__
         raise ValueError(
@@ -77,9 +90,34 @@ def _trace(model: nn.Module, layers: Sequence[str], inputs: Sequence[str], train
             f"keep what depends on the values of tensors inside of layers, or register an adapter "
             f"for {kind} with dualpipe_ext.adapters.register_adapter"
         ) from error
-    finally:
-        for name in set(vars(model)) - own:  # fx leaves the constants that it meets there
-            delattr(model, name)
+    finally:  # fx leaves the constants that it meets there, and a forward what it assigns
+        for name, module in modules.items():
+            _restore(module, before[name])
+
+
+_STORES = ("_parameters", "_buffers", "_modules")
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What a forward may assign: attributes, parameters and buffers by name."""
+    own = {name: value for name, value in vars(module).items() if name not in _STORES}
+    return {**own, **module._parameters, **module._buffers, **module._modules}
+
+
+def _is_of_the_trace(value: object) -> bool:
+    """Whether it stands for a tensor, so that no step could assign it."""
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(each, fx.Proxy) for each in values)
+
+
+def _restore(module: nn.Module, before: dict[str, Any]) -> None:
+    """Gives a module what it had."""
+    stores = [vars(module), *(vars(module)[name] for name in _STORES)]
+    for store in stores:
+        for name in [name for name in store if name not in before and name not in _STORES]:
+            del store[name]
+        for name in store.keys() & before.keys():
+            store[name] = before[name]
 
 
 def _steps(graph: fx.Graph) -> list[str]:
@@ -162,8 +200,8 @@ def _outcome_of_check() -> bool | None:
                 linecache.getline(frame.filename, number).strip()
                 for number in ((frame.lineno or 0), (frame.lineno or 0) + 1)
             )
-            if line.startswith("assert"):
-                return True
+            if line.startswith("assert "):
+                return not line.startswith("assert not ")
             return False if line.startswith("if ") and following.startswith("raise ") else None
     return None
 

@@ -8,20 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualpipe_ext._handshake import agree
+from dualpipe_ext.adapters import Cost
 from dualpipe_ext.config import DualPipeConfig
 from dualpipe_ext.groups import PipelineGroup
 from dualpipe_ext.pipeline import Pipeline
 from dualpipe_ext.training.batches import Batch, BatchReader
+from dualpipe_ext.training.cutting import measured_costs, own_part
 from dualpipe_ext.training.losses import BatchLoss
 from dualpipe_ext.training.reports import Report, summarize
-from dualpipe_ext.training.rows import RowPlan
-from dualpipe_ext.training.setup import (
-    input_names,
-    own_stages,
-    schedule_source,
-    warn_of_other_models,
-    weights_digest,
-)
+from dualpipe_ext.training.setup import input_names, warn_of_other_models, weights_digest
 from dualpipe_ext.training.steps import BatchSteps
 
 __all__ = ["BatchPipeline"]
@@ -65,17 +61,30 @@ class BatchPipeline:
                 f"schedule={config.schedule!r}: trainers of other libraries run 'dualpipe'; others "
                 f"are run by dualpipe_ext.TrainingWrapper"
             )
-        source = schedule_source(config, group.size)
-        num_microbatches = config.num_microbatches or source.smallest().num_microbatches
-        stages = own_stages(model, source, group, config.balance, sample_inputs)
-        stages = [stage.to(device) for stage in stages]
-        self.rows = RowPlan.of(source.plan(num_microbatches))
+        weights = weights_digest(model)  # before both copies of a stage are made equal
+        costs = measured_costs(model, config, sample_inputs, group)
+        agree(group, config.timeout, lambda: self._adopt(model, config, costs, group, device))
+        warn_of_other_models(weights, group, config.timeout)
+        stages = self._stages
         self.pipeline = Pipeline(stages, config.schedule, 0, group, config=config)
-        warn_of_other_models(weights_digest(model), group, config.timeout)
         self.local_module = self.pipeline.module
         self.num_labels = 1
         self._reader = BatchReader(input_names(stages), tuple(label_names))
         self._steps = BatchSteps(self.pipeline, self.rows, 0, config.timeout)
+
+    def _adopt(
+        self,
+        model: nn.Module,
+        config: DualPipeConfig,
+        costs: list[Cost] | None,
+        group: PipelineGroup,
+        device: torch.device,
+    ) -> dict[str, Any]:
+        """Cuts the model; a rank that cannot is told to the others."""
+        part = own_part(model, config, costs, group)
+        self.rows = part.rows
+        self._stages = [stage.to(device) for stage in part.stages]
+        return {"stages": {}}
 
     def step(
         self,
@@ -113,7 +122,10 @@ class BatchPipeline:
             sync_gradients=sync_gradients,
             return_outputs=not torch.is_grad_enabled(),
         )
-        return summarize(self.pipeline.group, Report(own, part.fingerprint)).loss, outputs
+        whole = summarize(self.pipeline.group, Report(own, part.fingerprint)).loss
+        if torch.is_grad_enabled():
+            self._steps.tell_of_imbalance()
+        return whole, outputs
 
     def infer(self, given: Any, *, autocast: torch.dtype | None = None) -> Any:
         """The outputs of the rows that leave here; labels are not looked at."""

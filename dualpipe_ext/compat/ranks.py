@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualpipe_ext._handshake import collect
+from dualpipe_ext.checkpoint.ranks import Ranks
 from dualpipe_ext.pipeline import Pipeline
 
-__all__ = ["both_ends", "host_group", "on_all_ranks", "rank_device"]
+__all__ = ["both_ends", "host_group", "rank_device", "through_together"]
 
 _TIMEOUT_S = 1800.0  # for a rank that writes a large model to a slow disk
 
@@ -44,20 +44,12 @@ def rank_device(device: torch.device, rank: int) -> torch.device:
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
-def on_all_ranks(pipeline: Pipeline, act: Callable[[], object], failure: str) -> None:
-    """Calls ``act`` on every rank; returns once all of them are through.
+def through_together(pipeline: Pipeline, act: Callable[[], object], failure: str) -> None:
+    """Calls ``act``, which one rank writes in; returns once all ranks are through, or raises there.
 
-    For what one rank writes: the others neither read it too early nor wait for it in vain.
-
-    Raises:
-        Exception: what ``act`` raised on this rank, once the others know of it.
-        PipelineError: ``act`` raised on another rank, which ``failure`` says more about.
+    As :meth:`dualpipe_ext.checkpoint.ranks.Ranks.share`.
     """
-
-    def describe() -> None:
-        act()
-
-    collect(pipeline.group, _TIMEOUT_S, describe, failure)
+    Ranks(pipeline.group, _TIMEOUT_S).share_here(act, failure)
 
 
 def both_ends(own: Any, pipeline: Pipeline, group: dist.ProcessGroup) -> Tensor:

@@ -26,6 +26,7 @@ class Accumulation:
         self._is_mean = is_mean
         self._num_batches = 0
         self._units = 0
+        self._loss = 0.0
 
     @property
     def num_batches(self) -> int:
@@ -46,6 +47,15 @@ class Accumulation:
         self._units = total
         return total
 
+    def add_loss(self, loss: float, units: int) -> float:
+        """Takes the loss of the batch that was just added; returns that of all of them as one."""
+        if self._is_mean:
+            self._loss += (loss - self._loss) * units / self._units
+        else:
+            self._loss += loss
+        return self._loss
+
     def restart(self) -> None:
         """Begins with the next batch."""
         self._num_batches = self._units = 0
+        self._loss = 0.0

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import chain
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -70,10 +71,15 @@ class Replicas:
         """
         if self.group is None:
             return
-        self.gather(0.0)
+        layout = [(n, str(t.dtype), tuple(t.shape)) for n, t in _tensors(pipeline)]
+        if len(set(self.gather(float(crc32(repr(layout).encode()))))) > 1:
+            raise ValueError(
+                "the replicas have other stages here, by their names, shapes or types; give all of "
+                "them the same model, cut alike"
+            )
         self._copies = _all_copies(self.group, pipeline)
         with reaching_replicas():
-            for tensor in (*pipeline.parameters(), *pipeline.buffers()):
+            for _, tensor in _tensors(pipeline):
                 dist.broadcast(tensor.detach(), group=self.group, group_src=0)
 
     def gather(self, value: float) -> list[float]:
@@ -133,6 +139,10 @@ class Replicas:
         for parameter, anywhere in zip(parameters, has.tolist(), strict=True):
             if anywhere and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+
+
+def _tensors(pipeline: Pipeline) -> list[tuple[str, Tensor]]:
+    return [*pipeline.named_parameters(), *pipeline.named_buffers()]
 
 
 def _all_copies(replicas: dist.ProcessGroup, pipeline: Pipeline) -> dist.ProcessGroup:

@@ -7,23 +7,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dualpipe_ext._advice import warn_caller
-from dualpipe_ext._source import ScheduleSource
 from dualpipe_ext._step import microbatch_seed
 from dualpipe_ext.adapters import Partition, get_model_adapter
 from dualpipe_ext.config import Balance, DualPipeConfig
 from dualpipe_ext.groups import PipelineGroup
-from dualpipe_ext.schedule import plan, schedules
+from dualpipe_ext.schedule import PlannerInfo, plan
+from dualpipe_ext.training.cutting import planner_of
 from dualpipe_ext.training.digests import digest
 
 __all__ = [
     "input_names",
-    "own_stages",
     "place_stages",
     "predicts_next_token",
-    "schedule_source",
     "seeded",
     "setup_dual_pipe",
     "warn_of_other_models",
@@ -50,74 +48,27 @@ def setup_dual_pipe(model: nn.Module, num_stages: int, **settings: Any) -> DualP
     """
     chosen = {
         "num_stages": num_stages,
-        "num_microbatches": 2 * num_stages,
         "overlap_strategy": "full",
         "memory_optimization": "activation_checkpoint",
     }
     config = DualPipeConfig.from_dict({**chosen, **settings})
-    _check_microbatches(config)
+    planner = planner_of(config.schedule)
     # Whatever is evened out, it can be cut as well; measuring is for the ranks together.
-    balance: Balance = "parameters" if isinstance(config.balance, str) else config.balance
-    get_model_adapter(model).partition(num_stages, balance, show=False)
+    balance: Balance = "parameters" if config.evens_out else config.balance
+    adapter = get_model_adapter(model)
+    adapter.partition(num_stages, balance, paired=planner.placement != "loop", show=False)
+    if "num_microbatches" not in settings:
+        config = replace(config, num_microbatches=2 * num_stages)
+    _check_microbatches(config, planner)
     return config
 
 
-def _check_microbatches(config: DualPipeConfig) -> None:
+def _check_microbatches(config: DualPipeConfig, planner: PlannerInfo) -> None:
     """Raises where the schedule cannot serve them, as far as its number of ranks is known."""
-    info = next((each for each in schedules() if each.name == config.schedule), None)
-    if info is None:
-        plan(config.schedule, 2, 4)  # says which ones there are
-    elif config.num_microbatches and info.stages_per_rank:
-        one_copy = 1 if info.placement == "bidirectional" else info.stages_per_rank
+    if config.num_microbatches and planner.stages_per_rank:
+        one_copy = 1 if planner.placement == "bidirectional" else planner.stages_per_rank
         num_ranks = max(2, config.num_stages // one_copy)
-        plan(config.schedule, num_ranks, config.num_microbatches, info.stages_per_rank)
-
-
-def schedule_source(config: DualPipeConfig, num_ranks: int) -> ScheduleSource:
-    """The configured schedule on these ranks.
-
-    Raises:
-        ValueError: it has another number of stages than is configured.
-    """
-    source = ScheduleSource.of(config.schedule, num_ranks, max(1, config.num_stages // num_ranks))
-    num_stages = source.smallest().num_stages
-    if config.num_stages not in (0, num_stages):
-        raise ValueError(
-            f"num_stages={config.num_stages}, but {config.schedule} on {num_ranks} ranks has "
-            f"{num_stages} stages; configure num_stages={num_stages}, or start another number of "
-            f"ranks"
-        )
-    return source
-
-
-def own_stages(
-    model: nn.Module | Sequence[nn.Module],
-    source: ScheduleSource,
-    group: PipelineGroup,
-    balance: Balance = "parameters",
-    sample_inputs: Sequence[Tensor | None] | None = None,
-) -> list[nn.Module]:
-    """What a rank holds of a model, in the order of the pipeline's modules.
-
-    Args:
-        model: a whole one; all of its partitions, or more than this rank's; or this rank's stages.
-        source: the schedule.
-        group: the ranks.
-        balance: how a whole model is cut.
-        sample_inputs: one micro-batch of the model, to measure its layers with.
-    """
-    schedule = source.smallest()
-    stages = schedule.stages_of(group.rank)
-    if isinstance(model, nn.Module):
-        partitions = get_model_adapter(model).partition(
-            schedule.num_stages, balance, sample_inputs=sample_inputs, process_group=group
-        )
-        return [partitions[stage] for stage in stages]
-    given = list(model)
-    by_index = {each.plan.index: each for each in given if isinstance(each, Partition)}
-    if len(by_index) == len(given) and set(stages) <= set(by_index):
-        return [by_index[stage] for stage in stages]
-    return given
+        plan(config.schedule, num_ranks, config.num_microbatches, planner.stages_per_rank)
 
 
 def weights_digest(model: nn.Module | Sequence[nn.Module]) -> str:

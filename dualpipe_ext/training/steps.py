@@ -104,9 +104,11 @@ class BatchSteps:
                 return_outputs=return_outputs,
                 sync_gradients=sync_gradients,
             )
-        if torch.is_grad_enabled():
-            self._watch.after_step()
         return 0.0 if losses is None else float(losses.double().sum()), outputs
+
+    def tell_of_imbalance(self) -> None:
+        """After a training step that all ranks came through; warns on the first one."""
+        self._watch.after_step()
 
     def infer(self, part: Part, autocast: torch.dtype | None = None) -> Any:
         """The outputs of the rows that leave here, those that were added among them."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
@@ -19,6 +22,8 @@ from dualpipe_ext.training.optimizers import (
 from dualpipe_ext.training.scaling import RankScaler, are_finite
 
 __all__ = ["Updater", "make_updater"]
+
+Act = Callable[[], None]
 
 
 class Updater:
@@ -60,24 +65,21 @@ class Updater:
         """Whether this rank's gradients, scaled ones, allow it."""
         return self._scaler is None or are_finite(self.grads())
 
-    def prepare(self, are_finite: bool) -> None:
-        """Unscales and clips gradients; all ranks call it together.
-
-        Args:
-            are_finite: whether :meth:`can_step` is true on all ranks.
-        """
-        if self._scaler is not None:
-            self._scaler.unscale(self.optimizer, are_finite)
-        if self._max_grad_norm is not None:
-            self.grad_norm = self._pipeline.clip_grad_norm_(self._max_grad_norm)
-
-    def step(self, loss: float, are_finite: bool) -> None:
-        """Changes parameters, unless the gradients of some rank are not finite and a scaler looks.
+    def run(self, loss: float, are_finite: bool, together: Callable[[Act], None]) -> None:
+        """One step, unless the gradients of some rank are not finite and a scaler looks at them.
 
         Args:
             loss: of the batch, for a scheduler that looks at it.
-            are_finite: as for :meth:`prepare`.
+            are_finite: whether :meth:`can_step` is true on all ranks.
+            together: calls something on every rank, and raises on all of them where it fails.
         """
+        if self._scaler is not None:
+            together(partial(self._scaler.unscale, self.optimizer, are_finite))
+        if self._max_grad_norm is not None:
+            self.grad_norm = self._pipeline.clip_grad_norm_(self._max_grad_norm)
+        together(partial(self._step, loss, are_finite))
+
+    def _step(self, loss: float, are_finite: bool) -> None:
         if self._scaler is None:
             self.optimizer.step()
         else:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dualpipe_ext._C import PipelineError
 from dualpipe_ext._handshake import act_together, agree
+from dualpipe_ext.adapters import Cost
 from dualpipe_ext.checkpoint import Resumed, load_checkpoint, save_checkpoint
 from dualpipe_ext.checkpoint.replicas import average_buffers
 from dualpipe_ext.config import DualPipeConfig
@@ -26,12 +28,8 @@ from dualpipe_ext.groups import PipelineGroup, resolve_group
 from dualpipe_ext.pipeline import Pipeline
 from dualpipe_ext.training.accumulation import Accumulation
 from dualpipe_ext.training.batches import Batch, BatchReader, is_batch, together
-from dualpipe_ext.training.losses import (
-    IGNORED,
-    LossFunction,
-    Reduction,
-    choose_loss,
-)
+from dualpipe_ext.training.cutting import measured_costs, own_part
+from dualpipe_ext.training.losses import IGNORED, LossFunction, Reduction, choose_loss
 from dualpipe_ext.training.modes import evaluating
 from dualpipe_ext.training.optimizers import (
     MakeOptimizer,
@@ -43,13 +41,10 @@ from dualpipe_ext.training.outputs import Outputs, first_rows, join_ends
 from dualpipe_ext.training.parts import Part
 from dualpipe_ext.training.replicas import Replicas, split_mesh
 from dualpipe_ext.training.reports import Report, summarize
-from dualpipe_ext.training.rows import RowPlan
 from dualpipe_ext.training.setup import (
     input_names,
-    own_stages,
     place_stages,
     predicts_next_token,
-    schedule_source,
     seeded,
     warn_of_other_models,
     weights_digest,
@@ -170,7 +165,11 @@ class TrainingWrapper:
         self._replicas = Replicas(replica_group)
         with self._replicas.telling_failures():
             weights = weights_digest(model)  # before it is given memory with whatever is in it
-            self._agree(lambda: self._adopt(model, device, sample_inputs))
+            self._agree(self._options_to_compare)
+        self._replicas.gather(0.0)  # all of them came through
+        costs = measured_costs(model, self.config, sample_inputs, self._group, self._replicas.group)
+        with self._replicas.telling_failures():
+            self._agree(lambda: self._adopt(model, device, costs))
             warn_of_other_models(weights, self._group, self.config.timeout)
             config = seeded(self.config, self._group, self._replicas.index)
             self.pipeline = Pipeline(
@@ -179,6 +178,7 @@ class TrainingWrapper:
         self._replicas.begin(self.pipeline)
         self._steps = BatchSteps(self.pipeline, self._rows, batch_dim, self.config.timeout)
         self._updater: Updater | None = None
+        self._is_torn = False  # while an update is under way, and after one that has failed
         if optimizer is not None:
             made = Recipe(optimizer, optimizer_options), Recipe(scheduler, scheduler_options)
             with self._replicas.telling_failures():
@@ -228,9 +228,11 @@ class TrainingWrapper:
             PipelineError: a stage raised, or another rank failed. Gradients that were accumulated
                 are gone; the next step works.
             Exception: what optimizer or scheduler raised on this rank; the others raise a
-                ``PipelineError`` and have updated their parameters: go on from a checkpoint.
+                ``PipelineError``. Parameters may have been updated on some ranks alone, so that
+                there is no further step before :meth:`load_checkpoint`.
         """
         updater = self._trained_by
+        self._check_whole()
         try:
             part, units = self._ready(batch, halves)
             total = self._accumulation.add(units, updater.grads())
@@ -239,14 +241,16 @@ class TrainingWrapper:
             loss *= self._loss.share(total) / self._loss.share(units)
             can_step = updater.can_step() if is_last else True
             report = self._summarize(Report(loss, part.fingerprint, can_step))
+            whole = self._accumulation.add_loss(report.loss, units)
             if is_last:
-                self._update(updater, report)
+                self._update(updater, replace(report, loss=whole))
         except BaseException:
             updater.discard()
             self._accumulation.restart()
             raise
         if is_last:
             self._accumulation.restart()
+        self._steps.tell_of_imbalance()
         return torch.tensor(report.loss, dtype=torch.float64)
 
     def evaluate(self, data: Any, *, halves: bool = False) -> Tensor:
@@ -334,6 +338,7 @@ class TrainingWrapper:
             PipelineError: another rank could not save, with its reason.
         """
         updater = self._trained_by
+        self._check_whole()
         if self._accumulation.num_batches:
             raise ValueError(
                 f"{self._accumulation.num_batches} batches were accumulated since the last update, "
@@ -375,6 +380,7 @@ class TrainingWrapper:
         updater.discard()
         updater.num_updates = resumed.step
         self._accumulation.restart()
+        self._is_torn = False
         return resumed
 
     # Construction
@@ -382,19 +388,21 @@ class TrainingWrapper:
     def _agree(self, describe: Callable[[], dict[str, Any]]) -> None:
         agree(self._group, self.config.timeout, describe)
 
+    def _options_to_compare(self) -> dict[str, Any]:
+        """What was asked for, checked; all ranks have to ask for the same."""
+        self._options.check()
+        return self._options.to_compare()
+
     def _adopt(
         self,
         model: nn.Module | Sequence[nn.Module],
         device: torch.device | str | None,
-        sample_inputs: Sequence[Tensor | None] | None,
+        costs: list[Cost] | None,
     ) -> dict[str, Any]:
         """Cuts the model, and resolves what can be wrong on one rank; the others are told."""
         options = self._options
-        options.check()
-        source = schedule_source(self.config, self._group.size)
-        num_microbatches = self.config.num_microbatches or source.smallest().num_microbatches
-        self._rows = RowPlan.of(source.plan(num_microbatches))
-        stages = own_stages(model, source, self._group, self.config.balance, sample_inputs)
+        part = own_part(model, self.config, costs, self._group, show=self._replicas.index == 0)
+        self._rows, stages = part.rows, part.stages
         self._loss = choose_loss(
             predicts_next_token(stages),
             options.loss_fn,
@@ -407,7 +415,7 @@ class TrainingWrapper:
         )
         self._stages = place_stages(stages, device)
         self._reader = BatchReader(options.input_names or input_names(stages), options.label_names)
-        return options.to_compare()
+        return {"stages": {}}
 
     def _equip(
         self, optimizer: Recipe, scheduler: Recipe, scaler: GradScaler | None
@@ -425,6 +433,14 @@ class TrainingWrapper:
         return {"scaler": self._updater.scaler is not None, "optimizer": name, "stages": {}}
 
     # Steps
+
+    def _check_whole(self) -> None:
+        """Raises, on all ranks, where an update has failed on some of them."""
+        if self._is_torn:
+            raise ValueError(
+                "an update has failed, and some ranks may have parameters that others have not: "
+                "load_checkpoint() first"
+            )
 
     @property
     def _trained_by(self) -> Updater:
@@ -465,15 +481,13 @@ class TrainingWrapper:
 
     def _update(self, updater: Updater, report: Report) -> None:
         """Changes parameters on all ranks; one that cannot is told to the others."""
+        failure = "could not update its parameters"
+        together = partial(act_together, self._group, self.config.timeout, failure=failure)
+        self._is_torn = True
         with self._replicas.telling_failures():
-            updater.prepare(report.are_finite)
-            act_together(
-                self._group,
-                self.config.timeout,
-                lambda: updater.step(report.loss, report.are_finite),
-                "could not update its parameters",
-            )
+            updater.run(report.loss, report.are_finite, together)
         self._replicas.gather(0.0)  # all of them came through
+        self._is_torn = False
 
     def _average_buffers(self) -> None:
         """Statistics of batch norms: what is evaluated must not depend on the copy."""

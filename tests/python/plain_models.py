@@ -203,6 +203,28 @@ class Skipping(nn.Module):
         return x
 
 
+class Remembering(nn.Module):
+    """Counts its calls in a buffer, or keeps what a block has computed."""
+
+    steps: Tensor
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.register_buffer("steps", torch.zeros(()))
+        self.hidden: Tensor | None = None
+        self.what = what
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        if self.what == "steps":
+            self.steps = self.steps + 1
+        else:
+            self.hidden = x
+        return x
+
+
 class Deciding(nn.Module):
     """Looks at the values of its tensors between blocks."""
 

@@ -32,6 +32,7 @@ from plain_models import (
     Deciding,
     MaskedEncoder,
     ModeDependent,
+    Remembering,
     ResNet,
     Shared,
     Skipping,
@@ -258,7 +259,10 @@ class NoBlocks(nn.Module):
 
 
 MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
-    "odd": (lambda: get_model_adapter(GPT()).partition(3), "num_partitions=3: it must be even"),
+    "odd": (
+        lambda: get_model_adapter(GPT()).partition(3),
+        "num_partitions=3, the number of stages: it must be even",
+    ),
     "too many": (
         lambda: get_model_adapter(GPT()).partition(6),
         "num_partitions=6, but the GPT has 4 layers.*use at most 4",
@@ -393,6 +397,37 @@ def test_what_is_no_model_is_told() -> None:
         get_model_adapter(perceptron)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"num_partitions=2\.0"):
         get_model_adapter(GPT()).partition(2.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("what", ["steps", "hidden"])
+def test_a_model_that_assigns_is_refused_and_left_as_it_was(what: str) -> None:
+    model = seeded(lambda: Remembering(what))
+    with pytest.raises(ValueError, match=f"it assigns {what}, which stages would not do"):
+        get_model_adapter(model).partition(2, show=False)
+    assert model.hidden is None and float(model.state_dict()["steps"]) == 0.0
+    copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("check", [0, 1])
+def test_checks_count_as_passed(check: int) -> None:
+    class Checked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if check:
+                assert not (x.sum() > 100)
+            if x.sum() > 100:
+                raise ValueError("too much")
+            y: Tensor = self.blocks[1](self.blocks[0](x))
+            return y
+
+    model = Checked()
+    partitions = get_model_adapter(model).partition(2, show=False)
+    x = torch.ones(2, 4)
+    with torch.no_grad():
+        check_chained(partitions, (x,), (model(x),))
 
 
 def test_a_skip_within_a_stage_is_fine() -> None:

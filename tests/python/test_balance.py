@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from outcomes import Outcome, attempt
 from plain_models import GPT, WIDTH
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -29,11 +30,12 @@ from dualpipe_ext.adapters import (
     Cost,
     Imbalance,
     Partition,
+    TransformerLayerAdapter,
     get_model_adapter,
     report_imbalance,
 )
 from dualpipe_ext.adapters.balance import balanced_sizes, sum_of
-from dualpipe_ext.adapters.split import best_for_ranks, fronts
+from dualpipe_ext.adapters.split import best_for_ranks, best_for_stages, fronts
 from dualpipe_ext.adapters.step_time import step_seconds
 from dualpipe_ext.schedule import CostModel, plan
 from dualpipe_ext.testing import run_ranks
@@ -61,6 +63,55 @@ def test_no_split_beats_the_best(costs: list[int], num_stages: int) -> None:
         assert (rank, stage) == worst(costs, sizes)
     for rank, stage in possible:
         assert any(r <= rank and s <= stage for r, s, _ in found)
+
+
+@given(st.lists(st.integers(0, 20), min_size=5, max_size=9), st.integers(1, 5))
+@settings(deadline=None, max_examples=60)
+def test_no_split_beats_the_best_of_stages_alone(costs: list[int], num_stages: int) -> None:
+    possible = [worst(costs, sizes)[1] for sizes in all_splits(len(costs), num_stages)]
+    sizes = best_for_stages(costs, num_stages)
+    assert min(sizes) > 0 and sum(sizes) == len(costs)
+    assert worst(costs, sizes)[1] == min(possible)
+
+
+def test_of_steps_that_take_as_long_the_evenest_is_taken() -> None:
+    """On two ranks all splits do: each rank has both stages."""
+    costs = [Cost(), *[Cost(1.0, 1.001 + 1e-3 * i, 1.0) for i in range(8)], Cost()]
+    assert balanced_sizes(costs, 2, "time") == [5, 5]
+
+
+def test_stages_of_other_schedules_count_by_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(*(nn.Linear(width, width) for width in (8, 4, 4, 4, 8, 4)))
+    adapter = get_model_adapter(model)
+    partitions = adapter.partition(3, paired=False)
+    assert [len(p.plan.layers) for p in partitions] == [1, 3, 2]
+    assert "ranks" not in capsys.readouterr().out.replace("ranks' load", "")
+    with pytest.raises(ValueError, match="must be even"):
+        adapter.partition(3)
+
+
+def test_a_layer_has_no_share_of_the_head_behind_it() -> None:
+    blocks = [nn.Linear(8, 8, bias=False) for _ in range(4)]
+    model = nn.Sequential(*blocks, nn.LayerNorm(8), nn.Linear(8, 56, bias=False))
+    adapter = TransformerLayerAdapter(WithHead(model[:4], model[5]), blocks="blocks")
+    plan = adapter.partition(2, balance=[2, 2], show=False)[0].plan
+    assert plan.share_of("blocks.1") == pytest.approx(1 / 2)
+    assert plan.share_of("blocks.3") == pytest.approx(64 / (2 * 64 + 8 * 56))
+
+
+class WithHead(nn.Module):
+    """Blocks and what comes behind them."""
+
+    def __init__(self, blocks: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks.children())
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        y: Tensor = self.head(x)
+        return y
 
 
 def test_step_times_are_those_of_the_simulator() -> None:
@@ -285,6 +336,43 @@ def test_a_configuration_says_how_to_cut() -> None:
     assert all(stages == first for stages in others)
     by_rank = [first[0] + first[3], first[1] + first[2]]
     assert min(by_rank, key=len) in [("0",), ("0", "1"), ("0", "8")], first
+
+
+@pytest.mark.parametrize("what", ["an option", "the balance", "the measuring"])
+def test_a_rank_that_is_cut_differently_is_told_to_all(what: str) -> None:
+    def make(rank: int, size: int) -> list[Outcome]:
+        sizes: Any = "parameters" if rank and what == "the balance" else "time"
+        options: dict[str, Any] = {"sample_inputs": (torch.ones(1, 2),)}
+        if rank and what == "an option":
+            options["accumulation_steps"] = 0
+        if rank == 0 and what == "the measuring":
+            options["sample_inputs"] = (torch.ones(1, 2, 3, 4), torch.ones(1))
+        found = []
+        for config, more in (
+            (DualPipeConfig(balance=sizes, timeout=20.0), options),
+            (DualPipeConfig(timeout=20.0), {}),
+        ):
+            found.append(attempt(TrainingWrapper, slow_model([1, 1]), config, SGD, **more))
+        return found
+
+    for rank, (wrong, right) in enumerate(run_ranks(make, 2)):
+        assert right.error == "" and wrong.seconds < 10
+        if what == "the balance":
+            assert wrong.error == "ValueError" and "ranks differ in balance" in wrong.text
+        else:
+            culprit = 1 if what == "an option" else 0
+            assert (wrong.error == "PipelineError") == (rank != culprit), wrong
+            part = "accumulation_steps=0" if culprit else "could not measure its layers"
+            assert part in wrong.text or rank == culprit
+
+
+def test_a_balance_for_what_is_cut_already_is_refused() -> None:
+    def make(rank: int, size: int) -> None:
+        partitions = get_model_adapter(slow_model([1, 1])).partition(size, show=False)
+        TrainingWrapper(partitions, DualPipeConfig(balance=[1, 1]), SGD)
+
+    with pytest.raises(ValueError, match="says how to cut a whole model, and these are stages"):
+        run_ranks(make, 2)
 
 
 def test_reports_on_partitions_alone() -> None:

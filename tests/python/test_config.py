@@ -134,7 +134,7 @@ def test_setup_of_what_the_schedule_does_not_serve(
 def test_setup_with_sizes() -> None:
     assert setup_dual_pipe(GPT(4), 2, balance=[3, 1]).balance == (3, 1)
     assert setup_dual_pipe(GPT(4), 2, balance="time").balance == "time"
-    with pytest.raises(ValueError, match="has 3 sizes for 2 partitions"):
+    with pytest.raises(ValueError, match="has 3 sizes for 2 stages"):
         setup_dual_pipe(GPT(4), 2, balance=[2, 1, 1])
 
 

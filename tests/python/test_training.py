@@ -40,5 +40,10 @@ def test_offloads_as_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     check_loop(Loop("mean", settings={"memory_optimization": "offload"}))
 
 
+def test_trains_on_three_ranks() -> None:
+    """Where each stage has a rank of its own."""
+    check_loop(Loop("token", schedule="1f1b", make=make_long_gpt), (3,))
+
+
 def test_trains_in_processes() -> None:
     check_loop(Loop("token", rows=(8, 11), scaled=True, max_grad_norm=0.2), (2,), "processes")

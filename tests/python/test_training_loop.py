@@ -200,6 +200,31 @@ def test_an_optimizer_of_the_whole_model() -> None:
             torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_a_scheduler_looks_at_the_loss_of_all_that_was_accumulated() -> None:
+    small, large = make_batch(ROWS, seed=1), make_batch(2 * ROWS, seed=2)
+    whole = [torch.cat(pair) for pair in zip(small, large, strict=True)]
+
+    def train(rank: int, size: int) -> list[float]:
+        wrapper = make(
+            size,
+            optimizer=lambda p: SGD(p, lr=0.0),
+            scheduler=ReduceLROnPlateau,
+            accumulation_steps=2,
+        )
+        scheduler: Any = wrapper.scheduler
+        seen = []
+        for batch in (small, large, large, small):
+            wrapper.train_step(batch)
+            seen.append(scheduler.best)
+            scheduler.best = float("inf")
+        return seen
+
+    expected = pytest.approx(unsplit_loss(*whole), rel=1e-5)
+    for first, second, third, fourth in run_ranks(train, 2):
+        assert first == third == float("inf")
+        assert second == expected and fourth == expected
+
+
 def test_a_scheduler_that_looks_at_the_loss() -> None:
     batch = make_batch(ROWS, seed=1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,13 @@ from loops import make_batch, make_gpt, make_optimizer, token_loss
 from outcomes import Outcome, attempt, outcomes
 from plain_models import WIDTH, Deciding, Skipping
 from torch import nn
+from torch.amp import GradScaler
 from torch.optim import LBFGS, SGD
 from torch.optim.lr_scheduler import StepLR
 
 from dualpipe_ext import DualPipeConfig, TrainingWrapper
+from dualpipe_ext.compat.batches import BatchPipeline
+from dualpipe_ext.groups import resolve_group
 from dualpipe_ext.testing import run_ranks
 
 TEXT, LABELS = make_batch(8, seed=1)
@@ -287,6 +291,19 @@ def test_models_that_differ_are_told_once() -> None:
     assert [warning.filename for warning in told] == [__file__]
 
 
+def test_trainers_are_told_of_models_that_differ() -> None:
+    """On two ranks, where both copies of each stage are made equal before anything is trained."""
+
+    def make_pipeline(rank: int, size: int) -> None:
+        model = make_gpt()
+        with torch.no_grad():
+            next(model.parameters()).add_(rank)
+        BatchPipeline(model, DualPipeConfig(), resolve_group(None, None), torch.device("cpu"))
+
+    with pytest.warns(UserWarning, match="rank 0 has other weights than that of rank 1"):
+        run_ranks(make_pipeline, 2)
+
+
 def test_models_without_values_are_not_compared() -> None:
     """Not even by what was in the memory that they are given, which is all of them on two ranks."""
 
@@ -374,7 +391,9 @@ class Failing(SGD):
 
 
 @pytest.mark.parametrize("culprit", range(4))
-def test_an_optimizer_that_raises_is_told_to_all_ranks(culprit: int) -> None:
+def test_an_optimizer_that_raises_is_told_to_all_ranks(culprit: int, tmp_path: Path) -> None:
+    """Ranks may have other parameters than their mirrors then: they are loaded before going on."""
+
     def train(rank: int, size: int) -> Outcome:
         wrapper = make(
             optimizer=partial(Failing, on=rank == culprit),
@@ -382,15 +401,41 @@ def test_an_optimizer_that_raises_is_told_to_all_ranks(culprit: int) -> None:
             max_grad_norm=1.0,
             accumulation_steps=2,
         )
+        wrapper.save_checkpoint(tmp_path)
+        before = float(wrapper.evaluate((TEXT, LABELS)))
         wrapper.train_step((TEXT, LABELS))
         failed = attempt(wrapper.train_step, (TEXT, LABELS))
         assert all(p.grad is None for p in wrapper.pipeline.parameters())
-        wrapper.train_step((TEXT, LABELS))
-        assert float(wrapper.train_step((TEXT, LABELS))) > 0
+        for act in (partial(wrapper.train_step, (TEXT, LABELS)), partial(save, wrapper)):
+            refused = attempt(act)
+            assert refused.is_a("ValueError") and "load_checkpoint() first" in refused.text
+        wrapper.load_checkpoint(tmp_path)
+        assert float(wrapper.evaluate((TEXT, LABELS))) == before
+        for _ in range(2):
+            wrapper.train_step((TEXT, LABELS))
+        assert float(wrapper.evaluate((TEXT, LABELS))) < before
         return failed
+
+    def save(wrapper: TrainingWrapper) -> object:
+        return wrapper.save_checkpoint(tmp_path)
 
     for rank, failed in enumerate(run_ranks(train, 4)):
         assert failed.error == ("RuntimeError" if rank == culprit else "PipelineError"), failed
         assert "out of luck" in failed.text and failed.seconds < 5.0
         if rank != culprit:
             assert failed.text.startswith(f"rank {culprit} could not update its parameters")
+
+
+def test_gradients_that_cannot_be_unscaled_are_told_to_all_ranks() -> None:
+    def train(rank: int, size: int) -> Outcome:
+        wrapper = make(config=DualPipeConfig(timeout=20.0), scaler=GradScaler("cpu"))
+        if rank == 1:
+            wrapper._trained_by._scaler.unscale = refuse  # type: ignore[union-attr,method-assign]
+        return attempt(wrapper.train_step, (TEXT, LABELS))
+
+    def refuse(*_: object) -> None:
+        raise ValueError("Attempting to unscale FP16 gradients.")
+
+    for rank, failed in enumerate(run_ranks(train, 4)):
+        assert failed.error == ("ValueError" if rank == 1 else "PipelineError"), failed
+        assert "unscale FP16" in failed.text and failed.seconds < 5.0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 __all__ = ["last_complete_checkpoint"]
 
+_NAME = re.compile(r"checkpoint-\d+")  # as the trainer's own
 _STATE = "trainer_state.json"  # written behind everything else
 
 
@@ -16,7 +18,7 @@ def last_complete_checkpoint(folder: str | Path) -> str:
     Raises:
         ValueError: there is none.
     """
-    found = [each for each in Path(folder).glob("checkpoint-*") if _step(each) >= 0]
+    found = [each for each in Path(folder).glob("checkpoint-*") if _NAME.fullmatch(each.name)]
     for checkpoint in sorted(found, key=_step, reverse=True):
         if _is_complete(checkpoint):
             return str(checkpoint)
@@ -27,8 +29,7 @@ def last_complete_checkpoint(folder: str | Path) -> str:
 
 
 def _step(checkpoint: Path) -> int:
-    text = checkpoint.name.rpartition("-")[2]
-    return int(text) if text.isdecimal() else -1
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -18,7 +18,7 @@ from dualpipe_ext.compat.huggingface.arguments import accepted, recomputes
 from dualpipe_ext.compat.huggingface.checkpoints import last_complete_checkpoint
 from dualpipe_ext.compat.huggingface.losses import ModelLoss
 from dualpipe_ext.compat.huggingface.one_process import show_one_process
-from dualpipe_ext.compat.ranks import both_ends, host_group, on_all_ranks, rank_device
+from dualpipe_ext.compat.ranks import both_ends, host_group, rank_device, through_together
 from dualpipe_ext.compat.whole import own_state_alone, update_model, whole_state
 from dualpipe_ext.config import DualPipeConfig
 from dualpipe_ext.groups import resolve_group
@@ -213,7 +213,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         """
         update_model(self.model, self.pipeline, self._host)
         save = partial(super().save_model, output_dir, _internal_call)
-        on_all_ranks(self.pipeline, save, "could not save the model")
+        through_together(self.pipeline, save, "could not save the model")
 
     def hyperparameter_search(self, *_: Any, **__: Any) -> Any:
         """Not here.
@@ -225,7 +225,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
         save = partial(super()._save_checkpoint, *args, **options)
-        on_all_ranks(self.pipeline, save, "could not save the checkpoint")
+        through_together(self.pipeline, save, "could not save the checkpoint")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with whole_state(self._torch_optimizer(), self.pipeline, self._host):

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from dualpipe_ext.compat.lightning.module import DualPipeLightningModule
 from dualpipe_ext.compat.lightning.optimizer_states import load_whole_state, save_whole_state
 from dualpipe_ext.compat.lightning.refusals import refuse_settings
-from dualpipe_ext.compat.ranks import host_group, on_all_ranks
+from dualpipe_ext.compat.ranks import host_group, through_together
 from dualpipe_ext.compat.whole import update_model
 from dualpipe_ext.training.optimizers import refuse_closures
 
@@ -118,7 +118,7 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
             PipelineError: the same, on the others.
         """
         save = partial(super().save_checkpoint, *args, **options)
-        on_all_ranks(self._pipeline, save, "could not write the checkpoint")
+        through_together(self._pipeline, save, "could not write the checkpoint")
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """That of an unsplit run, on the first rank. Every rank calls it."""

@@ -1,0 +1,152 @@
+"""From a whole model to what one rank has of it, and of each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dualpipe_ext._handshake import agree
+from dualpipe_ext._source import ScheduleSource
+from dualpipe_ext.adapters import Cost, Partition, get_model_adapter
+from dualpipe_ext.checkpoint.ranks import Ranks
+from dualpipe_ext.checkpoint.replicas import gather_from_replicas, on_first_replica
+from dualpipe_ext.config import Balance, DualPipeConfig
+from dualpipe_ext.groups import PipelineGroup
+from dualpipe_ext.schedule import PlannerInfo, ScheduleError, schedules
+from dualpipe_ext.training.rows import RowPlan
+
+__all__ = ["OwnPart", "measured_costs", "own_part", "planner_of"]
+
+
+def planner_of(schedule: str) -> PlannerInfo:
+    """What plans a schedule of that name; raises ScheduleError where there is none."""
+    known = {info.name: info for info in schedules()}
+    if schedule not in known:
+        raise ScheduleError(f"{schedule!r} is no schedule; there are {', '.join(known)}")
+    return known[schedule]
+
+
+def _source(config: DualPipeConfig, num_ranks: int) -> ScheduleSource:
+    """The configured schedule on these ranks.
+
+    Raises:
+        ValueError: it has another number of stages than is configured.
+    """
+    source = ScheduleSource.of(config.schedule, num_ranks, max(1, config.num_stages // num_ranks))
+    num_stages = source.smallest().num_stages
+    if config.num_stages not in (0, num_stages):
+        raise ValueError(
+            f"num_stages={config.num_stages}, but {config.schedule} on {num_ranks} ranks has "
+            f"{num_stages} stages; configure num_stages={num_stages}, or start another number of "
+            f"ranks"
+        )
+    return source
+
+
+def measured_costs(
+    model: nn.Module | Sequence[nn.Module],
+    config: DualPipeConfig,
+    sample_inputs: Sequence[Tensor | None] | None,
+    group: PipelineGroup,
+    replicas: dist.ProcessGroup | None = None,
+) -> list[Cost] | None:
+    """What the parts of a model take, where it is to be cut by that; all ranks call it.
+
+    The first rank measures, of the first replica: all have to cut the model alike.
+
+    Args:
+        model: as for :func:`own_part`.
+        config: the same on every rank.
+        sample_inputs: one micro-batch of the model, to measure its layers with.
+        group: the ranks.
+        replicas: the ranks in the same place of other pipelines.
+
+    Raises:
+        ValueError: ranks or replicas that are to be cut differently; on all of them.
+        Exception: what went wrong, on the first rank.
+        PipelineError: the same, on the others.
+    """
+    agree(group, config.timeout, lambda: {"balance": config.balance, "stages": {}})
+    _check_replicas(gather_from_replicas(replicas, config.balance))
+    if config.balance not in ("time", "memory") or not isinstance(model, nn.Module):
+        return None
+    failure = "could not measure its layers"
+    ranks = Ranks(group, config.timeout)
+    adapted = model
+
+    def measure() -> list[Cost]:
+        return get_model_adapter(adapted).measure(sample_inputs)
+
+    return on_first_replica(replicas, lambda: ranks.from_first(measure, failure), failure)
+
+
+def _check_replicas(balances: Sequence[Balance]) -> None:
+    for replica, balance in enumerate(balances):
+        if balance != balances[0]:
+            raise ValueError(
+                f"replicas differ in balance: {balances[0]!r} for replica 0, {balance!r} for replica "
+                f"{replica}; configure all of them alike"
+            )
+
+
+@dataclass(frozen=True)
+class OwnPart:
+    """What a rank has of a model, and of each batch.
+
+    Attributes:
+        stages: in the order of the pipeline's modules.
+        rows: where the rows of a batch enter and leave.
+    """
+
+    stages: list[nn.Module]
+    rows: RowPlan
+
+
+def own_part(
+    model: nn.Module | Sequence[nn.Module],
+    config: DualPipeConfig,
+    costs: list[Cost] | None,
+    group: PipelineGroup,
+    show: bool = True,
+) -> OwnPart:
+    """Cuts a model, and takes what this rank holds.
+
+    Args:
+        model: a whole one; all of its partitions, or more than this rank's; or this rank's stages.
+        config: the same on every rank.
+        costs: as :func:`measured_costs` found them.
+        group: the ranks.
+        show: print how a whole model was cut, on the first rank.
+
+    Raises:
+        ValueError, TypeError: the model cannot be cut so, or is cut already and the configuration
+            says how to.
+    """
+    source = _source(config, group.size)
+    num_microbatches = config.num_microbatches or source.smallest().num_microbatches
+    rows = RowPlan.of(source.plan(num_microbatches))
+    schedule = source.smallest()
+    stages = schedule.stages_of(group.rank)
+    if isinstance(model, nn.Module):
+        partitions = get_model_adapter(model).partition(
+            schedule.num_stages,
+            config.balance,
+            costs=costs,
+            paired=planner_of(config.schedule).placement != "loop",
+            process_group=group,
+            show=show,
+        )
+        return OwnPart([partitions[stage] for stage in stages], rows)
+    if config.balance != "parameters":
+        raise ValueError(
+            f"balance={config.balance!r} says how to cut a whole model, and these are stages "
+            f"already; give the model, or leave balance out"
+        )
+    given = list(model)
+    by_index = {each.plan.index: each for each in given if isinstance(each, Partition)}
+    if len(by_index) == len(given) and set(stages) <= set(by_index):
+        return OwnPart([by_index[stage] for stage in stages], rows)
+    return OwnPart(given, rows)
