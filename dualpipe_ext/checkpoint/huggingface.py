@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dualpipe_ext.checkpoint.folders import find_checkpoint
 from dualpipe_ext.checkpoint.holdings import Holding
 from dualpipe_ext.checkpoint.load import load_checkpoint
 from dualpipe_ext.checkpoint.ranks import Ranks
+from dualpipe_ext.checkpoint.replicas import on_first_replica
 from dualpipe_ext.checkpoint.save import save_checkpoint
 from dualpipe_ext.checkpoint.saved import Saved
 from dualpipe_ext.pipeline import Pipeline
@@ -34,6 +36,7 @@ def export_pretrained(
     model: nn.Module,
     *,
     scratch: str | os.PathLike[str] | None = None,
+    replicas: dist.ProcessGroup | None = None,
     timeout: float = 1800.0,
     **options: Any,
 ) -> None:
@@ -46,6 +49,7 @@ def export_pretrained(
             knows its configuration, and is not changed.
         scratch: where the weights are put together, a folder that all ranks share; left out, that
             in which ``folder`` is.
+        replicas: as for :func:`save_checkpoint`: the first one writes.
         timeout: seconds to wait for the slowest rank.
         options: further arguments of ``save_pretrained``, such as ``max_shard_size``.
 
@@ -64,9 +68,12 @@ def export_pretrained(
         values = saved.read("model", saved.keys("model"))
         source.save_pretrained(folder, state_dict=_tied(model, values), **options)
 
-    with _scratch(ranks, scratch or Path(folder).absolute().parent) as weights:
-        save_checkpoint(weights, pipeline, step=0, timeout=timeout)
-        ranks.from_first(lambda: write(weights), _FAILURE)
+    def export() -> None:
+        with _scratch(ranks, scratch or Path(folder).absolute().parent) as weights:
+            save_checkpoint(weights, pipeline, step=0, timeout=timeout)
+            ranks.from_first(lambda: write(weights), _FAILURE)
+
+    on_first_replica(replicas, export, _FAILURE)
 
 
 def import_pretrained(

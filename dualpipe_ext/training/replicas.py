@@ -66,21 +66,30 @@ class Replicas:
             pipeline: this rank's.
 
         Raises:
-            ValueError: groups that are none of pipelines side by side; on every rank.
+            ValueError: groups that are none of pipelines side by side, or other stages in another
+                replica; on every rank.
             PipelineError: another replica has failed.
         """
         if self.group is None:
             return
-        layout = [(n, str(t.dtype), tuple(t.shape)) for n, t in _tensors(pipeline)]
-        if len(set(self.gather(float(crc32(repr(layout).encode()))))) > 1:
-            raise ValueError(
-                "the replicas have other stages here, by their names, shapes or types; give all of "
-                "them the same model, cut alike"
-            )
+        self.gather(0.0)  # a replica that has failed would not come to what follows
         self._copies = _all_copies(self.group, pipeline)
+        self._check_alike(pipeline)
         with reaching_replicas():
             for _, tensor in _tensors(pipeline):
                 dist.broadcast(tensor.detach(), group=self.group, group_src=0)
+
+    def _check_alike(self, pipeline: Pipeline) -> None:
+        """Raises, on all ranks, where replicas hold something else on some."""
+        layout = [(n, str(t.dtype), tuple(t.shape)) for n, t in _tensors(pipeline)]
+        differs = len(set(self.gather(float(crc32(repr(layout).encode()))))) > 1
+        found = pipeline.group.all_gather_floats([float(differs)])
+        ranks = [rank for rank, (flag,) in enumerate(found) if flag]
+        if ranks:
+            raise ValueError(
+                f"the replicas have other stages, by their names, shapes or types, on ranks {ranks} "
+                f"of their pipelines; give all of them the same model, cut alike"
+            )
 
     def gather(self, value: float) -> list[float]:
         """Everybody's number, by replica.

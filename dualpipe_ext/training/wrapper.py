@@ -165,7 +165,7 @@ class TrainingWrapper:
         self._replicas = Replicas(replica_group)
         with self._replicas.telling_failures():
             weights = weights_digest(model)  # before it is given memory with whatever is in it
-            self._agree(self._options_to_compare)
+            self._agree(self._checked_options)
         self._replicas.gather(0.0)  # all of them came through
         costs = measured_costs(model, self.config, sample_inputs, self._group, self._replicas.group)
         with self._replicas.telling_failures():
@@ -388,10 +388,10 @@ class TrainingWrapper:
     def _agree(self, describe: Callable[[], dict[str, Any]]) -> None:
         agree(self._group, self.config.timeout, describe)
 
-    def _options_to_compare(self) -> dict[str, Any]:
-        """What was asked for, checked; all ranks have to ask for the same."""
+    def _checked_options(self) -> dict[str, Any]:
+        """What can be wrong before a model is measured and cut; nothing to compare yet."""
         self._options.check()
-        return self._options.to_compare()
+        return {"stages": {}}
 
     def _adopt(
         self,
@@ -415,7 +415,7 @@ class TrainingWrapper:
         )
         self._stages = place_stages(stages, device)
         self._reader = BatchReader(options.input_names or input_names(stages), options.label_names)
-        return {"stages": {}}
+        return options.to_compare()
 
     def _equip(
         self, optimizer: Recipe, scheduler: Recipe, scaler: GradScaler | None

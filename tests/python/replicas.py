@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from dualpipe_ext import TrainingWrapper, setup_dual_pipe
+from dualpipe_ext import DualPipeConfig, TrainingWrapper, setup_dual_pipe
+from dualpipe_ext.adapters import Partition
 from dualpipe_ext.training import ReplicaBatchSampler, collate_rows
 from dualpipe_ext.training.replicas import split_mesh
 
@@ -93,6 +95,10 @@ def train(rank: int, size: int, folder: Path) -> dict[str, Any]:
     with torch.no_grad():
         for parameter, value in zip(wrapper.pipeline.parameters(), before, strict=True):
             parameter.copy_(value)
+    found["cut"] = cut_by_times(mesh, share["replica"])
+    wider = make_gpt(5) if share["replica"] else make_gpt()
+    config = DualPipeConfig(balance=[1, 1, 1, 1 + share["replica"]])
+    found["other stages"] = attempt(TrainingWrapper, wider, config, make_optimizer, mesh=mesh)
     found["wrong groups"] = attempt(make, **dict.fromkeys(GROUPS, mesh.get_group("pp")))
     found["mesh and groups"] = attempt(make, mesh=mesh, replica_group=mesh.get_group("dp"))
     found["halves"] = {
@@ -105,6 +111,24 @@ def train(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 def make(**options: Any) -> TrainingWrapper:
     return TrainingWrapper(make_gpt(), None, make_optimizer, loss_fn=token_loss, **options)
+
+
+def cut_by_times(mesh: DeviceMesh, replica: int) -> list[tuple[str, ...]]:
+    """The layers of each stage; on the second replica's machines the last block is slow."""
+    model = make_gpt(8)
+    if replica:
+        last = model.get_submodule("blocks.7")
+        last.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    wrapper = TrainingWrapper(
+        model,
+        DualPipeConfig(balance="time"),
+        make_optimizer,
+        sample_inputs=(make_batch(2, seed=1)[0],),
+        mesh=mesh,
+    )
+    partition = wrapper.pipeline.module[0]
+    assert isinstance(partition, Partition)
+    return [stage.layers for stage in partition.plan.stages]
 
 
 def train_by_halves(mesh: DeviceMesh, share: dict[str, Any], schedule: str) -> list[float]:

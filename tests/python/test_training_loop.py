@@ -202,7 +202,7 @@ def test_an_optimizer_of_the_whole_model() -> None:
 
 def test_a_scheduler_looks_at_the_loss_of_all_that_was_accumulated() -> None:
     small, large = make_batch(ROWS, seed=1), make_batch(2 * ROWS, seed=2)
-    whole = [torch.cat(pair) for pair in zip(small, large, strict=True)]
+    text, labels = (torch.cat(pair) for pair in zip(small, large, strict=True))
 
     def train(rank: int, size: int) -> list[float]:
         wrapper = make(
@@ -219,7 +219,7 @@ def test_a_scheduler_looks_at_the_loss_of_all_that_was_accumulated() -> None:
             scheduler.best = float("inf")
         return seen
 
-    expected = pytest.approx(unsplit_loss(*whole), rel=1e-5)
+    expected = pytest.approx(unsplit_loss(text, labels), rel=1e-5)
     for first, second, third, fourth in run_ranks(train, 2):
         assert first == third == float("inf")
         assert second == expected and fourth == expected

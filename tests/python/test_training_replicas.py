@@ -108,6 +108,16 @@ def test_a_failure_is_one_of_all_replicas(found: list[dict[str, Any]]) -> None:
         assert result["evaluated again"] == result["evaluated"]
 
 
+def test_replicas_are_cut_alike(found: list[dict[str, Any]]) -> None:
+    """By what the first one has measured; those of other models are refused."""
+    assert all(rank["cut"] == found[0]["cut"] for rank in found)
+    assert sum(len(layers) for layers in found[0]["cut"]) == 8
+    for rank in found:
+        outcome = rank["other stages"]
+        assert outcome.is_a("ValueError") and outcome.seconds < 10, outcome
+        assert "replicas" in outcome.text
+
+
 def shares(num_replicas: int, **options: Any) -> list[list[list[int]]]:
     return [
         list(
