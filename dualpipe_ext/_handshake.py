@@ -85,8 +85,8 @@ def _compare(facts: list[dict[str, Any]]) -> None:
             if description != expected:
                 raise ValueError(
                     f"stage {stage} differs between its copies on ranks {first_rank} and {rank}: "
-                    f"{_first_difference(expected, description)}; both ranks must build the same "
-                    f"module for it"
+                    f"{_first_difference(expected, description)}; both ranks need the same module "
+                    f"for it, and the same optimizer"
                 )
 
 
@@ -105,6 +105,6 @@ def _first_difference(left: list[Any], right: list[Any]) -> str:
 
 def _shown(entry: Any) -> str:
     if isinstance(entry, str):
-        return f"values with digest {entry[:16]}"
+        return entry
     name, shape, dtype = entry
     return f"{name} of shape {tuple(shape)}, {dtype}"

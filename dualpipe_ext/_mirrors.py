@@ -157,7 +157,7 @@ def describe_stage(module: nn.Module, *, with_values: bool) -> list[Any]:
         for name, buffer in module.named_buffers()
     ]
     if with_values:
-        described.append(_digest(module))
+        described.append(f"values with digest {_digest(module)[:16]}")
     return described
 
 

@@ -66,7 +66,7 @@ class DualPipeConfig:
             stage returns changes its shape or type from step to step with equal inputs.
         use_overlapped: run a stage's own ``overlapped_forward_backward`` where it has one.
         seed: reseeds torch before every stage's forward from (seed, step, stage, micro-batch), so
-            that dropout does not depend on the number of ranks or the schedule
+            that dropout does not depend on the ranks that run the stages, or on the schedule
             (:func:`dualpipe_ext.microbatch_seed`). ``None``: random numbers are the caller's
             (:class:`~dualpipe_ext.TrainingWrapper` chooses a seed).
             For ranks that are processes: threads share torch's one generator and disturb it.

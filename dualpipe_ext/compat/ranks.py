@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dualpipe_ext._handshake import act_together
 from dualpipe_ext.checkpoint.ranks import Ranks
 from dualpipe_ext.pipeline import Pipeline
 
-__all__ = ["both_ends", "host_group", "rank_device", "through_together"]
+__all__ = ["both_ends", "host_group", "rank_device", "through_together", "update_together"]
+
+T = TypeVar("T")
 
 _TIMEOUT_S = 1800.0  # for a rank that writes a large model to a slow disk
 
@@ -50,6 +53,24 @@ def through_together(pipeline: Pipeline, act: Callable[[], object], failure: str
     As :meth:`dualpipe_ext.checkpoint.ranks.Ranks.share`.
     """
     Ranks(pipeline.group, _TIMEOUT_S).share_here(act, failure)
+
+
+def update_together(pipeline: Pipeline, step: Callable[[], T]) -> T:
+    """A step of every rank's optimizer; one that raises is told to the others.
+
+    Raises:
+        Exception: what ``step`` raised on this rank, once the others know of it.
+        PipelineError: ``step`` raised on another rank. Ranks have other parameters then: go on from
+            a checkpoint.
+    """
+    made: list[T] = []
+    act_together(
+        pipeline.group,
+        pipeline.config.timeout,
+        lambda: made.append(step()),
+        failure="could not update its parameters",
+    )
+    return made[0]
 
 
 def both_ends(own: Any, pipeline: Pipeline, group: dist.ProcessGroup) -> Tensor:

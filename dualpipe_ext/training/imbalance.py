@@ -16,7 +16,7 @@ LEAST_SECONDS = 5e-4  # of a stage and a micro-batch: below, other things than l
 class ImbalanceWatch:
     """Warns, once, on the first rank, where moving one layer would make steps shorter.
 
-    Three steps have to agree on the layer. Stages on a GPU are not watched: what a rank measures
+    Three steps have to agree that there is one; which one may differ where several are as good. Stages on a GPU are not watched: what a rank measures
     there is how long it takes to give the GPU its work.
 
     Args:
@@ -46,8 +46,7 @@ class ImbalanceWatch:
         return is_cut and all(p.device.type == "cpu" for p in self._pipeline.parameters())
 
     def _warn(self) -> None:
-        layers = {report.layer for report in self._seen}
         last = self._seen[-1]
         mean = sum(stage.seconds for stage in last.stages) / len(last.stages)
-        if len(layers) == 1 and last.layer is not None and mean >= LEAST_SECONDS:
+        if all(report.layer for report in self._seen) and mean >= LEAST_SECONDS:
             warn_caller(f"the stages are uneven: {last}; or let balance='time' find the sizes")

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from dualpipe_ext.pipeline import Pipeline
 
 __all__ = [
     "MakeOptimizer",
@@ -18,6 +20,7 @@ __all__ = [
     "make_optimizer",
     "make_scheduler",
     "refuse_closures",
+    "stage_options",
     "step_scheduler",
 ]
 
@@ -104,6 +107,34 @@ def make_scheduler(recipe: Recipe, optimizer: Optimizer) -> LRScheduler | None:
             "scheduler=lambda optimizer: CosineAnnealingLR(optimizer, T_max=1000)"
         )
     return scheduler
+
+
+def stage_options(optimizer: Optimizer, pipeline: Pipeline) -> dict[str, list[str]]:
+    """The options that the parameters of each stage are trained with, by stage.
+
+    Both copies of a stage need the same; those of different stages may differ.
+    """
+    of_parameter = {
+        id(parameter): _shown(group)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    return {
+        str(stage): [
+            f"{name} trained with {of_parameter.get(id(parameter), 'nothing')}"
+            for name, parameter in module.named_parameters()
+        ]
+        for stage, module in zip(pipeline.stages, pipeline.module, strict=True)
+        if pipeline.is_mirrored
+    }
+
+
+def _shown(group: Mapping[str, Any]) -> str:
+    values = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in group.items()}
+    plain = (bool, int, float, str, tuple, list)
+    return ", ".join(
+        f"{k}={v}" for k, v in values.items() if k != "params" and isinstance(v, plain)
+    )
 
 
 def step_scheduler(scheduler: LRScheduler | None, loss: float) -> None:

@@ -35,6 +35,7 @@ from dualpipe_ext.training.optimizers import (
     MakeOptimizer,
     MakeScheduler,
     Recipe,
+    stage_options,
 )
 from dualpipe_ext.training.options import LoopOptions
 from dualpipe_ext.training.outputs import Outputs, first_rows, join_ends
@@ -430,7 +431,8 @@ class TrainingWrapper:
             self._options.max_grad_norm,
         )
         name = type(self._updater.optimizer).__name__
-        return {"scaler": self._updater.scaler is not None, "optimizer": name, "stages": {}}
+        options = stage_options(self._updater.optimizer, self.pipeline)
+        return {"scaler": self._updater.scaler is not None, "optimizer": name, "stages": options}
 
     # Steps
 

@@ -301,7 +301,31 @@ def run_with_parts(rank: int, size: int, jobs: dict[str, Run]) -> dict[str, Any]
     """Runs where a rank has a part of the stages; then a validation that needs all of them."""
     start_as_torchrun(rank, size)
     found: dict[str, Any] = {name: run_over_pipeline(size, job) for name, job in jobs.items()}
-    return {**found, "measured": measure(size), "unsaved": save_to_a_full_disk(rank, size)}
+    return {
+        **found,
+        "measured": measure(size),
+        "unsaved": save_to_a_full_disk(rank, size),
+        "not updated": attempt(fail_to_update, rank, size),
+    }
+
+
+class Unlucky(Split):
+    """The optimizer of rank 1 raises."""
+
+    def configure_optimizers(self) -> Any:
+        found = super().configure_optimizers()
+        if self.dualpipe_wrapper.pipeline.rank == 1:
+            found["optimizer"].register_step_pre_hook(out_of_luck)
+        return found
+
+
+def out_of_luck(*_: Any) -> None:
+    raise RuntimeError("out of luck")
+
+
+def fail_to_update(rank: int, size: int) -> None:
+    trainer = make_trainer(Run(), [], devices=size, strategy=DualPipeStrategy())
+    trainer.fit(Unlucky(2 * size), make_loader(8, 0, False))
 
 
 def save_to_a_full_disk(rank: int, size: int) -> Outcome:

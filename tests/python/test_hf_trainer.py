@@ -143,6 +143,13 @@ def test_a_failing_write_is_told_to_all_ranks(parts: list[dict[str, Any]]) -> No
             assert rank == 0 or outcome.text.startswith("rank 0 could not save the model")
 
 
+def test_an_optimizer_that_raises_is_told_to_all_ranks(parts: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(parts):
+        outcome = found["not updated"]
+        assert outcome.error == ("RuntimeError" if rank == 1 else "PipelineError"), outcome
+        assert "out of luck" in outcome.text and outcome.seconds < 20
+
+
 def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(parts: list[dict[str, Any]]) -> None:
     for rank, found in enumerate(parts):
         step, last = found["went on to"]

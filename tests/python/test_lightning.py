@@ -175,6 +175,13 @@ def test_a_model_of_which_a_rank_has_a_part_is_not_called(parts: list[dict[str, 
         assert "Perceptron was called while it is trained" in found["measured"].text
 
 
+def test_an_optimizer_that_raises_is_told_to_all_ranks(parts: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(parts):
+        outcome = found["not updated"]
+        assert outcome.error == ("RuntimeError" if rank == 1 else "PipelineError"), outcome
+        assert "out of luck" in outcome.text and outcome.seconds < 20
+
+
 def test_a_failing_write_is_told_to_all_ranks(parts: list[dict[str, Any]]) -> None:
     for rank, found in enumerate(parts):
         outcome = found["unsaved"]

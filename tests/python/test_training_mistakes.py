@@ -426,6 +426,22 @@ def test_an_optimizer_that_raises_is_told_to_all_ranks(culprit: int, tmp_path: P
             assert failed.text.startswith(f"rank {culprit} could not update its parameters")
 
 
+def test_copies_that_would_be_trained_otherwise_are_refused() -> None:
+    """Those of different stages may be: layers have learning rates of their own."""
+
+    def train(rank: int, size: int, factor: Callable[[int], float]) -> None:
+        make(
+            config=DualPipeConfig(timeout=20.0),
+            optimizer=lambda parameters: SGD(parameters, lr=0.1 * factor(rank)),
+        )
+
+    for outcome in outcomes(train, 4, args=(lambda rank: 1.0 + rank,)):
+        assert outcome.is_a("ValueError"), outcome
+        assert "trained with lr=0.2, " in outcome.text and "against" in outcome.text
+    for outcome in outcomes(train, 4, args=(lambda rank: 1.0 + min(rank, 3 - rank),)):
+        assert outcome.error == "", outcome
+
+
 def test_gradients_that_cannot_be_unscaled_are_told_to_all_ranks() -> None:
     def train(rank: int, size: int) -> Outcome:
         wrapper = make(config=DualPipeConfig(timeout=20.0), scaler=GradScaler("cpu"))

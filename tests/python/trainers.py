@@ -224,10 +224,25 @@ def run_with_parts(rank: int, size: int, job: Run) -> dict[str, Any]:
     if rank == 0:
         going_on._save = _full_disk
     found["unsaved"] = attempt(going_on.save_model, f"{job.folder}/unsaved")
+    found["not updated"] = attempt(fail_to_update, rank, job, size)
     going_on.args.output_dir = f"{job.folder}/elsewhere"
     found["no checkpoint"] = attempt(going_on._save_checkpoint, going_on.model, None)
     found["nothing to resume"] = attempt(going_on.train, resume_from_checkpoint=True)
     return found
+
+
+def fail_to_update(rank: int, job: Run, size: int) -> None:
+    """The optimizer of rank 1 raises in its second step."""
+    trainer = job.make(DualPipeTrainer, num_chunks=2 * size)
+    trainer.create_optimizer()
+    steps = iter(range(10))
+
+    def fail(*_: Any) -> None:
+        if rank == 1 and next(steps) == 1:
+            raise RuntimeError("out of luck")
+
+    getattr(trainer.optimizer, "optimizer", trainer.optimizer).register_step_pre_hook(fail)
+    trainer.train()
 
 
 def _full_disk(*_: Any, **__: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -18,7 +18,13 @@ from dualpipe_ext.compat.huggingface.arguments import accepted, recomputes
 from dualpipe_ext.compat.huggingface.checkpoints import last_complete_checkpoint
 from dualpipe_ext.compat.huggingface.losses import ModelLoss
 from dualpipe_ext.compat.huggingface.one_process import show_one_process
-from dualpipe_ext.compat.ranks import both_ends, host_group, rank_device, through_together
+from dualpipe_ext.compat.ranks import (
+    both_ends,
+    host_group,
+    rank_device,
+    through_together,
+    update_together,
+)
 from dualpipe_ext.compat.whole import own_state_alone, update_model, whole_state
 from dualpipe_ext.config import DualPipeConfig
 from dualpipe_ext.groups import resolve_group
@@ -92,6 +98,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         self._profiles = enable_profiling
         self._wants_logits = True
         self._last_update = -1
+        self._told_by: Any = None  # the optimizer whose failures are told
         self._num_accumulated = 0
         self._loss = ModelLoss(model)
         self._batches = BatchPipeline(
@@ -113,6 +120,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         num_items = num_items_in_batch if self.model_accepts_loss_kwargs else None
         factor = 1.0 if num_items is not None else 1.0 / self.current_gradient_accumulation_steps
         self.pipeline.resume_at(self._number_of_batch())
+        self._tell_of_failed_updates()
         loss, _ = self._batches.step(
             inputs,
             self._loss.of(self._labels(inputs), num_items),
@@ -121,6 +129,20 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
             sync_gradients=self.accelerator.sync_gradients,
         )
         return torch.tensor(loss, device=self.args.device)
+
+    def _tell_of_failed_updates(self) -> None:
+        """An optimizer that raises on one rank is an error on all of them."""
+        optimizer = self._torch_optimizer()
+        if self._told_by is optimizer:
+            return
+        self._told_by = optimizer
+        step = optimizer.step
+
+        @wraps(step)
+        def told(*args: Any, **options: Any) -> Any:
+            return update_together(self.pipeline, partial(step, *args, **options))
+
+        optimizer.step = told
 
     def _number_of_batch(self) -> int:
         """Counted over a whole training, whatever was resumed or evaluated in between."""

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from dualpipe_ext.compat.lightning.module import DualPipeLightningModule
 from dualpipe_ext.compat.lightning.optimizer_states import load_whole_state, save_whole_state
 from dualpipe_ext.compat.lightning.refusals import refuse_settings
-from dualpipe_ext.compat.ranks import host_group, through_together
+from dualpipe_ext.compat.ranks import host_group, through_together, update_together
 from dualpipe_ext.compat.whole import update_model
 from dualpipe_ext.training.optimizers import refuse_closures
 
@@ -88,15 +88,17 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         model: Any = None,
         **options: Any,
     ) -> Any:
-        """A step, with gradients that were accumulated summed over mirrors before it is taken."""
+        """A step, with gradients that were accumulated summed over mirrors before it is taken.
 
-        def synced() -> Any:
-            result = closure()
-            if self.lightning_module.trainer.accumulate_grad_batches > 1:
-                self._pipeline.sync_gradients()
-            return result
-
-        return super().optimizer_step(optimizer, synced, model, **options)
+        Raises:
+            Exception: what the optimizer raised on this rank.
+            PipelineError: the optimizer of another rank raised.
+        """
+        result = closure()
+        if self.lightning_module.trainer.accumulate_grad_batches > 1:
+            self._pipeline.sync_gradients()
+        step = partial(super().optimizer_step, optimizer, lambda: result, model, **options)
+        return update_together(self._pipeline, step)
 
     @property
     def _pipeline(self) -> Any:
