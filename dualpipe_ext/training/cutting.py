@@ -12,7 +12,11 @@ from dualpipe_ext._handshake import agree
 from dualpipe_ext._source import ScheduleSource
 from dualpipe_ext.adapters import Cost, Partition, get_model_adapter
 from dualpipe_ext.checkpoint.ranks import Ranks
-from dualpipe_ext.checkpoint.replicas import gather_from_replicas, on_first_replica
+from dualpipe_ext.checkpoint.replicas import (
+    gather_from_replicas,
+    on_all_replicas,
+    on_first_replica,
+)
 from dualpipe_ext.config import Balance, DualPipeConfig
 from dualpipe_ext.groups import PipelineGroup
 from dualpipe_ext.schedule import PlannerInfo, ScheduleError, schedules
@@ -69,11 +73,11 @@ def measured_costs(
         Exception: what went wrong, on the first rank.
         PipelineError: the same, on the others.
     """
-    agree(group, config.timeout, lambda: {"balance": config.balance, "stages": {}})
+    failure = "could not measure its layers"
+    on_all_replicas(replicas, lambda: _agree_on_balance(config, group), failure)
     _check_replicas(gather_from_replicas(replicas, config.balance))
     if config.balance not in ("time", "memory") or not isinstance(model, nn.Module):
         return None
-    failure = "could not measure its layers"
     ranks = Ranks(group, config.timeout)
     adapted = model
 
@@ -81,6 +85,10 @@ def measured_costs(
         return get_model_adapter(adapted).measure(sample_inputs)
 
     return on_first_replica(replicas, lambda: ranks.from_first(measure, failure), failure)
+
+
+def _agree_on_balance(config: DualPipeConfig, group: PipelineGroup) -> None:
+    agree(group, config.timeout, lambda: {"balance": config.balance, "stages": {}})
 
 
 def _check_replicas(balances: Sequence[Balance]) -> None:
