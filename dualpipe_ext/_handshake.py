@@ -9,7 +9,7 @@ from typing import Any
 from dualpipe_ext._C import PipelineError
 from dualpipe_ext.groups import PipelineGroup
 
-__all__ = ["act_together", "agree", "collect"]
+__all__ = ["act_together", "agree", "check_others", "collect"]
 
 Describe = Callable[[], Any]  # of what JSON can hold
 
@@ -53,16 +53,37 @@ def act_together(
 ) -> None:
     """Calls ``act`` on every rank; for what is done in each step, where texts would take too long.
 
+    Where ``act`` itself exchanges something, it begins that with :func:`check_others`.
+
     Raises as :func:`collect` does.
     """
     raised: Exception | None = None
     try:
         act()
+    except _ToldError as error:
+        raise PipelineError(str(error)) from None
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait
         raised = error
     failed = group.all_gather_floats([float(raised is not None)])
     if any(flag for (flag,) in failed):
         collect(group, timeout, lambda: _raise(raised), failure)
+
+
+def check_others(group: PipelineGroup, timeout: float, failure: str) -> None:
+    """Within what :func:`act_together` calls: raises where another rank has failed before this.
+
+    Raises:
+        PipelineError: it has, with its reason.
+    """
+    if any(flag for (flag,) in group.all_gather_floats([0.0])):
+        try:
+            collect(group, timeout, lambda: None, failure)
+        except PipelineError as error:
+            raise _ToldError(str(error)) from None
+
+
+class _ToldError(PipelineError):
+    """Of another rank, which all ranks know already."""
 
 
 def _raise(error: Exception | None) -> None:

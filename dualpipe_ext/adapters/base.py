@@ -189,8 +189,9 @@ class ModelAdapterBase(ABC):
             ties=find_ties(stages),
             layer_seconds=layer_seconds,
             layer_parameters={
-                name: parameter_cost(self.model.get_submodule(name)).num_parameters
-                for name in layers
+                name: parameter_cost(module).num_parameters
+                for name, module in self.model.named_modules()
+                if name in layers
             },
             is_causal=is_causal_model(self.model),
         )

@@ -58,8 +58,8 @@ class _Move:
 def report_imbalance(pipeline: Pipeline, threshold: float = 0.02) -> Imbalance:
     """Says, from the last step of a DualPipe of partitions, which layer to move where.
 
-    A layer's share of its stage is that of the plan where its layers were measured, and otherwise
-    an equal one. Call it on every rank, after a training step; all get the same.
+    A layer's share of its stage is that of the plan
+    (:meth:`dualpipe_ext.adapters.PartitionPlan.share_of`). Call it on every rank, after a training step; all get the same.
 
     Args:
         pipeline: one whose modules are partitions.

@@ -94,4 +94,4 @@ class PartitionPlan:
         total = stage.cost.num_parameters if stage is self.stages[-1] else of_layers
         if not of_layers:
             return 1 / len(stage.layers)
-        return self.layer_parameters[layer] / max(total, of_layers)
+        return self.layer_parameters.get(layer, 0) / max(total, of_layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import re
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -95,6 +96,7 @@ def _trace(model: nn.Module, layers: Sequence[str], inputs: Sequence[str], train
             _restore(module, before[name])
 
 
+_ASSERTION = re.compile(r"assert\b[\s(]*(?P<negation>not\b)?")
 _STORES = ("_parameters", "_buffers", "_modules")
 
 
@@ -200,8 +202,8 @@ def _outcome_of_check() -> bool | None:
                 linecache.getline(frame.filename, number).strip()
                 for number in ((frame.lineno or 0), (frame.lineno or 0) + 1)
             )
-            if line.startswith("assert "):
-                return not line.startswith("assert not ")
+            if found := _ASSERTION.match(line):
+                return found["negation"] is None
             return False if line.startswith("if ") and following.startswith("raise ") else None
     return None
 

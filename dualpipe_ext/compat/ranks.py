@@ -10,14 +10,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualpipe_ext._handshake import act_together
+from dualpipe_ext._handshake import act_together, check_others
 from dualpipe_ext.checkpoint.ranks import Ranks
 from dualpipe_ext.pipeline import Pipeline
 
-__all__ = ["both_ends", "host_group", "rank_device", "through_together", "update_together"]
+__all__ = [
+    "both_ends",
+    "check_others_update",
+    "host_group",
+    "rank_device",
+    "through_together",
+    "update_together",
+]
 
 T = TypeVar("T")
 
+_UPDATE_FAILURE = "could not update its parameters"
 _TIMEOUT_S = 1800.0  # for a rank that writes a large model to a slow disk
 
 
@@ -68,9 +76,14 @@ def update_together(pipeline: Pipeline, step: Callable[[], T]) -> T:
         pipeline.group,
         pipeline.config.timeout,
         lambda: made.append(step()),
-        failure="could not update its parameters",
+        failure=_UPDATE_FAILURE,
     )
     return made[0]
+
+
+def check_others_update(pipeline: Pipeline) -> None:
+    """Before ranks exchange something within :func:`update_together`: one may have failed by now."""
+    check_others(pipeline.group, pipeline.config.timeout, _UPDATE_FAILURE)
 
 
 def both_ends(own: Any, pipeline: Pipeline, group: dist.ProcessGroup) -> Tensor:

@@ -49,11 +49,10 @@ class Accumulation:
 
     def add_loss(self, loss: float, units: int) -> float:
         """Takes the loss of the batch that was just added; returns that of all of them as one."""
-        if self._is_mean:
-            self._loss += (loss - self._loss) * units / self._units
-        else:
-            self._loss += loss
-        return self._loss
+        self._loss += loss * units if self._is_mean else loss
+        if self._num_batches == 1 or not self._is_mean:
+            return loss if self._num_batches == 1 else self._loss
+        return self._loss / self._units
 
     def restart(self) -> None:
         """Begins with the next batch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -74,8 +75,12 @@ def measured_costs(
         PipelineError: the same, on the others.
     """
     failure = "could not measure its layers"
-    on_all_replicas(replicas, lambda: _agree_on_balance(config, group), failure)
-    _check_replicas(gather_from_replicas(replicas, config.balance))
+    is_whole = isinstance(model, nn.Module)
+    told = {"balance": config.balance, "model to be cut": is_whole}
+    on_all_replicas(
+        replicas, lambda: agree(group, config.timeout, lambda: {**told, "stages": {}}), failure
+    )
+    _check_replicas(gather_from_replicas(replicas, told))
     if config.balance not in ("time", "memory") or not isinstance(model, nn.Module):
         return None
     ranks = Ranks(group, config.timeout)
@@ -87,17 +92,14 @@ def measured_costs(
     return on_first_replica(replicas, lambda: ranks.from_first(measure, failure), failure)
 
 
-def _agree_on_balance(config: DualPipeConfig, group: PipelineGroup) -> None:
-    agree(group, config.timeout, lambda: {"balance": config.balance, "stages": {}})
-
-
-def _check_replicas(balances: Sequence[Balance]) -> None:
-    for replica, balance in enumerate(balances):
-        if balance != balances[0]:
-            raise ValueError(
-                f"replicas differ in balance: {balances[0]!r} for replica 0, {balance!r} for replica "
-                f"{replica}; configure all of them alike"
-            )
+def _check_replicas(told: Sequence[dict[str, Any]]) -> None:
+    for replica, found in enumerate(told):
+        for name, expected in told[0].items():
+            if found[name] != expected:
+                raise ValueError(
+                    f"replicas differ in {name}: {expected!r} for replica 0, {found[name]!r} for "
+                    f"replica {replica}; configure all of them alike"
+                )
 
 
 @dataclass(frozen=True)
@@ -148,13 +150,24 @@ def own_part(
             show=show,
         )
         return OwnPart([partitions[stage] for stage in stages], rows)
-    if config.balance != "parameters":
-        raise ValueError(
-            f"balance={config.balance!r} says how to cut a whole model, and these are stages "
-            f"already; give the model, or leave balance out"
-        )
     given = list(model)
+    if not config.evens_out:
+        _check_cut(given, config.balance)
     by_index = {each.plan.index: each for each in given if isinstance(each, Partition)}
     if len(by_index) == len(given) and set(stages) <= set(by_index):
         return OwnPart([by_index[stage] for stage in stages], rows)
     return OwnPart(given, rows)
+
+
+def _check_cut(given: Sequence[nn.Module], balance: Balance) -> None:
+    """Raises where stages were not cut as is configured."""
+    sizes = {
+        tuple(len(stage.layers) for stage in each.plan.stages)
+        for each in given
+        if isinstance(each, Partition)
+    }
+    if sizes != {balance}:
+        raise ValueError(
+            f"balance={list(balance)} says how to cut a whole model, and these are stages already, "
+            f"cut otherwise; give the model, or leave balance out"
+        )

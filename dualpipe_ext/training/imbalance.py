@@ -16,8 +16,9 @@ LEAST_SECONDS = 5e-4  # of a stage and a micro-batch: below, other things than l
 class ImbalanceWatch:
     """Warns, once, on the first rank, where moving one layer would make steps shorter.
 
-    Three steps have to agree that there is one; which one may differ where several are as good. Stages on a GPU are not watched: what a rank measures
-    there is how long it takes to give the GPU its work.
+    Three steps have to agree that there is one; which one may differ where several are as good.
+    Stages on a GPU are not watched: what a rank measures there is how long it takes to give the GPU
+    its work.
 
     Args:
         pipeline: whose steps are watched, where its modules are partitions of DualPipe.

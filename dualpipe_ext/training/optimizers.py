@@ -130,11 +130,21 @@ def stage_options(optimizer: Optimizer, pipeline: Pipeline) -> dict[str, list[st
 
 
 def _shown(group: Mapping[str, Any]) -> str:
-    values = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in group.items()}
-    plain = (bool, int, float, str, tuple, list)
+    """Numbers and words, and pairs of numbers; what else a group has may be long, or an object."""
+    values = {
+        name: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        for name, value in group.items()
+    }
     return ", ".join(
-        f"{k}={v}" for k, v in values.items() if k != "params" and isinstance(v, plain)
+        f"{name}={value}"
+        for name, value in values.items()
+        if isinstance(value, (bool, int, float, str)) or _are_numbers(value)
     )
+
+
+def _are_numbers(value: object) -> bool:
+    is_short = isinstance(value, tuple) and len(value) <= 4
+    return is_short and all(isinstance(each, (int, float)) for each in value)  # type: ignore[attr-defined]
 
 
 def step_scheduler(scheduler: LRScheduler | None, loss: float) -> None:

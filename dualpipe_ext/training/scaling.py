@@ -49,6 +49,10 @@ class RankScaler:
             grads[0].fill_(float("inf"))
         self.scaler.unscale_(optimizer)
 
+    def reset(self) -> None:
+        """Forgets what an update that has failed has left: that gradients were unscaled."""
+        self.scaler._per_optimizer_states.clear()
+
     def step(self, optimizer: Optimizer) -> None:
         """A step of the optimizer, unless a gradient is not finite; then the scale is updated."""
         self.scaler.step(optimizer)

@@ -90,7 +90,9 @@ class Updater:
         self.discard()
 
     def discard(self) -> None:
-        """Forgets all gradients."""
+        """Forgets all gradients, and what was done to them."""
+        if self._scaler is not None:
+            self._scaler.reset()
         self.optimizer.zero_grad()
         self._pipeline.zero_grad()  # of parameters that the optimizer was not given
 

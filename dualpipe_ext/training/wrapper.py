@@ -233,7 +233,12 @@ class TrainingWrapper:
                 there is no further step before :meth:`load_checkpoint`.
         """
         updater = self._trained_by
-        self._check_whole()
+        with self._replicas.telling_failures():
+            try:
+                self._check_whole()
+            except ValueError as error:  # an interrupt may have torn this rank alone
+                self.pipeline.abandon_step(error)
+                raise
         try:
             part, units = self._ready(batch, halves)
             total = self._accumulation.add(units, updater.grads())

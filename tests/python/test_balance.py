@@ -197,11 +197,15 @@ def test_measures_times_and_a_measured_step_is_near_the_best() -> None:
             break
     else:
         pytest.fail(f"measured {measured} at last, for layers of {milliseconds}")
-    sizes = [len(stage.layers) for stage in partitions[0].plan.stages]
+    own = tuple(len(stage.layers) for stage in partitions[0].plan.stages)
     steps = {tuple(s): measured_step(milliseconds, s) for s in all_splits(7, 4)}
-    for split in (tuple(sizes), min(steps, key=lambda split: steps[split])):  # once more, both
-        steps[split] = min(steps[split], measured_step(milliseconds, split))
-    assert steps[tuple(sizes)] <= 1.05 * min(steps.values()), (sizes, steps)
+    for _ in range(6):  # as many more tries for both where a busy machine has slowed one of them
+        best = min(steps, key=lambda split: steps[split])
+        if steps[own] <= 1.05 * steps[best]:
+            break
+        for split in (own, best):
+            steps[split] = min(steps[split], measured_step(milliseconds, split))
+    assert steps[own] <= 1.05 * min(steps.values()), (own, steps)
 
 
 def test_measures_activations() -> None:
@@ -311,7 +315,11 @@ def warned(sizes: Sequence[int], num_steps: int) -> list[str]:
 
 
 def test_training_warns_of_uneven_stages_once() -> None:
-    (text,) = warned([3, 1, 2, 2], num_steps=7)
+    for _ in range(5):  # a busy machine may slow other stages than the first
+        texts = warned([3, 1, 2, 2], num_steps=7)
+        if texts:
+            break
+    (text,) = texts
     assert "move 2: balance=[2, 2, 2, 2] in place of [3, 1, 2, 2]" in text
     assert "balance='time'" in text
 
@@ -368,10 +376,11 @@ def test_a_rank_that_is_cut_differently_is_told_to_all(what: str) -> None:
 
 def test_a_balance_for_what_is_cut_already_is_refused() -> None:
     def make(rank: int, size: int) -> None:
-        partitions = get_model_adapter(slow_model([1, 1])).partition(size, show=False)
+        partitions = get_model_adapter(slow_model([1, 1])).partition(size, [2, 0], show=False)
+        TrainingWrapper(partitions, DualPipeConfig(balance=[2, 0]), SGD)
         TrainingWrapper(partitions, DualPipeConfig(balance=[1, 1]), SGD)
 
-    with pytest.raises(ValueError, match="says how to cut a whole model, and these are stages"):
+    with pytest.raises(ValueError, match=r"balance=\[1, 1\] says how to cut.*cut otherwise"):
         run_ranks(make, 2)
 
 

@@ -442,12 +442,32 @@ def test_copies_that_would_be_trained_otherwise_are_refused() -> None:
         assert outcome.error == "", outcome
 
 
-def test_gradients_that_cannot_be_unscaled_are_told_to_all_ranks() -> None:
+def test_optimizers_of_named_parameters_are_alike() -> None:
+    """Their groups have the names in the order of the rank, which is that of the mirror reversed."""
+
+    def train(rank: int, size: int) -> float:
+        def named(parameters: Any) -> Any:
+            return SGD([(f"p{i}", p) for i, p in enumerate(parameters)], lr=0.1)
+
+        return float(make(optimizer=named, config=DualPipeConfig()).train_step((TEXT, LABELS)))
+
+    assert len(set(run_ranks(train, 4))) == 1
+
+
+def test_gradients_that_cannot_be_unscaled_are_told_to_all_ranks(tmp_path: Path) -> None:
     def train(rank: int, size: int) -> Outcome:
         wrapper = make(config=DualPipeConfig(timeout=20.0), scaler=GradScaler("cpu"))
+        wrapper.save_checkpoint(tmp_path)
+        scaler: Any = wrapper._trained_by._scaler
+        unscale = scaler.unscale
         if rank == 1:
-            wrapper._trained_by._scaler.unscale = refuse  # type: ignore[union-attr,method-assign]
-        return attempt(wrapper.train_step, (TEXT, LABELS))
+            scaler.unscale = refuse
+        failed = attempt(wrapper.train_step, (TEXT, LABELS))
+        scaler.unscale = unscale
+        wrapper.load_checkpoint(tmp_path)
+        wrapper.train_step((TEXT, LABELS))  # although the others have unscaled what was before
+        assert wrapper.num_updates == 1
+        return failed
 
     def refuse(*_: object) -> None:
         raise ValueError("Attempting to unscale FP16 gradients.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial, wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -139,10 +140,10 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         step = optimizer.step
 
         @wraps(step)
-        def told(*args: Any, **options: Any) -> Any:
+        def told(_: Any, *args: Any, **options: Any) -> Any:
             return update_together(self.pipeline, partial(step, *args, **options))
 
-        optimizer.step = told
+        optimizer.step = MethodType(told, optimizer)  # schedulers that come later bind it again
 
     def _number_of_batch(self) -> int:
         """Counted over a whole training, whatever was resumed or evaluated in between."""

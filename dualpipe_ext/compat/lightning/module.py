@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from dualpipe_ext.adapters.base import is_causal_model
 from dualpipe_ext.compat.batches import BatchPipeline
-from dualpipe_ext.compat.ranks import both_ends, host_group
+from dualpipe_ext.compat.ranks import both_ends, check_others_update, host_group
 from dualpipe_ext.config import DualPipeConfig
 from dualpipe_ext.groups import resolve_group
 from dualpipe_ext.training.losses import IGNORED, Reduction, choose_loss
@@ -198,6 +198,7 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
         if str(getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm)) == "value":
             nn.utils.clip_grad_value_(pipeline.parameters(), gradient_clip_val)
         else:
+            check_others_update(pipeline)
             pipeline.clip_grad_norm_(gradient_clip_val)
 
     def _step(self, batch: Any, **options: Any) -> tuple[float, Any]:
