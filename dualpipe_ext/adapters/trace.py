@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import linecache
 import re
 import threading
@@ -68,6 +69,12 @@ def _trace(model: nn.Module, layers: Sequence[str], inputs: Sequence[str], train
     tracer = _LayerTracer(layers, inputs)
     modules = {name: model.get_submodule(name) for name in ("", *sorted(tracer.containers))}
     before = {name: _attributes(module) for name, module in modules.items()}
+    contents = [
+        (value, copy.copy(value))
+        for attributes in before.values()
+        for value in attributes.values()
+        if type(value) in (dict, list)
+    ]
     try:
         with _mode(model, tracer.containers, training):
             graph = tracer.trace(model)
@@ -75,7 +82,7 @@ def _trace(model: nn.Module, layers: Sequence[str], inputs: Sequence[str], train
             f"{name}.{key}".lstrip(".")
             for name, module in modules.items()
             for key, value in _attributes(module).items()
-            if value is not before[name].get(key) and _is_of_the_trace(value)
+            if _is_of_the_trace(value)
         ]
         if changed:
             raise RuntimeError(
@@ -94,6 +101,8 @@ def _trace(model: nn.Module, layers: Sequence[str], inputs: Sequence[str], train
     finally:  # fx leaves the constants that it meets there, and a forward what it assigns
         for name, module in modules.items():
             _restore(module, before[name])
+        for container, content in contents:
+            _refill(container, content)
 
 
 _ASSERTION = re.compile(r"assert\b[\s(]*(?P<negation>not\b)?")
@@ -108,8 +117,16 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 def _is_of_the_trace(value: object) -> bool:
     """Whether it stands for a tensor, so that no step could assign it."""
+    if type(value) is dict:
+        value = list(value.values())
     values = value if isinstance(value, (tuple, list)) else (value,)
     return any(isinstance(each, fx.Proxy) for each in values)
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Gives a list or dictionary what it held."""
+    container.clear()
+    (container.update if isinstance(container, dict) else container.extend)(content)
 
 
 def _restore(module: nn.Module, before: dict[str, Any]) -> None:

@@ -213,6 +213,7 @@ class Remembering(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(4))
         self.register_buffer("steps", torch.zeros(()))
         self.hidden: Tensor | None = None
+        self.notes: list[Tensor] = []
         self.what = what
 
     def forward(self, x: Tensor) -> Tensor:
@@ -220,6 +221,8 @@ class Remembering(nn.Module):
             x = block(x)
         if self.what == "steps":
             self.steps = self.steps + 1
+        elif self.what == "notes":
+            self.notes.append(x)
         else:
             self.hidden = x
         return x

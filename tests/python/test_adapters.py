@@ -399,12 +399,12 @@ def test_what_is_no_model_is_told() -> None:
         get_model_adapter(GPT()).partition(2.0)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("what", ["steps", "hidden"])
+@pytest.mark.parametrize("what", ["steps", "notes", "hidden"])
 def test_a_model_that_assigns_is_refused_and_left_as_it_was(what: str) -> None:
     model = seeded(lambda: Remembering(what))
     with pytest.raises(ValueError, match=f"it assigns {what}, which stages would not do"):
         get_model_adapter(model).partition(2, show=False)
-    assert model.hidden is None and float(model.state_dict()["steps"]) == 0.0
+    assert model.hidden is None and model.notes == [] and float(model.state_dict()["steps"]) == 0.0
     copy.deepcopy(model)
 
 
