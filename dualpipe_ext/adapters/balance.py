@@ -32,9 +32,9 @@ def balanced_sizes(
     the slowest stage are simulated, as steps of 3P micro-batches, and of the fastest ones, which
     are less than half a percent apart, that whose slowest stage is the fastest.
     """
-    if not paired:
-        return best_for_stages([_amount(cost, criterion, num_stages) for cost in costs], num_stages)
     amounts = [_amount(cost, criterion, num_stages) for cost in costs]
+    if not paired:
+        return best_for_stages(amounts, num_stages)
     if criterion != "time":
         return best_for_ranks(amounts, num_stages)
     found = [

@@ -165,14 +165,18 @@ class ModelAdapterBase(ABC):
         self, split: Split, paired: bool, layer_seconds: Mapping[str, float]
     ) -> list[Partition]:
         stages = self.cut(split.ranges)
-        plan = replace(self._plan(stages, split, layer_seconds), is_paired=paired)
+        plan = self._plan(stages, split, paired, layer_seconds)
         partitions = [Partition(s, replace(plan, index=i)) for i, s in enumerate(stages)]
         for partition, mirror in zip(partitions, reversed(partitions), strict=True):
             partition.set_mirror(mirror)
         return partitions
 
     def _plan(
-        self, stages: Sequence[Stage], split: Split, layer_seconds: Mapping[str, float]
+        self,
+        stages: Sequence[Stage],
+        split: Split,
+        paired: bool,
+        layer_seconds: Mapping[str, float],
     ) -> PartitionPlan:
         check_complete(self.model, stages)
         layers = self.layers
@@ -193,6 +197,7 @@ class ModelAdapterBase(ABC):
                 for name, module in self.model.named_modules()
                 if name in layers
             },
+            is_paired=paired,
             is_causal=is_causal_model(self.model),
         )
 

@@ -59,7 +59,8 @@ def report_imbalance(pipeline: Pipeline, threshold: float = 0.02) -> Imbalance:
     """Says, from the last step of a DualPipe of partitions, which layer to move where.
 
     A layer's share of its stage is that of the plan
-    (:meth:`dualpipe_ext.adapters.PartitionPlan.share_of`). Call it on every rank, after a training step; all get the same.
+    (:meth:`dualpipe_ext.adapters.PartitionPlan.share_of`). Call it on every rank, after a training
+    step; all get the same.
 
     Args:
         pipeline: one whose modules are partitions.

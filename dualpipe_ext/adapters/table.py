@@ -29,11 +29,11 @@ def plan_table(plan: PartitionPlan) -> Table:
     if plan.is_paired:
         loads = [a + b for a, b in zip(loads, reversed(loads), strict=True)]
     for index, stage in enumerate(plan.stages):
-        ranks = ["{}, {}".format(*sorted((index, plan.num_partitions - 1 - index)))]
+        pair = sorted((index, plan.num_partitions - 1 - index))
+        ranks = ["{}, {}".format(*pair)] if plan.is_paired else []
         numbers = _numbers(stage.cost, timed, sized)
         load = f"{loads[index] / max(loads):.0%}" if max(loads) else "-"
-        own = ranks if plan.is_paired else []
-        table.add_row(str(index), *own, _layers(plan, stage), *numbers, load)
+        table.add_row(str(index), *ranks, _layers(plan, stage), *numbers, load)
     return table
 
 

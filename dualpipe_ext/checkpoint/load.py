@@ -57,8 +57,8 @@ def load_checkpoint(
     """Loads what :func:`save_checkpoint` saved, on any number of ranks or in one piece.
 
     Every rank calls it. Each reads its own stages, both copies of them. Everything is read and
-    checked on all ranks, of all replicas, before anything is changed. Checkpoints are pickles in part: load those
-    alone whose origin you trust.
+    checked on all ranks, of all replicas, before anything is changed. Checkpoints are pickles in
+    part: load those alone whose origin you trust.
 
     Args:
         path: a checkpoint, or a folder of them, of which the latest complete one is loaded.
