@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from dualpipe_ext.adapters.cost import Cost
 from dualpipe_ext.adapters.plan import PartitionPlan, StagePlan
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["plan_table", "print_plan"]
 
 
 def plan_table(plan: PartitionPlan) -> Table:
     """One row for each stage: its ranks, its layers, what it costs, and how full its ranks are."""
+    from rich.table import Table  # a tenth of what importing this package takes
+
     costs = [stage.cost for stage in plan.stages]
     timed, sized = any(c.seconds for c in costs), any(c.activation_bytes for c in costs)
     table = Table(title=f"{plan.architecture} in {plan.num_partitions} stages")
@@ -39,6 +42,8 @@ def plan_table(plan: PartitionPlan) -> Table:
 
 def print_plan(plan: PartitionPlan) -> None:
     """Prints the table to the terminal."""
+    from rich.console import Console
+
     Console().print(plan_table(plan))
 
 

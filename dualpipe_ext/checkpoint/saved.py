@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch.distributed.checkpoint.metadata import Metadata
+from typing import TYPE_CHECKING, Any
 
 from dualpipe_ext.checkpoint.folders import read_manifest
 from dualpipe_ext.checkpoint.holdings import Shapes
 from dualpipe_ext.checkpoint.storage import read_metadata, read_values, shape_of
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
 
 __all__ = ["Saved"]
 

@@ -3,21 +3,24 @@
 Its own ``save()`` exchanges plans over a torch process group, which ranks that are threads do not
 have. So the steps of it are taken here, with its planners, writer and reader, and what has to be
 exchanged travels as texts of the pipeline's group. The folder is one that ``dcp.load()`` reads.
+
+Functions import what they need of it: that takes more than a second, a third of what this package
+takes with torch itself, and most processes save nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan
 
 from dualpipe_ext.checkpoint.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+    from torch.distributed.checkpoint.planner import SavePlan
 
 __all__ = ["FAILURE", "read_metadata", "read_values", "shape_of", "write_values"]
 
@@ -31,6 +34,8 @@ def write_values(ranks: Ranks, folder: Path, values: Mapping[str, Any]) -> None:
         Exception: what went wrong on this rank.
         PipelineError: another rank failed.
     """
+    from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+
     planner = DefaultSavePlanner(flatten_state_dict=False)
     writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, overwrite=False)
 
@@ -53,17 +58,21 @@ def write_values(ranks: Ranks, folder: Path, values: Mapping[str, Any]) -> None:
 
 def read_metadata(folder: Path) -> Metadata:
     """What a folder holds."""
+    from torch.distributed.checkpoint import FileSystemReader
+
     return FileSystemReader(folder).read_metadata()
 
 
 def shape_of(metadata: Metadata, key: str) -> list[int] | None:
     """The shape of a tensor; ``None`` for what is none."""
-    entry = metadata.state_dict_metadata[key]
-    return list(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+    entry = _tensor_at(metadata, key)
+    return None if entry is None else list(entry.size)
 
 
 def read_values(folder: Path, metadata: Metadata, keys: Iterable[str]) -> dict[str, Any]:
     """The values of these keys; tensors in host memory."""
+    from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+
     values = {key: _blank(metadata, key) for key in keys}
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     reader = FileSystemReader(folder)
@@ -76,7 +85,12 @@ def read_values(folder: Path, metadata: Metadata, keys: Iterable[str]) -> dict[s
 
 
 def _blank(metadata: Metadata, key: str) -> torch.Tensor | None:
+    entry = _tensor_at(metadata, key)
+    return None if entry is None else torch.empty(entry.size, dtype=entry.properties.dtype)
+
+
+def _tensor_at(metadata: Metadata, key: str) -> TensorStorageMetadata | None:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     entry = metadata.state_dict_metadata[key]
-    if not isinstance(entry, TensorStorageMetadata):
-        return None
-    return torch.empty(entry.size, dtype=entry.properties.dtype)
+    return entry if isinstance(entry, TensorStorageMetadata) else None
