@@ -34,7 +34,8 @@ def write_values(ranks: Ranks, folder: Path, values: Mapping[str, Any]) -> None:
         Exception: what went wrong on this rank.
         PipelineError: another rank failed.
     """
-    from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
     planner = DefaultSavePlanner(flatten_state_dict=False)
     writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, overwrite=False)
@@ -58,7 +59,7 @@ def write_values(ranks: Ranks, folder: Path, values: Mapping[str, Any]) -> None:
 
 def read_metadata(folder: Path) -> Metadata:
     """What a folder holds."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     return FileSystemReader(folder).read_metadata()
 
@@ -71,7 +72,8 @@ def shape_of(metadata: Metadata, key: str) -> list[int] | None:
 
 def read_values(folder: Path, metadata: Metadata, keys: Iterable[str]) -> dict[str, Any]:
     """The values of these keys; tensors in host memory."""
-    from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     values = {key: _blank(metadata, key) for key in keys}
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
