@@ -523,6 +523,10 @@ class Engine:
         """
         Waits for the devices of all ranks; on all of them, or on none.
         """
+    def time_device(self, on: bool) -> None:
+        """
+        Whether the steps from now on are timed by the device's clock, where it has one.
+        """
     @property
     def busy_ns(self) -> int: ...
     @property
@@ -540,6 +544,8 @@ class Engine:
     def peak_live_activations(self) -> int: ...
     @property
     def step_ns(self) -> int: ...
+    @property
+    def times_are_of_the_device(self) -> bool: ...
     @property
     def trace_events(self) -> list:
         """

@@ -100,6 +100,12 @@ std::unique_ptr<MirrorExchange> mirror_exchange(Engine& engine, int num_ranks,
                               .message_device = message_device(engine, device)});
 }
 
+// Waits for the device, where its clock was asked for: other ranks may need the interpreter lock.
+const Trace& trace_of(Engine& engine) {
+  const py::gil_scoped_release unlocked;
+  return engine.trace();
+}
+
 py::list trace_events(const Trace& trace) {
   py::list events;
   for (const TraceEvent& event : trace.events) {
@@ -160,15 +166,17 @@ void bind_engine(py::module_& module) {
       .def_property_readonly("num_deferred",
                              [](Engine& engine) { return engine.weight_queue()->num_pending(); })
       .def_property_readonly(
-          "trace_events", [](const Engine& engine) { return trace_events(engine.trace()); },
+          "trace_events", [](Engine& engine) { return trace_events(trace_of(engine)); },
           "(action, start, end, wait) of each computation of the last step; nanoseconds.")
-      .def_property_readonly("step_ns",
-                             [](const Engine& engine) { return engine.trace().duration_ns; })
-      .def_property_readonly("busy_ns",
-                             [](const Engine& engine) { return engine.trace().busy_ns(); })
-      .def_property_readonly("peak_live_activations", [](const Engine& engine) {
-        return engine.trace().peak_live_activations;
-      });
+      .def("time_device", &Engine::time_device, py::arg("on"),
+           "Whether the steps from now on are timed by the device's clock, where it has one.")
+      .def_property_readonly(
+          "times_are_of_the_device",
+          [](Engine& engine) { return trace_of(engine).clock == Clock::kDevice; })
+      .def_property_readonly("step_ns", [](Engine& engine) { return trace_of(engine).duration_ns; })
+      .def_property_readonly("busy_ns", [](Engine& engine) { return trace_of(engine).busy_ns(); })
+      .def_property_readonly("peak_live_activations",
+                             [](Engine& engine) { return trace_of(engine).peak_live_activations; });
 }
 
 }  // namespace dualpipe

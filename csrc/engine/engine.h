@@ -50,7 +50,9 @@ class Engine {
   [[nodiscard]] Transport& transport() { return *transport_; }
   [[nodiscard]] Device& device() { return *device_; }
   [[nodiscard]] const std::shared_ptr<WeightQueue>& weight_queue() const { return weight_queue_; }
-  [[nodiscard]] const Trace& trace() const { return executor_.trace(); }
+  // As Executor has them.
+  void time_device(bool on) { executor_.time_device(on); }
+  [[nodiscard]] const Trace& trace() { return executor_.trace(); }
   // What this rank last reported to the others.
   [[nodiscard]] const std::string& failure() const { return failure_; }
   // Steps that were begun, failed ones included.

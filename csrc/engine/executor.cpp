@@ -1,6 +1,7 @@
 #include "engine/executor.h"
 
 #include "common/error.h"
+#include "engine/device_times.h"
 
 namespace dualpipe {
 
@@ -10,7 +11,6 @@ void Executor::begin(const Program& program, std::int64_t step, StageRunner* run
   awaited_.store(-1, std::memory_order_relaxed);
   waiting_since_ns_.store(0, std::memory_order_relaxed);
   has_begun_.store(false, std::memory_order_relaxed);
-  wait_ns_ = 0;
   program_ = &program;
   step_ = step;
   runner_ = runner;
@@ -22,10 +22,15 @@ void Executor::begin(const Program& program, std::int64_t step, StageRunner* run
   activations_ = ActivationCounter();
   trace_.events.clear();
   trace_.events.reserve(program.instructions.size());
+  trace_.clock = Clock::kHost;
+  trace_.device_times.reset();
 }
 
 void Executor::run(std::uint64_t shapes) {
   step_start_ns_ = now_ns();
+  if (auto stopwatch = times_device_ ? device_.stopwatch() : nullptr) {
+    trace_.device_times = std::make_shared<DeviceTimes>(std::move(stopwatch));
+  }
   waiting_since_ns_.store(step_start_ns_, std::memory_order_relaxed);
   transport_.begin_step({step_, program_->digest, program_->description, shapes});
   waiting_since_ns_.store(0, std::memory_order_relaxed);
@@ -39,6 +44,7 @@ void Executor::run(std::uint64_t shapes) {
   if (reducer_ != nullptr) reducer_->finish();
   transport_.end_step();
   waiting_since_ns_.store(0, std::memory_order_relaxed);
+  if (trace_.device_times) trace_.device_times->end_step();
   trace_.peak_live_activations = activations_.peak();
   trace_.duration_ns = now_ns() - step_start_ns_;
 }
@@ -52,6 +58,12 @@ void Executor::connect() {
 void Executor::clear() {
   receives_.clear();
   slots_.clear();
+  trace_.device_times.reset();
+}
+
+const Trace& Executor::trace() {
+  if (const auto times = std::exchange(trace_.device_times, nullptr)) times->write_to(trace_);
+  return trace_;
 }
 
 void Executor::execute(const Instruction& instruction) {
@@ -89,39 +101,39 @@ void Executor::issue_send(const Instruction& instruction) {
 }
 
 void Executor::run_forward(const Instruction& instruction) {
-  const std::int64_t start = now_ns();
+  begin_computation();
   const Action& action = instruction.action;
   Message input = take_input(instruction.first);
   activations_.forward();
   keep_result(instruction.first,
               runner_->forward(action.stage(), action.microbatch(), std::move(input)));
-  record(action, start);
+  end_computation(action);
 }
 
 void Executor::run_backward(const Instruction& instruction) {
-  const std::int64_t start = now_ns();
+  begin_computation();
   const Action& action = instruction.action;
   const bool defer_weights = action.op() == Op::kBackwardInput;
   Message output_grad = take_input(instruction.first);
   keep_result(instruction.first, runner_->backward(action.stage(), action.microbatch(),
                                                    std::move(output_grad), defer_weights));
   activations_.backward();
-  record(action, start);
+  end_computation(action);
 }
 
 void Executor::run_weight(const Instruction& instruction) {
-  const std::int64_t start = now_ns();
+  begin_computation();
   const Stage stage = instruction.action.stage();
   WeightsAdvanced advanced;
   if (instruction.is_last_weight && reducer_ != nullptr) {
     advanced = [this, stage](const PendingWeights& pending) { reducer_->advance(stage, pending); };
   }
   runner_->backward_weight(stage, instruction.action.microbatch(), advanced);
-  record(instruction.action, start);
+  end_computation(instruction.action);
 }
 
 void Executor::run_overlap(const Instruction& instruction) {
-  const std::int64_t start = now_ns();
+  begin_computation();
   const Action forward = instruction.action.forward_half();
   const Action backward = instruction.action.backward_half();
   Message input = take_input(instruction.first);
@@ -133,7 +145,7 @@ void Executor::run_overlap(const Instruction& instruction) {
   activations_.backward();
   keep_result(instruction.first, std::move(activation));
   keep_result(instruction.second, std::move(input_grad));
-  record(instruction.action, start);
+  end_computation(instruction.action);
 }
 
 Message Executor::take_input(const Computation& computation) {
@@ -153,6 +165,7 @@ Message Executor::take_input(const Computation& computation) {
   waiting_since_ns_.store(0, std::memory_order_relaxed);
   receives_[index].reset();
   device_.compute().wait(arrival.ready);
+  if (trace_.device_times) trace_.device_times->end_wait();
   wait_ns_ += now_ns() - start;
   return std::move(arrival.message);
 }
@@ -162,9 +175,16 @@ void Executor::keep_result(const Computation& computation, Message result) {
   slots_[static_cast<std::size_t>(computation.result_slot)] = std::move(result);
 }
 
-void Executor::record(const Action& action, std::int64_t start_ns) {
-  trace_.events.push_back({action, start_ns - step_start_ns_, now_ns() - step_start_ns_, wait_ns_});
+void Executor::begin_computation() {
   wait_ns_ = 0;
+  start_ns_ = now_ns();
+  if (trace_.device_times) trace_.device_times->begin_computation();
+}
+
+void Executor::end_computation(const Action& action) {
+  if (trace_.device_times) trace_.device_times->end_computation();
+  trace_.events.push_back(
+      {action, start_ns_ - step_start_ns_, now_ns() - step_start_ns_, wait_ns_});
 }
 
 std::chrono::nanoseconds Executor::waiting() const {

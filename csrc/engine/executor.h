@@ -37,7 +37,11 @@ class Executor final : public Progress {
   // Lets go of all messages: after a step that threw.
   void clear();
 
-  [[nodiscard]] const Trace& trace() const { return trace_; }
+  // Whether the traces of the steps from now on are by the device's clock, where it has one.
+  void time_device(bool on) { times_device_ = on; }
+
+  // Of the last step. Blocks until the device is done with it, where its clock is asked for.
+  [[nodiscard]] const Trace& trace();
   // Puts another trace in the place of the last one, which is returned.
   Trace replace_trace(Trace trace) { return std::exchange(trace_, std::move(trace)); }
 
@@ -58,7 +62,8 @@ class Executor final : public Progress {
 
   [[nodiscard]] Message take_input(const Computation& computation);
   void keep_result(const Computation& computation, Message result);
-  void record(const Action& action, std::int64_t start_ns);
+  void begin_computation();
+  void end_computation(const Action& action);
 
   Transport& transport_;
   Device& device_;
@@ -70,8 +75,10 @@ class Executor final : public Progress {
   std::vector<Message> slots_;
   ActivationCounter activations_;
   Trace trace_;
+  bool times_device_ = false;
   std::int64_t step_start_ns_ = 0;
-  std::int64_t wait_ns_ = 0;  // of the computation at work
+  std::int64_t start_ns_ = 0;  // of the computation at work
+  std::int64_t wait_ns_ = 0;   // of that
 
   std::int64_t step_ = 0;
   std::atomic<int> cursor_{0};

@@ -2,11 +2,17 @@
 
 #include <chrono>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "schedule/action.h"
 
 namespace dualpipe {
+
+class DeviceTimes;
+
+// Whose times they are. A host that runs ahead of its device knows when it issued work.
+enum class Clock : std::uint8_t { kHost, kDevice };
 
 // One computation of a step as it happened. Times in nanoseconds since the step began.
 struct TraceEvent {
@@ -21,6 +27,9 @@ struct Trace {
   std::vector<TraceEvent> events;
   std::int64_t duration_ns = 0;  // the whole step, the commit included
   int peak_live_activations = 0;
+  Clock clock = Clock::kHost;
+  // Set until the device's times are asked for; the ones above are the host's until then.
+  std::shared_ptr<DeviceTimes> device_times;
 
   // Nanoseconds spent computing, waits left out.
   [[nodiscard]] std::int64_t busy_ns() const;

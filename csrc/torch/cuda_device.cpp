@@ -18,7 +18,7 @@ namespace {
 // Events are made once and used again: making one takes longer than recording it.
 class EventPool {
  public:
-  explicit EventPool(int device) : device_(device) {}
+  EventPool(int device, unsigned flags) : device_(device), flags_(flags) {}
   ~EventPool() {
     for (cudaEvent_t event : free_) (void)cudaEventDestroy(event);
   }
@@ -36,7 +36,7 @@ class EventPool {
     }
     const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device_));
     cudaEvent_t event = nullptr;
-    C10_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    C10_CUDA_CHECK(cudaEventCreateWithFlags(&event, flags_));
     return event;
   }
   void give_back(cudaEvent_t event) {
@@ -46,6 +46,7 @@ class EventPool {
 
  private:
   const int device_;
+  const unsigned flags_;
   std::mutex mutex_;
   std::vector<cudaEvent_t> free_;
 };
@@ -155,11 +156,44 @@ class ComputeStream final : public Stream {
   std::atomic<cudaStream_t> stream_ = nullptr;
 };
 
+class CudaStopwatch final : public Stopwatch {
+ public:
+  CudaStopwatch(std::shared_ptr<EventPool> timed_events, int device, cudaStream_t stream)
+      : pool_(std::move(timed_events)), device_(device), stream_(stream) {}
+
+  void mark() override {
+    const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device_));
+    auto event = std::make_unique<LentEvent>(pool_);
+    C10_CUDA_CHECK(cudaEventRecord(event->get(), stream_));
+    marks_.push_back(std::move(event));
+  }
+  std::vector<std::int64_t> read() override {
+    const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device_));
+    c10::cuda::warn_or_error_on_sync();
+    C10_CUDA_CHECK(cudaEventSynchronize(marks_.back()->get()));
+    std::vector<std::int64_t> since;
+    since.reserve(marks_.size());
+    for (const auto& mark : marks_) {
+      float milliseconds = 0;
+      C10_CUDA_CHECK(cudaEventElapsedTime(&milliseconds, marks_.front()->get(), mark->get()));
+      since.push_back(static_cast<std::int64_t>(1e6 * static_cast<double>(milliseconds)));
+    }
+    return since;
+  }
+
+ private:
+  const std::shared_ptr<EventPool> pool_;
+  const int device_;
+  const cudaStream_t stream_;
+  std::vector<std::unique_ptr<LentEvent>> marks_;
+};
+
 class CudaDevice final : public Device {
  public:
   explicit CudaDevice(int index)
       : index_(index),
-        events_(std::make_shared<EventPool>(index)),
+        events_(std::make_shared<EventPool>(index, cudaEventDisableTiming)),
+        timed_events_(std::make_shared<EventPool>(index, cudaEventDefault)),
         allocator_(std::make_shared<CudaAllocator>(index)),
         compute_(events_, index),
         reduction_(events_, index, CudaStream::Priority::kLowest) {}
@@ -175,11 +209,16 @@ class CudaDevice final : public Device {
   std::unique_ptr<Stream> new_stream() override {
     return std::make_unique<CudaStream>(events_, index_, CudaStream::Priority::kHighest);
   }
+  std::unique_ptr<Stopwatch> stopwatch() override {
+    return std::make_unique<CudaStopwatch>(timed_events_, index_,
+                                           static_cast<cudaStream_t>(compute_.handle()));
+  }
   std::shared_ptr<Allocator> allocator() override { return allocator_; }
 
  private:
   const int index_;
   const std::shared_ptr<EventPool> events_;
+  const std::shared_ptr<EventPool> timed_events_;
   const std::shared_ptr<Allocator> allocator_;
   ComputeStream compute_;
   CudaStream reduction_;

@@ -1,5 +1,6 @@
 #include "device/fake_device.h"
 
+#include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
@@ -35,6 +36,30 @@ class FakeEvent final : public Event, public std::enable_shared_from_this<FakeEv
   bool done_ = false;
 };
 
+// The clock of the thread that is the stream.
+class FakeStopwatch final : public Stopwatch {
+ public:
+  explicit FakeStopwatch(FakeStream& stream) : stream_(stream) {}
+  void mark() override {
+    auto time = std::make_shared<Clock::time_point>();
+    times_.push_back(time);
+    stream_.launch([time] { *time = Clock::now(); });
+  }
+  std::vector<std::int64_t> read() override {
+    stream_.record()->synchronize();
+    std::vector<std::int64_t> since;
+    for (const auto& time : times_) {
+      since.push_back(std::chrono::nanoseconds(*time - *times_.front()).count());
+    }
+    return since;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  FakeStream& stream_;
+  std::vector<std::shared_ptr<Clock::time_point>> times_;
+};
+
 class PoisonedAllocator final : public Allocator {
  public:
   explicit PoisonedAllocator(std::shared_ptr<std::atomic<int>> count) : count_(std::move(count)) {}
@@ -60,6 +85,10 @@ EventPtr FakeStream::record() {
   auto event = std::make_shared<FakeEvent>();
   launch([event] { event->set(); });
   return event;
+}
+
+std::unique_ptr<Stopwatch> FakeDevice::stopwatch() {
+  return std::make_unique<FakeStopwatch>(compute_);
 }
 
 FakeDevice::FakeDevice() : allocator_(std::make_shared<PoisonedAllocator>(num_allocations_)) {}

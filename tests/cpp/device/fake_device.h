@@ -38,6 +38,7 @@ class FakeDevice final : public Device {
   [[nodiscard]] std::unique_ptr<Stream> new_stream() override {
     return std::make_unique<FakeStream>();
   }
+  [[nodiscard]] std::unique_ptr<Stopwatch> stopwatch() override;
   [[nodiscard]] std::shared_ptr<Allocator> allocator() override { return allocator_; }
 
   [[nodiscard]] int num_allocations() const { return *num_allocations_; }

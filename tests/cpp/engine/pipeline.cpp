@@ -29,29 +29,40 @@ EnginePipeline::EnginePipeline(int num_ranks, const PipelineOptions& options)
     : hub_(LoopbackHub::create(num_ranks, options.link)) {
   for (int i = 0; i < num_ranks; ++i) {
     const Rank rank(i);
-    auto [transport, control] = ends(rank, num_ranks, options.over);
+    auto [transport, control, device] = ends(rank, num_ranks, options);
     if (options.wrap) transport = options.wrap(rank, std::move(transport));
-    engines_.push_back(
-        std::make_unique<Engine>(rank, std::move(transport), std::move(control), options.watchdog));
+    engines_.push_back(std::make_unique<Engine>(rank, std::move(transport), std::move(control),
+                                                options.watchdog, std::move(device)));
   }
 }
 
-EnginePipeline::Ends EnginePipeline::ends(Rank rank, int num_ranks, Over over) {
-  if (over == Over::kLoopback) return {hub_->transport(rank), hub_->control_plane(rank)};
-  return {transport(rank, num_ranks, over), store_control_plane(store_.open(), rank, num_ranks)};
-}
-
-std::unique_ptr<Transport> EnginePipeline::transport(Rank rank, int num_ranks, Over over) {
-  if (over == Over::kNccl || over == Over::kCopy) {
-    const LinkKind kind = over == Over::kNccl ? LinkKind::kNccl : LinkKind::kCopy;
-    const auto device = std::make_shared<FakeDevice>();
-    return synchronized(device_rank(world_, kind, fabric_, rank, num_ranks, device));
+EnginePipeline::Ends EnginePipeline::ends(Rank rank, int num_ranks,
+                                          const PipelineOptions& options) {
+  switch (options.over) {
+    case Over::kLoopback:
+      return {hub_->transport(rank), hub_->control_plane(rank)};
+    case Over::kNccl:
+    case Over::kCopy:
+      return device_ends(rank, num_ranks, options);
+    case Over::kFrames:
+      break;
   }
-  FramedOptions options{rank, num_ranks, {}, 0};
+  FramedOptions frames{rank, num_ranks, {}, 0};
   for (int peer = 0; peer < num_ranks; ++peer) {
-    if (peer != rank.value()) options.peers.emplace_back(peer);
+    if (peer != rank.value()) frames.peers.emplace_back(peer);
   }
-  return framed_transport(fabric_.link(rank), std::move(options));
+  return {framed_transport(fabric_.link(rank), std::move(frames)),
+          store_control_plane(store_.open(), rank, num_ranks)};
+}
+
+EnginePipeline::Ends EnginePipeline::device_ends(Rank rank, int num_ranks,
+                                                 const PipelineOptions& options) {
+  const LinkKind kind = options.over == Over::kNccl ? LinkKind::kNccl : LinkKind::kCopy;
+  const auto device = std::make_shared<FakeDevice>();
+  auto transport = device_rank(world_, kind, fabric_, rank, num_ranks, device);
+  auto control = store_control_plane(store_.open(), rank, num_ranks);
+  if (!options.computes_on_host) return {std::move(transport), std::move(control), device};
+  return {synchronized(std::move(transport)), std::move(control)};
 }
 
 std::vector<Outcome> EnginePipeline::on_all(const std::function<void(Engine&)>& body) {

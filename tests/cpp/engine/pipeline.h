@@ -48,7 +48,8 @@ enum class Over : std::uint8_t { kLoopback, kFrames, kNccl, kCopy };
 struct PipelineOptions {
   Over over = Over::kLoopback;
   Watchdog::Options watchdog{std::chrono::milliseconds(5), std::chrono::seconds(60)};
-  LinkOptions link;  // loopback
+  LinkOptions link;              // loopback
+  bool computes_on_host = true;  // nccl, copy: messages are there when a wait returns
   std::function<std::unique_ptr<Transport>(Rank, std::unique_ptr<Transport>)> wrap;
 };
 
@@ -71,9 +72,10 @@ class EnginePipeline {
   struct Ends {
     std::unique_ptr<Transport> transport;
     std::unique_ptr<ControlPlane> control;
+    std::shared_ptr<Device> device = host_device();
   };
-  [[nodiscard]] Ends ends(Rank rank, int num_ranks, Over over);
-  [[nodiscard]] std::unique_ptr<Transport> transport(Rank rank, int num_ranks, Over over);
+  [[nodiscard]] Ends ends(Rank rank, int num_ranks, const PipelineOptions& options);
+  [[nodiscard]] Ends device_ends(Rank rank, int num_ranks, const PipelineOptions& options);
 
   std::shared_ptr<LoopbackHub> hub_;
   LinkFabric fabric_;

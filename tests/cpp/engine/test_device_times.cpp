@@ -1,0 +1,124 @@
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <thread>
+
+#include "device/fake_device.h"
+#include "engine/pipeline.h"
+#include "engine/trace.h"
+
+namespace dualpipe {
+namespace {
+
+using namespace dualpipe::testing;
+using namespace std::chrono_literals;
+
+constexpr std::int64_t kMillisecond = 1'000'000;
+
+// Ranks whose devices, which are threads, are at work when the call that issued it has returned.
+class DeviceTrace : public ::testing::Test {
+ protected:
+  explicit DeviceTrace(const char* planner = "dualpipe", int num_microbatches = 4)
+      : job(pipeline, planner, num_microbatches) {
+    for (int rank = 0; rank < 2; ++rank) {
+      job.stages(rank).before = [this, rank](const Action&) { issue(rank, 2ms); };
+    }
+  }
+
+  // The stage computes at once, when its input is there, and its device takes the time.
+  void issue(int rank, std::chrono::milliseconds length) {
+    auto& device = dynamic_cast<FakeDevice&>(pipeline.engine(rank).device());
+    device.compute().record()->synchronize();
+    device.compute().launch([length] { std::this_thread::sleep_for(length); });
+  }
+  void time_device(bool on) {
+    for (int rank = 0; rank < 2; ++rank) pipeline.engine(rank).time_device(on);
+  }
+
+  static PipelineOptions options() {
+    PipelineOptions options;
+    options.over = Over::kNccl;
+    options.computes_on_host = false;
+    return options;
+  }
+
+  EnginePipeline pipeline{2, options()};
+  AffineJob job;
+};
+
+TEST_F(DeviceTrace, HasTheTimesOfTheWorkAndNotOfItsIssue) {
+  time_device(true);
+  for (int step = 0; step < 2; ++step) expect_all_ok(job.step());
+  for (int rank = 0; rank < 2; ++rank) {
+    const Trace& trace = pipeline.engine(rank).trace();
+    EXPECT_EQ(trace.clock, Clock::kDevice);
+    const auto computations = job.computations(rank);
+    ASSERT_EQ(trace.events.size(), computations.size());
+    std::int64_t end = 0;
+    for (std::size_t i = 0; i < computations.size(); ++i) {
+      const TraceEvent& event = trace.events[i];
+      EXPECT_EQ(event.action, computations[i]);
+      EXPECT_GE(event.start_ns, end);
+      EXPECT_GE(event.wait_ns, 0);
+      EXPECT_GE(event.end_ns - event.start_ns - event.wait_ns, 2 * kMillisecond);
+      end = event.end_ns;
+    }
+    EXPECT_GE(trace.duration_ns, end);
+    EXPECT_GE(trace.busy_ns(), static_cast<std::int64_t>(computations.size()) * 2 * kMillisecond);
+  }
+}
+
+TEST_F(DeviceTrace, IsOfTheHostUnlessAskedFor) {
+  expect_all_ok(job.step());
+  EXPECT_EQ(pipeline.engine(0).trace().clock, Clock::kHost);
+  time_device(true);
+  expect_all_ok(job.step());
+  EXPECT_EQ(pipeline.engine(0).trace().clock, Clock::kDevice);
+  time_device(false);
+  expect_all_ok(job.step());
+  EXPECT_EQ(pipeline.engine(0).trace().clock, Clock::kHost);
+}
+
+TEST_F(DeviceTrace, OutlivesWhatIsRunAfterTheStep) {
+  time_device(true);
+  expect_all_ok(job.step());
+  expect_all_ok(pipeline.on_all([](Engine& engine) { engine.synchronize(); }));
+  const Trace& trace = pipeline.engine(1).trace();
+  EXPECT_EQ(trace.clock, Clock::kDevice);
+  EXPECT_EQ(trace.events.size(), job.computations(1).size());
+}
+
+TEST_F(DeviceTrace, OfAStepThatFailedIsOfTheHost) {
+  time_device(true);
+  const auto issue_work = job.stages(1).before;
+  job.stages(1).before = [](const Action& action) {
+    if (action.op() == Op::kBackward) throw std::runtime_error("no");
+  };
+  for (const Outcome& outcome : job.step()) EXPECT_FALSE(outcome.ok());
+  EXPECT_EQ(pipeline.engine(1).trace().clock, Clock::kHost);
+  job.stages(1).before = issue_work;
+  expect_all_ok(job.step());
+  EXPECT_EQ(pipeline.engine(1).trace().clock, Clock::kDevice);
+}
+
+class DeviceTraceOfOneMicrobatch : public DeviceTrace {
+ protected:
+  DeviceTraceOfOneMicrobatch() : DeviceTrace("gpipe", 1) {}
+};
+
+TEST_F(DeviceTraceOfOneMicrobatch, TellsWaitingFromComputing) {
+  job.stages(0).before = [this](const Action& action) {
+    issue(0, action.op() == Op::kForward ? 30ms : 2ms);
+  };
+  time_device(true);
+  expect_all_ok(job.step());
+  const TraceEvent& slow = pipeline.engine(0).trace().events[0];
+  EXPECT_EQ(slow.wait_ns, 0);
+  EXPECT_GE(slow.end_ns - slow.start_ns, 30 * kMillisecond);
+  const Trace& trace = pipeline.engine(1).trace();
+  EXPECT_GE(trace.events[0].wait_ns, 10 * kMillisecond);
+  EXPECT_LT(trace.busy_ns(), trace.duration_ns - 10 * kMillisecond);
+}
+
+}  // namespace
+}  // namespace dualpipe
