@@ -25,7 +25,7 @@ from dualpipe_ext.config import DualPipeConfig
 from dualpipe_ext.gradients import clip_local_gradients, total_norm
 from dualpipe_ext.groups import PipelineGroup, resolve_group
 from dualpipe_ext.microbatches import Joined
-from dualpipe_ext.profiling import record_step
+from dualpipe_ext.profiling import is_profiling, record_step
 from dualpipe_ext.schedule import Schedule
 from dualpipe_ext.stats import StepStatistics, TraceEvent
 from dualpipe_ext.weight_grad import WeightSplitReport
@@ -49,6 +49,12 @@ class Pipeline(nn.Module):
         process_group: the ranks; torch's default group where left out.
         rank_mapping: entry i is the place in the pipeline of the group's rank i.
         config: the same on every rank.
+
+    Attributes:
+        times_device: whether steps from now on are timed by the GPU's clock: :meth:`stats` and
+            :attr:`last_trace` then wait for the GPU and say what it did. Two or three marks a
+            computation; always so while profiling is enabled. On a CPU there is no other clock than
+            the host's.
 
     Raises:
         ValueError: wrong modules, a group that the schedule cannot serve, or ranks that differ in
@@ -84,6 +90,7 @@ class Pipeline(nn.Module):
         )
         self._last_plan: PlannedStep | None = None
         self._num_steps = 0
+        self.times_device = False
         self._running = False
         self._unsummed: int | None = None  # MirroredStages.num_changes() after a step, until a sum
         self._has_warned_of_sum = False
@@ -342,6 +349,7 @@ class Pipeline(nn.Module):
             raise ValueError("there are no statistics before the first step()")
         engine, plan = self._engine, self._last_plan
         return StepStatistics(
+            clock="device" if engine.times_are_of_the_device else "host",
             step_seconds=engine.step_ns * 1e-9,
             busy_seconds=engine.busy_ns * 1e-9,
             measured_bubble=1.0 - engine.busy_ns / max(engine.step_ns, 1),
@@ -402,6 +410,7 @@ class Pipeline(nn.Module):
 
     def _run(self, plan: PlannedStep, step: Step, reducer: _C.MirrorExchange | None) -> None:
         self._running = True
+        self._engine.time_device(self.times_device or is_profiling())
         try:
             self._engine.run(
                 plan.program,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 __all__ = ["StepStatistics", "TraceEvent"]
 
@@ -11,7 +11,8 @@ __all__ = ["StepStatistics", "TraceEvent"]
 class TraceEvent(NamedTuple):
     """One computation of a step. Times in seconds since the step began.
 
-    ``wait`` is the part of it that was spent blocked on messages.
+    ``wait`` is the part of it that was spent blocked on messages. Whose times they are is
+    :attr:`StepStatistics.clock`.
     """
 
     action: str
@@ -25,6 +26,9 @@ class StepStatistics:
     """The last step on this rank.
 
     Attributes:
+        clock: ``"host"``, or ``"device"`` for stages on a GPU where :attr:`~dualpipe_ext.Pipeline.
+            times_device` asked for it. A host that runs ahead of its GPU knows when work was
+            issued, and not how long it took.
         step_seconds: from the call to the commit on all ranks.
         busy_seconds: of these, spent computing.
         measured_bubble: the share of the step in which this rank did not compute.
@@ -33,6 +37,7 @@ class StepStatistics:
         planned_peak_activations: the same in the schedule.
     """
 
+    clock: Literal["host", "device"]
     step_seconds: float
     busy_seconds: float
     measured_bubble: float

@@ -60,7 +60,7 @@ def report_imbalance(pipeline: Pipeline, threshold: float = 0.02) -> Imbalance:
 
     A layer's share of its stage is that of the plan
     (:meth:`dualpipe_ext.adapters.PartitionPlan.share_of`). Call it on every rank, after a training
-    step; all get the same.
+    step; all get the same. For stages on a GPU that step has to be timed by the GPU's clock.
 
     Args:
         pipeline: one whose modules are partitions.
@@ -68,7 +68,8 @@ def report_imbalance(pipeline: Pipeline, threshold: float = 0.02) -> Imbalance:
             worth it.
 
     Raises:
-        ValueError: the modules are no partitions of DualPipe, or no training step was run.
+        ValueError: the modules are no partitions of DualPipe, no training step was run, or it was
+            timed by the host where stages are on a GPU.
     """
     plan = _plan_of(pipeline)
     stages = _measured(pipeline)
@@ -99,18 +100,31 @@ def _plan_of(pipeline: Pipeline) -> PartitionPlan:
 
 def _measured(pipeline: Pipeline) -> list[Cost]:
     """The mean time of each stage's actions, over both of its copies."""
+    is_issue = bool(pipeline.last_trace) and _is_issue(pipeline)
     totals = [[0.0] * 4 for _ in range(pipeline.num_stages)]  # F, I, W, number of F
     for event in pipeline.last_trace:
         for stage, kind in _ACTION.findall(event.action):
             seconds = event.end - event.start - event.wait
             totals[int(stage)]["FIW".index("I" if kind == "B" else kind)] += seconds
             totals[int(stage)][3] += kind == "F"
-    gathered = pipeline.group.all_gather_floats([x for row in totals for x in row])
-    sums = [sum(column) for column in zip(*gathered, strict=True)]
+    own = [float(is_issue), *(x for row in totals for x in row)]
+    gathered = pipeline.group.all_gather_floats(own)
+    num_issues, *sums = (sum(column) for column in zip(*gathered, strict=True))
+    if num_issues:
+        raise ValueError(
+            "the last step was timed by the host, which knows when it issued a GPU's work and not "
+            "how long that took: set pipeline.times_device = True on all ranks before the step"
+        )
     rows = [sums[i : i + 4] for i in range(0, len(sums), 4)]
     if any(backward == 0 or count == 0 for _, backward, _, count in rows):
         raise ValueError("there was no training step yet; call report_imbalance() after step()")
     return [Cost(f / n, i / n, w / n) for f, i, w, n in rows]
+
+
+def _is_issue(pipeline: Pipeline) -> bool:
+    """Whether the last trace says when work was issued."""
+    on_gpu = any(parameter.is_cuda for parameter in pipeline.parameters())
+    return on_gpu and pipeline.stats().clock == "host"
 
 
 def _moves(plan: PartitionPlan, stages: Sequence[Cost]) -> list[_Move]:

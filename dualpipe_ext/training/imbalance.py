@@ -17,8 +17,7 @@ class ImbalanceWatch:
     """Warns, once, on the first rank, where moving one layer would make steps shorter.
 
     Three steps have to agree that there is one; which one may differ where several are as good.
-    Stages on a GPU are not watched: what a rank measures there is how long it takes to give the GPU
-    its work.
+    Stages on a GPU are timed by its clock, and each of the three steps waits for it at its end.
 
     Args:
         pipeline: whose steps are watched, where its modules are partitions of DualPipe.
@@ -28,23 +27,30 @@ class ImbalanceWatch:
         self._pipeline = pipeline
         self._num_steps = 0
         self._seen: list[Imbalance] = []
+        self._timed_before = False
 
     def after_step(self) -> None:
         """Looks at the training step that was just run; all ranks call it."""
         self._num_steps += 1
-        if not FIRST <= self._num_steps <= LAST or not self._is_watched():
-            return
-        try:
-            self._seen.append(report_imbalance(self._pipeline, threshold=GAIN))
-        except ValueError:  # a stage without a backward, on all ranks
-            return
-        if len(self._seen) == LAST - FIRST + 1 and self._pipeline.rank == 0:
-            self._warn()
+        if FIRST <= self._num_steps <= LAST and self._is_watched():
+            self._look()
+        if self._num_steps == FIRST - 1:
+            self._timed_before = self._pipeline.times_device
+            self._pipeline.times_device = True
+        elif self._num_steps == LAST:
+            self._pipeline.times_device = self._timed_before
 
     def _is_watched(self) -> bool:
         modules = self._pipeline.module
-        is_cut = self._pipeline.is_mirrored and all(isinstance(m, Partition) for m in modules)
-        return is_cut and all(p.device.type == "cpu" for p in self._pipeline.parameters())
+        return self._pipeline.is_mirrored and all(isinstance(m, Partition) for m in modules)
+
+    def _look(self) -> None:
+        try:
+            self._seen.append(report_imbalance(self._pipeline, threshold=GAIN))
+        except ValueError:  # on all ranks: no backward, or a GPU whose clock is out of reach
+            return
+        if len(self._seen) == LAST - FIRST + 1 and self._pipeline.rank == 0:
+            self._warn()
 
     def _warn(self) -> None:
         last = self._seen[-1]

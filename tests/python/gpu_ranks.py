@@ -15,10 +15,11 @@ import pytest
 import torch
 from outcomes import attempt
 from parity import Job, RankResult, own_batch, own_stages, run_rank
+from places import place_of
 from process_ranks import Dying
 from torch import Tensor, nn
 
-from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline
+from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline, StepStatistics, TraceEvent
 
 ON_CPU = os.environ.get("GPU_CHECK_DEVICE") == "cpu"
 DEVICE = "cpu" if ON_CPU else "cuda:0"
@@ -135,6 +136,34 @@ def a_stage_that_fails_once(rank: int, num_ranks: int, job: Job) -> list[str]:
         if hook is not None:
             hook.remove()
     return endings
+
+
+class Slow(nn.Linear):
+    """A stage whose forward is issued at once and keeps the device busy for 3 ms."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.place = place_of(DEVICE.partition(":")[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sleeps on the device."""
+        self.place.sleep(0.003)
+        y: Tensor = super().forward(x)
+        return y
+
+
+def timed_step(
+    rank: int, num_ranks: int, transport: str
+) -> tuple[StepStatistics, list[TraceEvent]]:
+    """What the second of two steps of slow stages took, by the device's clock."""
+    stages = [Slow().to(DEVICE) for _ in "01"]
+    pipeline = DualPipe(stages, config=DualPipeConfig(**over(transport)))
+    pipeline.times_device = True
+    x = torch.ones(8, 4, device=DEVICE) if rank in (0, num_ranks - 1) else None
+    labels = None if x is None else (x,)
+    for _ in "01":
+        pipeline.step(x, num_chunks=8, criterion=nn.functional.mse_loss, labels=labels)
+    return pipeline.stats(), pipeline.last_trace
 
 
 def main_grads(rank: int, num_ranks: int, job: Job) -> dict[int, dict[str, Tensor]]:

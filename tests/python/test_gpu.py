@@ -5,15 +5,19 @@ NCCL needs version 2.30 and NCCL_MULTI_RANK_GPU_ENABLE=1 for it. benchmarks/gpu_
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from gpu_ranks import (
     DEVICE,
+    ON_CPU,
     TRANSPORTS,
     a_stage_that_fails_once,
     exact_weight_gradients,
     gpu_job,
     main_grads,
+    timed_step,
 )
 from parity import Job, check_equal, check_job, run_job, unsplit
 from test_parity import THREAD_CASES
@@ -37,6 +41,16 @@ def test_nothing_is_read_or_written_too_early(transport: str, num_ranks: int, ro
 def test_live_activations(transport: str) -> None:
     for result in run_job(gpu_job(transport, "bias")):
         assert result.stats.peak_live_activations == 5
+
+
+def test_times_are_those_of_the_device(transport: str) -> None:
+    for stats, trace in run_ranks(timed_step, 4, args=(transport,)):
+        assert stats.clock == ("host" if ON_CPU else "device")
+        forwards = [e.end - e.start - e.wait for e in trace if re.fullmatch(r"\d+F\d+", e.action)]
+        assert len(forwards) == 8 and min(forwards) > 0.0025, forwards
+        ends = [event.end for event in trace]
+        assert ends == sorted(ends) and ends[-1] <= stats.step_seconds
+        assert 8 * 0.0025 < stats.busy_seconds <= stats.step_seconds
 
 
 def test_weight_gradients_in_float32_of_weights_in_bf16(transport: str) -> None:
