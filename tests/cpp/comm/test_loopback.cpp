@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 
@@ -57,9 +58,13 @@ Clock::duration time_transfer(LinkOptions link, int count, std::uint64_t num_byt
 }
 
 TEST(LoopbackLink, LatencyDelaysEachMessageOnce) {
-  const auto elapsed = time_transfer({20ms, 0}, 5, 64);  // all five overlap
-  EXPECT_GE(elapsed, 20ms);
-  EXPECT_LT(elapsed, 100ms);
+  auto fastest = Clock::duration::max();  // other work on the machine delays some
+  for (int i = 0; i < 3; ++i) {
+    const auto elapsed = time_transfer({20ms, 0}, 5, 64);
+    EXPECT_GE(elapsed, 20ms);
+    fastest = std::min(fastest, elapsed);
+  }
+  EXPECT_LT(fastest, 100ms);  // all five overlap
 }
 
 TEST(LoopbackLink, BandwidthAddsUp) {
