@@ -525,7 +525,7 @@ class Engine:
         """
     def time_device(self, on: bool) -> None:
         """
-        Whether the steps from now on are timed by the device's clock, where it has one.
+        Whether the steps from now on are timed by the clock of their device, where it is known.
         """
     @property
     def busy_ns(self) -> int: ...

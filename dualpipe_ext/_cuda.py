@@ -47,6 +47,16 @@ def gpu_engine(*, threads: bool = False, **settings: Any) -> _C.Engine:
     return make(**settings)
 
 
+def clock_by_gpu(engine: _C.Engine, device: torch.device) -> None:
+    """Has the engine time its steps by the clock of the device, where that is a GPU.
+
+    Without CUDA in the extension there is the host's clock alone.
+    """
+    if has_cuda() and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        _C.clock_by_gpu(engine, index)  # type: ignore[attr-defined]
+
+
 def reserve_queues() -> None:
     """Asks for all hardware queues that a GPU has, where CUDA has not started in this process.
 

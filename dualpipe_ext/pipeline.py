@@ -15,7 +15,7 @@ from dualpipe_ext import _C
 from dualpipe_ext._advice import warn_caller
 from dualpipe_ext._batch import check_num_chunks, cut_batch
 from dualpipe_ext._C import InternalError, PipelineError
-from dualpipe_ext._cuda import shapes_digest
+from dualpipe_ext._cuda import clock_by_gpu, shapes_digest
 from dualpipe_ext._handshake import agree
 from dualpipe_ext._local_stages import LocalStages
 from dualpipe_ext._plans import PlannedStep, StepPlanner
@@ -52,9 +52,9 @@ class Pipeline(nn.Module):
 
     Attributes:
         times_device: whether steps from now on are timed by the GPU's clock: :meth:`stats` and
-            :attr:`last_trace` then wait for the GPU and say what it did. Two or three marks a
-            computation; always so while profiling is enabled. On a CPU there is no other clock than
-            the host's.
+            :attr:`last_trace` then wait for the GPU and say what it did. It costs two to four
+            events a computation; always so while profiling is enabled. On a CPU, or where the
+            extension was built without CUDA, there is the host's clock alone.
 
     Raises:
         ValueError: wrong modules, a group that the schedule cannot serve, or ranks that differ in
@@ -91,12 +91,14 @@ class Pipeline(nn.Module):
         self._last_plan: PlannedStep | None = None
         self._num_steps = 0
         self.times_device = False
+        self._times_next = False
         self._running = False
         self._unsummed: int | None = None  # MirroredStages.num_changes() after a step, until a sum
         self._has_warned_of_sum = False
         self._engine = self.group.make_engine(
             EngineSettings(local.peers(), self.config.timeout, local.gpu)
         )
+        clock_by_gpu(self._engine, local.device)
         if local.gpu is not None:
             self._engine.connect()
         if self.config.mirror_init == "broadcast":
@@ -208,11 +210,11 @@ class Pipeline(nn.Module):
             raise
         self._last_plan = plan
         self._run(plan, step, reducer)
-        record_step(self, training)
         if training and self._local.mirrors is not None:
             self._unsummed = None if sum_within else self._local.mirrors.num_changes()
             if sync_gradients and not sum_within:
                 self.sync_gradients()
+        record_step(self, training)
         return step.loss(), step.gathered_outputs()
 
     def abandon_step(self, error: BaseException) -> None:
@@ -339,6 +341,10 @@ class Pipeline(nn.Module):
             for action, start, end, wait in self._engine.trace_events
         ]
 
+    def time_next_step(self) -> None:
+        """Has the next training step timed by the GPU's clock, whatever :attr:`times_device` says."""
+        self._times_next = True
+
     def stats(self) -> StepStatistics:
         """The last step on this rank, measured and planned.
 
@@ -410,7 +416,8 @@ class Pipeline(nn.Module):
 
     def _run(self, plan: PlannedStep, step: Step, reducer: _C.MirrorExchange | None) -> None:
         self._running = True
-        self._engine.time_device(self.times_device or is_profiling())
+        self._engine.time_device(self.times_device or self._times_next or is_profiling())
+        self._times_next = self._times_next and not step.training
         try:
             self._engine.run(
                 plan.program,

@@ -84,6 +84,11 @@ void bind_cuda(py::module_& module) {
   module.def("nccl_version", &nccl_version, "The version of the NCCL that this process has.");
   module.def("loaded_nccls", &loaded_nccls, "The files of all NCCLs in this process.");
   module.def("require_one_nccl", &require_one_nccl, "Raises ValueError where the process has two.");
+  module.def(
+      "clock_by_gpu",
+      [](Engine& engine, int device) { engine.clock_with(cuda_stopwatches(device)); },
+      py::arg("engine"), py::arg("device"),
+      "Its stages are on this GPU, whose clock is asked for.");
   module.def("gpu_engine", &process_engine, py::arg("group"), py::arg("rank"),
              py::arg("group_ranks"), py::arg("peers"), py::arg("ways"), py::arg("device"),
              py::arg("by_copies"), py::arg("max_ctas"), py::arg("dynamic_shapes"),

@@ -100,9 +100,9 @@ std::unique_ptr<MirrorExchange> mirror_exchange(Engine& engine, int num_ranks,
                               .message_device = message_device(engine, device)});
 }
 
-// Waits for the device, where its clock was asked for: other ranks may need the interpreter lock.
 const Trace& trace_of(Engine& engine) {
-  const py::gil_scoped_release unlocked;
+  if (!engine.blocks_on_trace()) return engine.trace();
+  const py::gil_scoped_release unlocked;  // other ranks may need the lock to get there
   return engine.trace();
 }
 
@@ -169,7 +169,8 @@ void bind_engine(py::module_& module) {
           "trace_events", [](Engine& engine) { return trace_events(trace_of(engine)); },
           "(action, start, end, wait) of each computation of the last step; nanoseconds.")
       .def("time_device", &Engine::time_device, py::arg("on"),
-           "Whether the steps from now on are timed by the device's clock, where it has one.")
+           "Whether the steps from now on are timed by the clock of their device, where it is "
+           "known.")
       .def_property_readonly(
           "times_are_of_the_device",
           [](Engine& engine) { return trace_of(engine).clock == Clock::kDevice; })

@@ -16,7 +16,6 @@ class HostDevice final : public Device {
   Stream& reduction() override { return work_; }
   void reduce(const std::function<void()>& work) override { work(); }
   std::unique_ptr<Stream> new_stream() override { return std::make_unique<HostWork>(); }
-  std::unique_ptr<Stopwatch> stopwatch() override { return nullptr; }
   std::shared_ptr<Allocator> allocator() override { return host_allocator(); }
 
  private:

@@ -45,6 +45,9 @@ class Stopwatch {
   // Nanoseconds from the first mark to each of them. Blocks until the stream is past the last one.
   [[nodiscard]] virtual std::vector<std::int64_t> read() = 0;
 };
+// Of the stream that the calling thread computes on. None on the host, where work is over when the
+// call returns and the host's clock says how long it took.
+using StopwatchMaker = std::function<std::unique_ptr<Stopwatch>()>;
 
 // What one rank computes on, as far as the engine must know it. On the host work is over when the
 // call returns, so that events are null and nothing waits; csrc/torch/cuda_* gives a real one. Any
@@ -61,9 +64,6 @@ class Device {
   virtual void reduce(const std::function<void()>& work) = 0;
   // A stream for messages, ahead of computation where the device lets one be.
   [[nodiscard]] virtual std::unique_ptr<Stream> new_stream() = 0;
-  // Of the compute stream. Null on the host, where work is over when the call returns: there the
-  // host's clock says how long it took.
-  [[nodiscard]] virtual std::unique_ptr<Stopwatch> stopwatch() = 0;
   // Memory that streams may use.
   [[nodiscard]] virtual std::shared_ptr<Allocator> allocator() = 0;
 };

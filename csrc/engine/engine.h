@@ -51,7 +51,9 @@ class Engine {
   [[nodiscard]] Device& device() { return *device_; }
   [[nodiscard]] const std::shared_ptr<WeightQueue>& weight_queue() const { return weight_queue_; }
   // As Executor has them.
+  void clock_with(StopwatchMaker stopwatches) { executor_.clock_with(std::move(stopwatches)); }
   void time_device(bool on) { executor_.time_device(on); }
+  [[nodiscard]] bool blocks_on_trace() const { return executor_.blocks_on_trace(); }
   [[nodiscard]] const Trace& trace() { return executor_.trace(); }
   // What this rank last reported to the others.
   [[nodiscard]] const std::string& failure() const { return failure_; }

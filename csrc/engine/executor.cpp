@@ -20,16 +20,15 @@ void Executor::begin(const Program& program, std::int64_t step, StageRunner* run
   slots_.clear();
   slots_.resize(static_cast<std::size_t>(program.num_slots));
   activations_ = ActivationCounter();
-  trace_.events.clear();
+  device_times_.reset();
+  trace_ = Trace();
   trace_.events.reserve(program.instructions.size());
-  trace_.clock = Clock::kHost;
-  trace_.device_times.reset();
 }
 
 void Executor::run(std::uint64_t shapes) {
   step_start_ns_ = now_ns();
-  if (auto stopwatch = times_device_ ? device_.stopwatch() : nullptr) {
-    trace_.device_times = std::make_shared<DeviceTimes>(std::move(stopwatch));
+  if (times_device_ && stopwatches_) {
+    device_times_ = std::make_shared<DeviceTimes>(stopwatches_());
   }
   waiting_since_ns_.store(step_start_ns_, std::memory_order_relaxed);
   transport_.begin_step({step_, program_->digest, program_->description, shapes});
@@ -42,9 +41,10 @@ void Executor::run(std::uint64_t shapes) {
   awaited_.store(-1, std::memory_order_relaxed);
   waiting_since_ns_.store(now_ns(), std::memory_order_relaxed);
   if (reducer_ != nullptr) reducer_->finish();
+  if (device_times_) device_times_->end_step();
   transport_.end_step();
   waiting_since_ns_.store(0, std::memory_order_relaxed);
-  if (trace_.device_times) trace_.device_times->end_step();
+  trace_.device_times = std::move(device_times_);
   trace_.peak_live_activations = activations_.peak();
   trace_.duration_ns = now_ns() - step_start_ns_;
 }
@@ -58,11 +58,14 @@ void Executor::connect() {
 void Executor::clear() {
   receives_.clear();
   slots_.clear();
-  trace_.device_times.reset();
+  device_times_.reset();
 }
 
 const Trace& Executor::trace() {
-  if (const auto times = std::exchange(trace_.device_times, nullptr)) times->write_to(trace_);
+  if (trace_.device_times) {
+    trace_.device_times->write_to(trace_);
+    trace_.device_times.reset();
+  }
   return trace_;
 }
 
@@ -165,7 +168,7 @@ Message Executor::take_input(const Computation& computation) {
   waiting_since_ns_.store(0, std::memory_order_relaxed);
   receives_[index].reset();
   device_.compute().wait(arrival.ready);
-  if (trace_.device_times) trace_.device_times->end_wait();
+  if (device_times_) device_times_->end_wait();
   wait_ns_ += now_ns() - start;
   return std::move(arrival.message);
 }
@@ -178,11 +181,11 @@ void Executor::keep_result(const Computation& computation, Message result) {
 void Executor::begin_computation() {
   wait_ns_ = 0;
   start_ns_ = now_ns();
-  if (trace_.device_times) trace_.device_times->begin_computation();
+  if (device_times_) device_times_->begin_computation();
 }
 
 void Executor::end_computation(const Action& action) {
-  if (trace_.device_times) trace_.device_times->end_computation();
+  if (device_times_) device_times_->end_computation();
   trace_.events.push_back(
       {action, start_ns_ - step_start_ns_, now_ns() - step_start_ns_, wait_ns_});
 }

@@ -37,11 +37,14 @@ class Executor final : public Progress {
   // Lets go of all messages: after a step that threw.
   void clear();
 
-  // Whether the traces of the steps from now on are by the device's clock, where it has one.
+  // The clock of what stages compute on; without one there is the host's alone.
+  void clock_with(StopwatchMaker stopwatches) { stopwatches_ = std::move(stopwatches); }
+  // Whether the traces of the steps from now on are by that clock.
   void time_device(bool on) { times_device_ = on; }
 
-  // Of the last step. Blocks until the device is done with it, where its clock is asked for.
+  // Of the last step. Blocks until the device is done with it where blocks_on_trace().
   [[nodiscard]] const Trace& trace();
+  [[nodiscard]] bool blocks_on_trace() const { return trace_.device_times != nullptr; }
   // Puts another trace in the place of the last one, which is returned.
   Trace replace_trace(Trace trace) { return std::exchange(trace_, std::move(trace)); }
 
@@ -75,7 +78,9 @@ class Executor final : public Progress {
   std::vector<Message> slots_;
   ActivationCounter activations_;
   Trace trace_;
+  StopwatchMaker stopwatches_;
   bool times_device_ = false;
+  std::shared_ptr<DeviceTimes> device_times_;  // of the step at work
   std::int64_t step_start_ns_ = 0;
   std::int64_t start_ns_ = 0;  // of the computation at work
   std::int64_t wait_ns_ = 0;   // of that

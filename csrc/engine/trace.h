@@ -11,7 +11,8 @@ namespace dualpipe {
 
 class DeviceTimes;
 
-// Whose times they are. A host that runs ahead of its device knows when it issued work.
+// Whose times they are. A host that runs ahead of its device knows when it issued work. A device's
+// step begins when its stream gets there, and ends behind the last computation of this rank.
 enum class Clock : std::uint8_t { kHost, kDevice };
 
 // One computation of a step as it happened. Times in nanoseconds since the step began.

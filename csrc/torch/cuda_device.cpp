@@ -193,7 +193,6 @@ class CudaDevice final : public Device {
   explicit CudaDevice(int index)
       : index_(index),
         events_(std::make_shared<EventPool>(index, cudaEventDisableTiming)),
-        timed_events_(std::make_shared<EventPool>(index, cudaEventDefault)),
         allocator_(std::make_shared<CudaAllocator>(index)),
         compute_(events_, index),
         reduction_(events_, index, CudaStream::Priority::kLowest) {}
@@ -209,22 +208,24 @@ class CudaDevice final : public Device {
   std::unique_ptr<Stream> new_stream() override {
     return std::make_unique<CudaStream>(events_, index_, CudaStream::Priority::kHighest);
   }
-  std::unique_ptr<Stopwatch> stopwatch() override {
-    return std::make_unique<CudaStopwatch>(timed_events_, index_,
-                                           static_cast<cudaStream_t>(compute_.handle()));
-  }
   std::shared_ptr<Allocator> allocator() override { return allocator_; }
 
  private:
   const int index_;
   const std::shared_ptr<EventPool> events_;
-  const std::shared_ptr<EventPool> timed_events_;
   const std::shared_ptr<Allocator> allocator_;
   ComputeStream compute_;
   CudaStream reduction_;
 };
 
 }  // namespace
+
+StopwatchMaker cuda_stopwatches(int index) {
+  return [index, events = std::make_shared<EventPool>(index, cudaEventDefault)] {
+    const auto stream = c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(index));
+    return std::make_unique<CudaStopwatch>(events, index, stream.stream());
+  };
+}
 
 std::shared_ptr<Device> cuda_device(int index) { return std::make_shared<CudaDevice>(index); }
 

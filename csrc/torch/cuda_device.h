@@ -10,4 +10,7 @@ namespace dualpipe {
 // begins; message streams have the highest priority; memory comes from torch's caching allocator.
 [[nodiscard]] std::shared_ptr<Device> cuda_device(int index);
 
+// The clock of a GPU, for stages that are on it, wherever their messages travel.
+[[nodiscard]] StopwatchMaker cuda_stopwatches(int index);
+
 }  // namespace dualpipe

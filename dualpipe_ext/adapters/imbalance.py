@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from dualpipe_ext._handshake import collect
 from dualpipe_ext.adapters.cost import Cost
 from dualpipe_ext.adapters.partition import Partition
 from dualpipe_ext.adapters.plan import PartitionPlan
@@ -100,21 +101,19 @@ def _plan_of(pipeline: Pipeline) -> PartitionPlan:
 
 def _measured(pipeline: Pipeline) -> list[Cost]:
     """The mean time of each stage's actions, over both of its copies."""
-    is_issue = bool(pipeline.last_trace) and _is_issue(pipeline)
-    totals = [[0.0] * 4 for _ in range(pipeline.num_stages)]  # F, I, W, number of F
-    for event in pipeline.last_trace:
-        for stage, kind in _ACTION.findall(event.action):
-            seconds = event.end - event.start - event.wait
-            totals[int(stage)]["FIW".index("I" if kind == "B" else kind)] += seconds
-            totals[int(stage)][3] += kind == "F"
-    own = [float(is_issue), *(x for row in totals for x in row)]
-    gathered = pipeline.group.all_gather_floats(own)
-    num_issues, *sums = (sum(column) for column in zip(*gathered, strict=True))
-    if num_issues:
+    told = collect(
+        pipeline.group,
+        pipeline.config.timeout,
+        lambda: {"issued": _is_issue(pipeline), "seconds": _own_seconds(pipeline)},
+        "could not time its stages",
+    )
+    if any(facts["issued"] for facts in told):
         raise ValueError(
             "the last step was timed by the host, which knows when it issued a GPU's work and not "
-            "how long that took: set pipeline.times_device = True on all ranks before the step"
+            "how long that took: set pipeline.times_device = True on all ranks before the step (it "
+            "needs the extension with CUDA, see python -m dualpipe_ext info)"
         )
+    sums = [sum(column) for column in zip(*(facts["seconds"] for facts in told), strict=True)]
     rows = [sums[i : i + 4] for i in range(0, len(sums), 4)]
     if any(backward == 0 or count == 0 for _, backward, _, count in rows):
         raise ValueError("there was no training step yet; call report_imbalance() after step()")
@@ -124,7 +123,18 @@ def _measured(pipeline: Pipeline) -> list[Cost]:
 def _is_issue(pipeline: Pipeline) -> bool:
     """Whether the last trace says when work was issued."""
     on_gpu = any(parameter.is_cuda for parameter in pipeline.parameters())
-    return on_gpu and pipeline.stats().clock == "host"
+    return on_gpu and bool(pipeline.last_trace) and pipeline.stats().clock == "host"
+
+
+def _own_seconds(pipeline: Pipeline) -> list[float]:
+    """Of this rank's copies: seconds of F, I and W and the number of F, of each stage in turn."""
+    totals = [[0.0] * 4 for _ in range(pipeline.num_stages)]
+    for event in pipeline.last_trace:
+        for stage, kind in _ACTION.findall(event.action):
+            seconds = event.end - event.start - event.wait
+            totals[int(stage)]["FIW".index("I" if kind == "B" else kind)] += seconds
+            totals[int(stage)][3] += kind == "F"
+    return [value for row in totals for value in row]
 
 
 def _moves(plan: PartitionPlan, stages: Sequence[Cost]) -> list[_Move]:

@@ -27,18 +27,16 @@ class ImbalanceWatch:
         self._pipeline = pipeline
         self._num_steps = 0
         self._seen: list[Imbalance] = []
-        self._timed_before = False
 
     def after_step(self) -> None:
         """Looks at the training step that was just run; all ranks call it."""
         self._num_steps += 1
-        if FIRST <= self._num_steps <= LAST and self._is_watched():
+        if not FIRST - 1 <= self._num_steps <= LAST or not self._is_watched():
+            return
+        if self._num_steps >= FIRST:
             self._look()
-        if self._num_steps == FIRST - 1:
-            self._timed_before = self._pipeline.times_device
-            self._pipeline.times_device = True
-        elif self._num_steps == LAST:
-            self._pipeline.times_device = self._timed_before
+        if self._num_steps < LAST:
+            self._pipeline.time_next_step()
 
     def _is_watched(self) -> bool:
         modules = self._pipeline.module
@@ -47,7 +45,7 @@ class ImbalanceWatch:
     def _look(self) -> None:
         try:
             self._seen.append(report_imbalance(self._pipeline, threshold=GAIN))
-        except ValueError:  # on all ranks: no backward, or a GPU whose clock is out of reach
+        except ValueError:  # on all ranks: no backward, or a GPU and an extension without CUDA
             return
         if len(self._seen) == LAST - FIRST + 1 and self._pipeline.rank == 0:
             self._warn()

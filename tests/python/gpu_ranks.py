@@ -15,11 +15,12 @@ import pytest
 import torch
 from outcomes import attempt
 from parity import Job, RankResult, own_batch, own_stages, run_rank
-from places import place_of
+from places import Place
 from process_ranks import Dying
 from torch import Tensor, nn
 
 from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline, StepStatistics, TraceEvent
+from dualpipe_ext.adapters import Imbalance, get_model_adapter, report_imbalance
 
 ON_CPU = os.environ.get("GPU_CHECK_DEVICE") == "cpu"
 DEVICE = "cpu" if ON_CPU else "cuda:0"
@@ -68,7 +69,7 @@ def finish() -> None:
 
 
 def steps_without_synchronizing(
-    rank: int, num_ranks: int, job: Job, wait_for_all: Callable[[], object]
+    rank: int, num_ranks: int, job: Job, wait_for_all: Callable[[], object], times_device: bool
 ) -> None:
     """Steps in which nothing may make the host wait for the device.
 
@@ -76,6 +77,7 @@ def steps_without_synchronizing(
     mode belongs to the process: it is on while all ranks, its threads, are in these steps.
     """
     stepper = Stepper(rank, job)
+    stepper.pipeline.times_device = times_device
     stepper.step(sync_gradients=True)
     finish()
     wait_for_all()
@@ -141,9 +143,9 @@ def a_stage_that_fails_once(rank: int, num_ranks: int, job: Job) -> list[str]:
 class Slow(nn.Linear):
     """A stage whose forward is issued at once and keeps the device busy for 3 ms."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: Place) -> None:
         super().__init__(4, 4)
-        self.place = place_of(DEVICE.partition(":")[0])
+        self.place = place
 
     def forward(self, x: Tensor) -> Tensor:
         """Sleeps on the device."""
@@ -153,10 +155,10 @@ class Slow(nn.Linear):
 
 
 def timed_step(
-    rank: int, num_ranks: int, transport: str
+    rank: int, num_ranks: int, transport: str, place: Place
 ) -> tuple[StepStatistics, list[TraceEvent]]:
     """What the second of two steps of slow stages took, by the device's clock."""
-    stages = [Slow().to(DEVICE) for _ in "01"]
+    stages = [Slow(place).to(DEVICE) for _ in "01"]
     pipeline = DualPipe(stages, config=DualPipeConfig(**over(transport)))
     pipeline.times_device = True
     x = torch.ones(8, 4, device=DEVICE) if rank in (0, num_ranks - 1) else None
@@ -164,6 +166,26 @@ def timed_step(
     for _ in "01":
         pipeline.step(x, num_chunks=8, criterion=nn.functional.mse_loss, labels=labels)
     return pipeline.stats(), pipeline.last_trace
+
+
+def reported_imbalance(rank: int, num_ranks: int, transport: str, place: Place) -> Imbalance:
+    """Of eight layers, three of them in the first of four stages and one in the second."""
+    model = nn.Sequential(*(Slow(place) for _ in range(8))).to(DEVICE)
+    partition = get_model_adapter(model).partition(num_ranks, [3, 1, 2, 2], show=False)
+    pipeline = DualPipe([partition[rank]] * 2, config=DualPipeConfig(**over(transport)))
+    x = torch.ones(8, 4, device=DEVICE) if rank in (0, num_ranks - 1) else None
+    labels = None if x is None else (x,)
+
+    def step() -> None:
+        pipeline.step(x, num_chunks=8, criterion=nn.functional.mse_loss, labels=labels)
+
+    step()
+    if not ON_CPU:
+        with pytest.raises(ValueError, match=r"pipeline.times_device = True"):
+            report_imbalance(pipeline)
+    pipeline.time_next_step()
+    step()
+    return report_imbalance(pipeline)
 
 
 def main_grads(rank: int, num_ranks: int, job: Job) -> dict[int, dict[str, Tensor]]:

@@ -17,9 +17,11 @@ from gpu_ranks import (
     exact_weight_gradients,
     gpu_job,
     main_grads,
+    reported_imbalance,
     timed_step,
 )
 from parity import Job, check_equal, check_job, run_job, unsplit
+from places import Place, place_of
 from test_parity import THREAD_CASES
 
 from dualpipe_ext.testing import run_ranks
@@ -43,14 +45,31 @@ def test_live_activations(transport: str) -> None:
         assert result.stats.peak_live_activations == 5
 
 
-def test_times_are_those_of_the_device(transport: str) -> None:
-    for stats, trace in run_ranks(timed_step, 4, args=(transport,)):
+@pytest.fixture(scope="module")
+def place() -> Place:
+    """Made once: it measures the device's clock, which ranks at work would disturb."""
+    return place_of(DEVICE.partition(":")[0])
+
+
+def test_times_are_those_of_the_device(transport: str, place: Place) -> None:
+    for stats, trace in run_ranks(timed_step, 4, args=(transport, place)):
         assert stats.clock == ("host" if ON_CPU else "device")
         forwards = [e.end - e.start - e.wait for e in trace if re.fullmatch(r"\d+F\d+", e.action)]
         assert len(forwards) == 8 and min(forwards) > 0.0025, forwards
         ends = [event.end for event in trace]
         assert ends == sorted(ends) and ends[-1] <= stats.step_seconds
         assert 8 * 0.0025 < stats.busy_seconds <= stats.step_seconds
+
+
+def test_times_of_stages_whose_messages_go_by_the_host(transport: str, place: Place) -> None:
+    for stats, _ in run_ranks(timed_step, 2, args=("host", place)):
+        assert stats.clock == ("host" if ON_CPU else "device")
+        assert 8 * 0.0025 < stats.busy_seconds <= stats.step_seconds
+
+
+def test_an_imbalance_is_reported(transport: str, place: Place) -> None:
+    for report in run_ranks(reported_imbalance, 4, args=(transport, place)):
+        assert report.layer is not None and report.gain > 0.1, str(report)
 
 
 def test_weight_gradients_in_float32_of_weights_in_bf16(transport: str) -> None:

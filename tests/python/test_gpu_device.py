@@ -14,10 +14,12 @@ from dualpipe_ext.testing import run_ranks
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize("times_device", [False, True])
 @TRANSPORTS
-def test_the_host_never_waits_for_the_device(transport: str) -> None:
+def test_the_host_never_waits_for_the_device(transport: str, times_device: bool) -> None:
     barrier = threading.Barrier(4, timeout=40.0)
-    run_ranks(steps_without_synchronizing, 4, args=(gpu_job(transport, "attention"), barrier.wait))
+    job = gpu_job(transport, "attention")
+    run_ranks(steps_without_synchronizing, 4, args=(job, barrier.wait, times_device))
 
 
 @TRANSPORTS

@@ -156,6 +156,15 @@ def test_to_compile_without_torch_is_an_error(checkout: Path, tmp_path: Path) ->
     assert "Install torch first" in result.stderr
 
 
+def test_the_import_leaves_out_what_few_programs_need() -> None:
+    """Each takes a tenth of the import's time, or more."""
+    script = (
+        "import sys, dualpipe_ext\n"
+        "print([name for name in ('rich', 'torch.distributed.checkpoint') if name in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", script], text=True) == "[]\n"
+
+
 def test_the_command_line_tells_what_was_built(tmp_path: Path) -> None:
     package = str(Path(dualpipe_ext.__file__).resolve().parents[1])
     command = ("-m", "dualpipe_ext")

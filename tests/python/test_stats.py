@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline
 from dualpipe_ext.testing import run_ranks
+from dualpipe_ext.utils import disable_profiling, enable_profiling
 
 # (P, N) -> by rank: F, F&B, B, I, W, of the published order.
 COUNTS = {
@@ -176,6 +178,53 @@ def test_times_and_bubbles() -> None:
         assert busy == pytest.approx(stats.busy_seconds)
 
     run_ranks(rank_fn, 4)
+
+
+class Watched:
+    """An engine that notes which of its steps were timed by the device."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.timed: list[bool] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def time_device(self, on: bool) -> None:
+        self.timed.append(on)
+        self._engine.time_device(on)
+
+
+def test_steps_are_timed_by_the_device_where_it_is_asked_for() -> None:
+    def rank_fn(rank: int, num_ranks: int) -> list[bool]:
+        model = Pipeline([nn.Linear(3, 3)], "1f1b")
+        watched = Watched(model._engine)
+        model._engine = watched  # type: ignore[assignment]
+        x = torch.ones(4, 3)
+
+        def step() -> None:
+            model.step(x, num_chunks=4, criterion=squared_error, labels=(x,))
+            assert model.stats().clock == "host"  # there is no other one here
+
+        step()
+        model.time_next_step()
+        with torch.no_grad():  # it is a training step that is meant
+            step()
+        step()
+        step()
+        model.times_device = True
+        step()
+        model.times_device = False
+        enable_profiling()
+        try:
+            step()
+        finally:
+            disable_profiling()
+        step()
+        return watched.timed
+
+    # One rank: profiling is one for all threads of a process.
+    assert run_ranks(rank_fn, 1) == [[False, True, True, False, True, True, False]]
 
 
 def test_the_report_of_deferred_weights() -> None:

@@ -106,6 +106,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
             model, chosen, group, rank_device(own_args.device, group.rank), self.label_names
         )
         self.pipeline = self._batches.pipeline
+        self.pipeline.times_device = enable_profiling
         self._autocast = torch.bfloat16 if own_args.bf16 else None
         self.accelerator.clip_grad_norm_ = self._clip
 

@@ -87,8 +87,8 @@ EventPtr FakeStream::record() {
   return event;
 }
 
-std::unique_ptr<Stopwatch> FakeDevice::stopwatch() {
-  return std::make_unique<FakeStopwatch>(compute_);
+StopwatchMaker fake_stopwatches(FakeDevice& device) {
+  return [&device] { return std::make_unique<FakeStopwatch>(device.compute()); };
 }
 
 FakeDevice::FakeDevice() : allocator_(std::make_shared<PoisonedAllocator>(num_allocations_)) {}

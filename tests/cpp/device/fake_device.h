@@ -38,7 +38,6 @@ class FakeDevice final : public Device {
   [[nodiscard]] std::unique_ptr<Stream> new_stream() override {
     return std::make_unique<FakeStream>();
   }
-  [[nodiscard]] std::unique_ptr<Stopwatch> stopwatch() override;
   [[nodiscard]] std::shared_ptr<Allocator> allocator() override { return allocator_; }
 
   [[nodiscard]] int num_allocations() const { return *num_allocations_; }
@@ -49,5 +48,8 @@ class FakeDevice final : public Device {
   FakeStream compute_;
   FakeStream reduction_;
 };
+
+// The clock of a device's compute stream.
+[[nodiscard]] StopwatchMaker fake_stopwatches(FakeDevice& device);
 
 }  // namespace dualpipe::testing

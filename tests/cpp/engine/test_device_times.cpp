@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <thread>
 
@@ -21,16 +22,18 @@ class DeviceTrace : public ::testing::Test {
   explicit DeviceTrace(const char* planner = "dualpipe", int num_microbatches = 4)
       : job(pipeline, planner, num_microbatches) {
     for (int rank = 0; rank < 2; ++rank) {
+      pipeline.engine(rank).clock_with(fake_stopwatches(device(rank)));
       job.stages(rank).before = [this, rank](const Action&) { issue(rank, 2ms); };
     }
   }
 
   // The stage computes at once, when its input is there, and its device takes the time.
   void issue(int rank, std::chrono::milliseconds length) {
-    auto& device = dynamic_cast<FakeDevice&>(pipeline.engine(rank).device());
-    device.compute().record()->synchronize();
-    device.compute().launch([length] { std::this_thread::sleep_for(length); });
+    FakeStream& stream = device(rank).compute();
+    stream.record()->synchronize();
+    stream.launch([length] { std::this_thread::sleep_for(length); });
   }
+  FakeDevice& device(int rank) { return dynamic_cast<FakeDevice&>(pipeline.engine(rank).device()); }
   void time_device(bool on) {
     for (int rank = 0; rank < 2; ++rank) pipeline.engine(rank).time_device(on);
   }
@@ -96,8 +99,24 @@ TEST_F(DeviceTrace, OfAStepThatFailedIsOfTheHost) {
   };
   for (const Outcome& outcome : job.step()) EXPECT_FALSE(outcome.ok());
   EXPECT_EQ(pipeline.engine(1).trace().clock, Clock::kHost);
+  EXPECT_EQ(pipeline.engine(1).trace().duration_ns, 0);
   job.stages(1).before = issue_work;
   expect_all_ok(job.step());
+  EXPECT_EQ(pipeline.engine(1).trace().clock, Clock::kDevice);
+}
+
+TEST_F(DeviceTrace, OfAStepAtWorkIsOfTheHost) {
+  time_device(true);
+  const auto issue_work = job.stages(1).before;
+  std::size_t num_seen = 0;
+  job.stages(1).before = [&](const Action& action) {
+    issue_work(action);
+    const Trace& trace = pipeline.engine(1).trace();
+    EXPECT_EQ(trace.clock, Clock::kHost);
+    num_seen = std::max(num_seen, trace.events.size());
+  };
+  expect_all_ok(job.step());
+  EXPECT_EQ(num_seen, job.computations(1).size() - 1);
   EXPECT_EQ(pipeline.engine(1).trace().clock, Clock::kDevice);
 }
 
