@@ -4,9 +4,11 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/tensor.h>
 
+#include <algorithm>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
+#include <vector>
 
 #include "comm/framed_transport.h"
 #include "comm/thread_policy.h"
@@ -134,8 +136,10 @@ c10::intrusive_ptr<c10d::Store> store_of(const c10d::ProcessGroup& group) {
 }
 
 c10::intrusive_ptr<c10d::Backend> cpu_backend(c10d::ProcessGroup& group) {
-  DUALPIPE_USER_CHECK(group.hasBackendForDeviceType(c10::DeviceType::CPU), "the process group (",
-                      group.getBackendName(),
+  const std::vector<c10::Device> devices = group.getDeviceTypes();
+  const bool has_cpu = std::any_of(devices.begin(), devices.end(),
+                                   [](const c10::Device& device) { return device.is_cpu(); });
+  DUALPIPE_USER_CHECK(has_cpu, "the process group (", group.getBackendName(),
                       ") has no backend for CPU tensors: make it with backend=\"gloo\" or "
                       "backend=\"cpu:gloo,cuda:nccl\"");
   return group.getBackend(c10::DeviceType::CPU);
