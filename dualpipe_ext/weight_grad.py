@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -68,10 +70,18 @@ class _ThreadStore:
 def _thread_store() -> _ThreadStore:
     # Torch's own thread-local state: autograd's threads see what the thread that called it has.
     if not torch._C._is_key_in_tls(_TLS_KEY):
-        torch._C._stash_obj_in_tls(_TLS_KEY, _ThreadStore())
+        _stash(_ThreadStore())
     store = torch._C._get_obj_in_tls(_TLS_KEY)
     assert isinstance(store, _ThreadStore)
     return store
+
+
+def _stash(store: _ThreadStore) -> None:
+    num_references = sys.getrefcount(store)
+    torch._C._stash_obj_in_tls(_TLS_KEY, store)
+    if sys.getrefcount(store) == num_references:
+        # torch 2.11 gives back, when the thread ends, a reference that it never took.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(store))
 
 
 class _StoreType(type):

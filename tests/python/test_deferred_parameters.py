@@ -192,6 +192,7 @@ def test_main_grad_is_used_instead_of_grad(dtype: torch.dtype, hooked: bool) -> 
     calls: list[Tensor] = []
     sums = {name: torch.zeros(p.shape) for name, p in layer.named_parameters()}
     wanted = {name: torch.zeros(p.shape) for name, p in layer.named_parameters()}
+    sizes = {name: torch.zeros(p.shape) for name, p in layer.named_parameters()}
     for name, parameter in layer.named_parameters():
         parameter.main_grad = sums[name]  # type: ignore[attr-defined]
         if hooked:
@@ -205,12 +206,13 @@ def test_main_grad_is_used_instead_of_grad(dtype: torch.dtype, hooked: bool) -> 
         for name, parameter in reference.named_parameters():
             assert parameter.grad is not None
             wanted[name] += parameter.grad
+            sizes[name] += parameter.grad.abs()
     assert len(calls) == (6 if hooked else 0)
     assert all(parameter.grad is None for parameter in layer.parameters())
-    # bfloat16: autograd rounds every gradient, which main_grad is there to avoid
-    tolerance = 1e-6 if dtype == torch.float32 or hooked else 2**-8
+    # bfloat16: autograd rounds every gradient to 8 bits, which main_grad is there to avoid
+    rounding = 1e-6 if dtype == torch.float32 or hooked else 2**-8
     for name, total in sums.items():
-        torch.testing.assert_close(total, wanted[name], rtol=tolerance, atol=tolerance)
+        assert ((total - wanted[name]).abs() <= rounding * (sizes[name] + 1)).all(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
