@@ -125,6 +125,21 @@ std::vector<Action> AffineJob::computations(int rank) const {
   return actions;
 }
 
+void expect_in_order(const Trace& trace, const std::vector<Action>& computations) {
+  ASSERT_EQ(trace.events.size(), computations.size());
+  std::int64_t clock = 0;
+  for (std::size_t i = 0; i < computations.size(); ++i) {
+    const TraceEvent& event = trace.events[i];
+    EXPECT_EQ(event.action, computations[i]);
+    EXPECT_GE(event.start_ns, clock);
+    EXPECT_GE(event.end_ns, event.start_ns);
+    EXPECT_GE(event.wait_ns, 0);
+    EXPECT_LE(event.wait_ns, event.end_ns - event.start_ns);
+    clock = event.end_ns;
+  }
+  EXPECT_GE(trace.duration_ns, clock);
+}
+
 void expect_all_ok(const std::vector<Outcome>& outcomes) {
   for (std::size_t rank = 0; rank < outcomes.size(); ++rank) {
     EXPECT_TRUE(outcomes[rank].ok()) << "rank " << rank << ": " << outcomes[rank].text();

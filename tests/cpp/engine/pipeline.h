@@ -112,6 +112,9 @@ class AffineJob {
   std::vector<AffineStages> stages_;
 };
 
+// Fails the test where a trace is not of these computations, one after the other.
+void expect_in_order(const Trace& trace, const std::vector<Action>& computations);
+
 // Fails the test with the text of each rank that did not end well.
 void expect_all_ok(const std::vector<Outcome>& outcomes);
 

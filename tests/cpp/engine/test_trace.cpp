@@ -19,20 +19,7 @@ TEST(Trace, HoldsEachComputationInOrder) {
   AffineJob job(pipeline, "dualpipe", 12);
   for (int step = 0; step < 2; ++step) expect_all_ok(job.step());
   for (int rank = 0; rank < 4; ++rank) {
-    const Trace& trace = pipeline.engine(rank).trace();
-    const auto computations = job.computations(rank);
-    ASSERT_EQ(trace.events.size(), computations.size());
-    std::int64_t clock = 0;
-    for (std::size_t i = 0; i < computations.size(); ++i) {
-      const TraceEvent& event = trace.events[i];
-      EXPECT_EQ(event.action, computations[i]);
-      EXPECT_GE(event.start_ns, clock);
-      EXPECT_GE(event.end_ns, event.start_ns);
-      EXPECT_GE(event.wait_ns, 0);
-      EXPECT_LE(event.wait_ns, event.end_ns - event.start_ns);
-      clock = event.end_ns;
-    }
-    EXPECT_GE(trace.duration_ns, clock);
+    expect_in_order(pipeline.engine(rank).trace(), job.computations(rank));
   }
 }
 
