@@ -86,8 +86,9 @@ TEST_F(DeviceTrace, OutlivesWhatIsRunAfterTheStep) {
 TEST_F(DeviceTrace, OfAStepThatFailedIsOfTheHost) {
   time_device(true);
   const auto issue_work = job.stages(1).before;
-  job.stages(1).before = [](const Action& action) {
+  job.stages(1).before = [&](const Action& action) {
     if (action.op() == Op::kBackward) throw std::runtime_error("no");
+    issue_work(action);
   };
   for (const Outcome& outcome : job.step()) EXPECT_FALSE(outcome.ok());
   EXPECT_EQ(pipeline.engine(1).trace().clock, Clock::kHost);
