@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -58,10 +60,51 @@ class Watcher:
         self._process.wait()
 
 
+class Turns:
+    """Tests of other workers of pytest-xdist run beside this one's, but not beside those that measure."""
+
+    def __init__(self, folder: str) -> None:
+        self._queue, self._machine = (os.open(Path(folder, name), os.O_CREAT) for name in "qm")
+
+    @contextmanager
+    def taken(self, *, alone: bool) -> Iterator[None]:
+        # The queue keeps others from starting again and again before the one who waits for all to end.
+        fcntl.flock(self._queue, fcntl.LOCK_EX)
+        fcntl.flock(self._machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(self._queue, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._machine, fcntl.LOCK_UN)
+
+
 _watcher = pytest.StashKey[Watcher]()
+_turns_folder = pytest.StashKey["tempfile.TemporaryDirectory[str]"]()
+_turns = pytest.StashKey[Turns]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:  # pytest-xdist, before it starts a worker
+    if _turns_folder not in node.config.stash:
+        node.config.stash[_turns_folder] = tempfile.TemporaryDirectory()
+    node.workerinput["turns"] = node.config.stash[_turns_folder].name
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Files stay whole, for what their tests share, and start in their order: the longest not last."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        config.option.loadscopereorder = False
+        config.option.maxworkerrestart = 0  # a new worker would hang in the same test
+    folder = getattr(config, "workerinput", {}).get("turns")
+    if folder is not None:
+        config.stash[_turns] = Turns(folder)
     # Output is not captured here yet: this descriptor reaches the terminal even within a test.
     stderr = os.dup(2)
     config.stash[_watcher] = Watcher(stderr)
@@ -76,6 +119,16 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     config.stash[_watcher].close()
+
+
+# Outside of everything else of a test: nobody's time limit or fixture counts the waiting.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    alone = item.get_closest_marker("measures") is not None
+    turns = item.config.stash.get(_turns, None)
+    turn: AbstractContextManager[None] = turns.taken(alone=alone) if turns else nullcontext()
+    with turn:
+        return (yield)
 
 
 # Takes the place of pytest-timeout's own timers, which see this one process alone.

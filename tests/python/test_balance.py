@@ -159,6 +159,7 @@ def balanced_by_time(milliseconds: Sequence[float]) -> PartitionPlan:
     return adapter.partition(4, "time", sample_inputs=inputs, show=False)[0].plan
 
 
+@pytest.mark.measures
 def test_measures_times() -> None:
     milliseconds = [4 * m for m in UNEVEN]  # a machine may wake up some 0.3 ms late
 
@@ -170,6 +171,7 @@ def test_measures_times() -> None:
     holds_in_one_of(5, check)
 
 
+@pytest.mark.measures
 def test_a_measured_step_is_near_the_best() -> None:
     milliseconds = UNEVEN
     own = tuple(len(stage.layers) for stage in balanced_by_time(milliseconds).stages)

@@ -18,6 +18,8 @@ from torch import nn
 from dualpipe_ext import DualPipe, DualPipeConfig, InternalError, Pipeline, PipelineError
 from dualpipe_ext.testing import Fault, MessageKind, run_ranks
 
+pytestmark = pytest.mark.measures
+
 JOB = Job("bias", "dualpipe", 4, 8)
 
 

@@ -17,6 +17,8 @@ from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline, TrainingWrapper
 from dualpipe_ext.adapters import Cost, Imbalance, get_model_adapter, report_imbalance
 from dualpipe_ext.testing import run_ranks
 
+pytestmark = pytest.mark.measures
+
 
 def imbalance(milliseconds: Sequence[float], sizes: Sequence[int]) -> Imbalance:
     def train(rank: int, size: int) -> Imbalance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from interrupt_processes import (
     WAIT,
     after_a_step_within_a_step,
@@ -12,6 +13,7 @@ from interrupt_processes import (
 from dualpipe_ext.testing import run_ranks
 
 
+@pytest.mark.measures
 def test_ctrl_c_ends_a_step_that_waits() -> None:
     (interrupted, seconds), (other, _) = run_ranks(interrupted_in_a_step, 2, "processes")
     assert interrupted.startswith("KeyboardInterrupt")

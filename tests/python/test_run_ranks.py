@@ -24,6 +24,7 @@ def step(pipeline: DualPipe) -> Outcome:
     return attempt(pipeline.step, x, num_chunks=4, criterion=squared_error, labels=(x,))
 
 
+@pytest.mark.measures
 @pytest.mark.parametrize("place", ["before the pipeline", "before a step", "after two steps"])
 def test_a_thread_that_ends_is_not_waited_for(place: str) -> None:
     found = []

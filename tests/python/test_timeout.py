@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import timeout_with_stacks
 
 HERE = Path(__file__).resolve().parent
@@ -49,15 +50,20 @@ def test_a_command_that_hangs_shows_the_stacks_of_its_tree(tmp_path: Path) -> No
     assert "child_waits" in result.stderr
 
 
-def test_a_test_that_hangs_shows_the_stacks_of_its_tree(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_test_that_hangs_shows_the_stacks_of_its_tree(tmp_path: Path, num_workers: int) -> None:
     shutil.copytree(TOOL.parent, tmp_path / ".ci")
     tests = tmp_path / "tests" / "python"
     tests.mkdir(parents=True)
     shutil.copyfile(HERE / "conftest.py", tests / "conftest.py")
     body = "import pytest\n\n@pytest.mark.timeout(1)\ndef test_hangs():\n    parent_waits()\n"
     (tests / "test_hang.py").write_text(HANG + body)
-    result = run("-m", "pytest", "-p", "no:cacheprovider", str(tests), cwd=tmp_path)
-    assert result.returncode < 0
+    options = ("-p", "no:cacheprovider", "-n", str(num_workers))
+    result = run("-m", "pytest", *options, str(tests), cwd=tmp_path)
+    if num_workers:  # of pytest-xdist, which goes on after the end of one
+        assert result.returncode == 1 and "crashed while running" in result.stdout
+    else:
+        assert result.returncode < 0
     assert "test_hangs took more than 1 s" in result.stderr
     assert "parent_waits" in result.stderr
     assert "child_waits" in result.stderr

@@ -102,6 +102,7 @@ def free_port() -> int:
     return int(store.port)
 
 
+@pytest.mark.measures
 def test_a_killed_process_is_named_within_three_seconds(tmp_path: Path) -> None:
     """SIGKILL on one rank ends the wait of the other, and both later calls and the store say so."""
     context = multiprocessing.get_context("spawn")

@@ -1,0 +1,65 @@
+"""Under pytest-xdist, no other test runs beside one that measures."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+TESTS = """
+import os, time
+from pathlib import Path
+import pytest
+
+@pytest.mark.{mark}
+@pytest.mark.parametrize("number", range(5))
+def test_{mark}(number):
+    start = time.monotonic()
+    time.sleep(0.3)
+    with Path(os.environ["TIMES"]).open("a") as times:
+        times.write(f"{mark} {{start}} {{time.monotonic()}}\\n")
+"""
+
+SETTINGS = """
+[pytest]
+markers =
+    measures
+    others
+"""
+
+
+def intervals(folder: Path) -> list[tuple[str, float, float]]:
+    """(mark, start, end) of the tests of two files, run by two workers."""
+    shutil.copytree(ROOT / ".ci", folder / ".ci")
+    tests = folder / "tests" / "python"
+    tests.mkdir(parents=True)
+    shutil.copyfile(HERE / "conftest.py", tests / "conftest.py")
+    (folder / "pytest.ini").write_text(SETTINGS)
+    for mark in ("measures", "others"):
+        (tests / f"test_{mark}.py").write_text(TESTS.format(mark=mark))
+    times = folder / "times"
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", str(tests)],
+        check=True,
+        cwd=folder,
+        env={**os.environ, "TIMES": str(times)},
+    )
+    lines = (line.split() for line in times.read_text().splitlines())
+    return [(mark, float(start), float(end)) for mark, start, end in lines]
+
+
+def test_what_measures_runs_alone(tmp_path: Path) -> None:
+    found = intervals(tmp_path)
+    measured = [(start, end) for mark, start, end in found if mark == "measures"]
+    others = [(start, end) for mark, start, end in found if mark == "others"]
+    assert len(measured) == len(others) == 5
+    # They take turns, so that neither waits for all of the other's.
+    assert max(start for start, _ in others) > min(start for start, _ in measured)
+    assert max(start for start, _ in measured) > min(start for start, _ in others)
+    for start, end in measured:
+        assert not any(begin < end and start < finish for begin, finish in others)
