@@ -17,7 +17,6 @@ from typing import Any
 
 __all__ = [
     "begin",
-    "check_files",
     "commit",
     "discard",
     "find_checkpoint",
@@ -68,19 +67,6 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
             f"formats up to {_FORMAT}; use the version that wrote it"
         )
     return manifest
-
-
-def check_files(checkpoint: Path, manifest: dict[str, Any]) -> None:
-    """Raises ValueError where a file is missing or has another size than was written."""
-    for name, size in manifest["files"].items():
-        file = checkpoint / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise ValueError(
-                f"{checkpoint} is damaged: {name} {state}, and {size} bytes were written; copy it "
-                f"again, or load an older checkpoint"
-            )
 
 
 def begin(folder: Path) -> Path:

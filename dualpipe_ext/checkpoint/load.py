@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dualpipe_ext.checkpoint.compare import check_architecture
-from dualpipe_ext.checkpoint.folders import check_files, find_checkpoint
+from dualpipe_ext.checkpoint.folders import find_checkpoint, read_manifest
 from dualpipe_ext.checkpoint.holdings import Holding, Shapes
+from dualpipe_ext.checkpoint.integrity import check_files
 from dualpipe_ext.checkpoint.replicas import on_all_replicas, on_first_replica
 from dualpipe_ext.checkpoint.restore import Run, State, apply_state, read_state
 from dualpipe_ext.checkpoint.saved import Saved
@@ -74,7 +75,8 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: there is no checkpoint.
         ValueError: one of another architecture, with the first names that differ, without what was
-            asked for, of another optimizer, or damaged. On every rank.
+            asked for, or of another optimizer, on every rank; or one with other bytes than were
+            written, on the ranks that read them.
         PipelineError: another rank could not load, with its reason.
     """
     holding = Holding.of(model, timeout)
@@ -101,9 +103,9 @@ def _open(place: Path, holding: Holding) -> Saved:
     found: list[Saved] = []
 
     def describe() -> dict[int, Shapes]:
-        found.append(Saved.at(place))
         if ranks.is_first:
-            check_files(place, found[0].manifest)
+            check_files(place, read_manifest(place)["files"])
+        found.append(Saved.at(place))
         return holding.shapes()
 
     by_rank = ranks.share(describe, _FAILURE)

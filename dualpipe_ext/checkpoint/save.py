@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dualpipe_ext.checkpoint import folders
 from dualpipe_ext.checkpoint.holdings import Holding
+from dualpipe_ext.checkpoint.integrity import checksums
 from dualpipe_ext.checkpoint.optimizers import (
     gather_shards,
     group_options,
@@ -98,7 +99,8 @@ def save_checkpoint(
                 values.update(_states(optimizer, scheduler, scaler), extra=extra)
 
         def finish() -> Path:
-            place = folders.commit(draft, step, {**_facts(holding, optimizer), "seeds": seeds})
+            facts = {**_facts(holding, optimizer), "seeds": seeds, "crc32": checksums(draft)}
+            place = folders.commit(draft, step, facts)
             folders.remove_old(place, keep)
             return place
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualpipe_ext.checkpoint.folders import read_manifest
 from dualpipe_ext.checkpoint.holdings import Shapes
-from dualpipe_ext.checkpoint.storage import read_metadata, read_values, shape_of
+from dualpipe_ext.checkpoint.integrity import (
+    check_description,
+    check_records,
+    telling_damage,
+)
+from dualpipe_ext.checkpoint.storage import read_metadata, read_values, records, shape_of
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -34,8 +39,15 @@ class Saved:
 
     @classmethod
     def at(cls, place: Path) -> Saved:
-        """The checkpoint in this folder."""
-        return cls(place, read_manifest(place), read_metadata(place))
+        """The checkpoint in this folder.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        manifest = read_manifest(place)
+        if "crc32" in manifest:  # not in those of earlier versions
+            check_description(place, manifest["crc32"])
+        return cls(place, manifest, read_metadata(place))
 
     def has(self, key: str) -> bool:
         """Whether there is such a key."""
@@ -52,19 +64,29 @@ class Saved:
         return {name: shape_of(self.metadata, f"model.{name}") for name in self.keys("model")}
 
     def read(self, section: str, keys: Iterable[str]) -> dict[str, Any]:
-        """Values of a section."""
+        """Values of a section.
+
+        Raises:
+            ValueError: they are damaged.
+        """
         prefix = f"{section}."
-        values = read_values(self.place, self.metadata, [f"{prefix}{key}" for key in keys])
+        values = self._read([f"{prefix}{key}" for key in keys])
         return {key.removeprefix(prefix): value for key, value in values.items()}
 
     def read_one(self, key: str) -> Any:
         """The value of a key.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or it is damaged.
         """
         if not self.has(key):
             raise ValueError(
                 f"{self.place} was saved without {key}; load it without {key}=, or save with it"
             )
-        return read_values(self.place, self.metadata, [key])[key]
+        return self._read([key])[key]
+
+    def _read(self, keys: Sequence[str]) -> dict[str, Any]:
+        if self.manifest.get("crc32", {}).get("records"):
+            check_records(self.place, records(self.metadata, keys))
+        with telling_damage(self.place):
+            return read_values(self.place, self.metadata, keys)

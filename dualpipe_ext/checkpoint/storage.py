@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dualpipe_ext.checkpoint.integrity import Record
 from dualpipe_ext.checkpoint.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
     from torch.distributed.checkpoint.planner import SavePlan
 
-__all__ = ["FAILURE", "read_metadata", "read_values", "shape_of", "write_values"]
+__all__ = ["FAILURE", "read_metadata", "read_values", "records", "shape_of", "write_values"]
 
 FAILURE = "could not save the checkpoint"
 
@@ -68,6 +69,16 @@ def shape_of(metadata: Metadata, key: str) -> list[int] | None:
     """The shape of a tensor; ``None`` for what is none."""
     entry = _tensor_at(metadata, key)
     return None if entry is None else list(entry.size)
+
+
+def records(metadata: Metadata, keys: Iterable[str]) -> list[Record]:
+    """Where the values of these keys are."""
+    wanted = set(keys)
+    return [
+        (where.relative_path, where.offset, where.length)
+        for index, where in metadata.storage_data.items()
+        if index.fqn in wanted
+    ]
 
 
 def read_values(folder: Path, metadata: Metadata, keys: Iterable[str]) -> dict[str, Any]:
