@@ -14,6 +14,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zlib import crc32
+
+from dualpipe_ext.checkpoint.integrity import damaged, reading, write_durably
 
 __all__ = [
     "begin",
@@ -26,13 +29,17 @@ __all__ = [
 ]
 
 MANIFEST = "checkpoint.json"  # its presence marks a checkpoint
-_FORMAT = 1
+_FORMAT = 2  # 1 had no checksums
 _DRAFT = ".unfinished"
 _STEP = re.compile(r"step-(\d{8,})(-\d+)?")
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint in a folder that was saved last and completely; ``None`` if there is none."""
+    """The checkpoint in a folder that was saved last and completely; ``None`` if there is none.
+
+    Raises:
+        ValueError: which one is the last cannot be told, as what one says of itself is damaged.
+    """
     found = _checkpoints(Path(folder))
     return found[-1] if found else None
 
@@ -58,14 +65,23 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says of itself.
 
     Raises:
-        ValueError: it was written by a later version.
+        ValueError: it is damaged, or was written by a later version.
     """
-    manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
-    if manifest["format"] > _FORMAT:
+    with reading(checkpoint, MANIFEST):
+        text = (checkpoint / MANIFEST).read_bytes()
+    try:
+        manifest: dict[str, Any] = json.loads(text)
+        expected = manifest.pop("crc32", None)
+        version = int(manifest["format"])
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise damaged(checkpoint, f"{MANIFEST} has other text than was written") from error
+    if version > _FORMAT:
         raise ValueError(
-            f"{checkpoint} has format {manifest['format']}, and this version of dualpipe_ext reads "
-            f"formats up to {_FORMAT}; use the version that wrote it"
+            f"{checkpoint} has format {version}, and this version of dualpipe_ext reads formats up "
+            f"to {_FORMAT}; use the version that wrote it"
         )
+    if (version > 1 or expected is not None) and _checksum(manifest) != expected:
+        raise damaged(checkpoint, f"{MANIFEST} has other text than was written")
     return manifest
 
 
@@ -82,7 +98,7 @@ def begin(folder: Path) -> Path:
 def commit(draft: Path, step: int, facts: dict[str, Any]) -> Path:
     """Makes what was written a checkpoint: the latest one. Returns its place."""
     folder = draft.parent
-    serials = [_serial(checkpoint) for checkpoint in _checkpoints(folder)]
+    serials = [read_manifest(other)["serial"] for other in _checkpoints(folder, intact=True)]
     manifest = {
         "format": _FORMAT,
         "step": step,
@@ -90,7 +106,8 @@ def commit(draft: Path, step: int, facts: dict[str, Any]) -> Path:
         **facts,
         "files": {file.name: file.stat().st_size for file in sorted(draft.iterdir())},
     }
-    _write(draft / MANIFEST, json.dumps(manifest, indent=2))
+    text = json.dumps({**manifest, "crc32": _checksum(manifest)}, indent=2)
+    write_durably(draft / MANIFEST, text)
     _sync(draft)
     place = next(name for name in _names(folder, step) if not name.exists())
     draft.rename(place)
@@ -105,7 +122,8 @@ def discard(draft: Path) -> None:
 
 def remove_old(checkpoint: Path, keep: int | None) -> None:
     """Removes others of the same step as the latest one, and all but the last ``keep``."""
-    others = [other for other in _checkpoints(checkpoint.parent) if other != checkpoint]
+    intact = _checkpoints(checkpoint.parent, intact=True)  # what is not understood is left alone
+    others = [other for other in intact if other != checkpoint]
     step = read_manifest(checkpoint)["step"]
     old = [other for other in others if read_manifest(other)["step"] == step]
     if keep is not None:
@@ -117,16 +135,23 @@ def remove_old(checkpoint: Path, keep: int | None) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """In the order in which they were saved, which steps need not follow."""
+def _checkpoints(folder: Path, *, intact: bool = False) -> list[Path]:
+    """In the order in which they were saved, which steps need not follow.
+
+    Raises:
+        ValueError: one is damaged, where not only ``intact`` ones are asked for.
+    """
     if not folder.is_dir():
         return []
-    named = [child for child in folder.iterdir() if _STEP.fullmatch(child.name)]
-    return sorted((child for child in named if (child / MANIFEST).is_file()), key=_serial)
-
-
-def _serial(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / MANIFEST).read_text())["serial"])
+    serials: dict[Path, int] = {}
+    for child in folder.iterdir():
+        if _STEP.fullmatch(child.name) and (child / MANIFEST).is_file():
+            try:
+                serials[child] = read_manifest(child)["serial"]
+            except ValueError:
+                if not intact:
+                    raise
+    return sorted(serials, key=serials.__getitem__)
 
 
 def _names(folder: Path, step: int) -> Iterator[Path]:
@@ -138,11 +163,9 @@ def _names(folder: Path, step: int) -> Iterator[Path]:
         number += 1
 
 
-def _write(file: Path, text: str) -> None:
-    with file.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
+def _checksum(manifest: dict[str, Any]) -> int:
+    """Of what it says, however that is laid out."""
+    return crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _sync(folder: Path) -> None:

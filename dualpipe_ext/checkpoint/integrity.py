@@ -1,39 +1,44 @@
-"""Whether a checkpoint has the bytes that were written."""
+"""Whether a checkpoint has the bytes that were written.
+
+Each rank notes a CRC-32 of the bytes of each value that it wrote, and compares those of the values
+that it reads. (torch's own, in its zip records, are not looked at by torch, and leave headers out.)
+"""
 
 from __future__ import annotations
 
-import io
-import zlib
+import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, BinaryIO
-from zipfile import BadZipFile, ZipFile
+from typing import BinaryIO
+from zlib import crc32
 
-from torch.serialization import get_crc32_options
+from dualpipe_ext.checkpoint.storage import Record
 
-__all__ = [
-    "Record",
-    "check_description",
-    "check_files",
-    "check_records",
-    "checksums",
-    "telling_damage",
-]
+__all__ = ["Checksums", "check_files", "checksums_of", "damaged", "reading", "write_durably"]
 
-_REMEDY = "copy it again, or load an older checkpoint"
-_DESCRIPTION = ".metadata"  # torch.distributed.checkpoint's: what is where in the other files
-_BY_NONSENSE = (RuntimeError, ValueError, EOFError, KeyError, UnpicklingError)  # of torch's reader
-Record = tuple[str, int, int]  # (file, offset in bytes, length in bytes) of a value in it
+_FILE = "checksums.json"
+_PIECE_BYTES = 1 << 22
 
 
-def checksums(checkpoint: Path) -> dict[str, Any]:
-    """What is written down of a new checkpoint, for :func:`check_description`.
+def damaged(checkpoint: Path, how: str) -> ValueError:
+    """The error for a checkpoint that is not as it was written."""
+    return ValueError(
+        f"{checkpoint} is damaged: {how}; copy it again, to a file system that all ranks share, or "
+        f"load an older checkpoint"
+    )
 
-    Values have their checksums beside them: they are records in the zip format of ``torch.save``.
-    """
-    return {"description": _checksum(checkpoint), "records": get_crc32_options()}
+
+@contextmanager
+def reading(checkpoint: Path, name: str) -> Iterator[None]:
+    """Around reading a file of a checkpoint, which this rank may not see."""
+    try:
+        yield
+    except OSError as error:
+        raise damaged(checkpoint, f"{name} cannot be read on this rank ({error})") from error
 
 
 def check_files(checkpoint: Path, sizes: dict[str, int]) -> None:
@@ -43,74 +48,74 @@ def check_files(checkpoint: Path, sizes: dict[str, int]) -> None:
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
-            raise _damaged(checkpoint, f"{name} {state}, and {size} bytes were written")
+            raise damaged(checkpoint, f"{name} {state}, and {size} bytes were written")
 
 
-def check_description(checkpoint: Path, written: dict[str, Any]) -> None:
-    """Raises ValueError where values would be looked for in wrong places."""
-    if _checksum(checkpoint) != written["description"]:
-        raise _damaged(checkpoint, f"{_DESCRIPTION} has other bytes than were written")
+@dataclass(frozen=True)
+class Checksums:
+    """Those of all values of a checkpoint."""
+
+    by_record: dict[Record, int]
+
+    @classmethod
+    def read(cls, checkpoint: Path, expected: int) -> Checksums:
+        """Those that were written.
+
+        Args:
+            checkpoint: its folder.
+            expected: what :meth:`write` has returned.
+
+        Raises:
+            ValueError: they are damaged themselves.
+        """
+        with reading(checkpoint, _FILE):
+            text = (checkpoint / _FILE).read_bytes()
+        if crc32(text) != expected:
+            raise damaged(checkpoint, f"{_FILE} has other bytes than were written")
+        return cls({(name, start, size): crc for name, start, size, crc in json.loads(text)})
+
+    def write(self, folder: Path) -> int:
+        """Adds them to what was written; returns the checksum of them."""
+        text = json.dumps([(*record, crc) for record, crc in self.by_record.items()])
+        write_durably(folder / _FILE, text)
+        return crc32(text.encode())
+
+    def check(self, checkpoint: Path, records: Iterable[Record]) -> None:
+        """Raises ValueError where one of these has other bytes than were written."""
+        for record, found in checksums_of(checkpoint, records).items():
+            if found != self.by_record.get(record):
+                name, start, size = record
+                raise damaged(
+                    checkpoint,
+                    f"{name} has other bytes than were written, among {size} from byte {start} on",
+                )
 
 
-def check_records(checkpoint: Path, records: Iterable[Record]) -> None:
-    """Raises ValueError where a value has other bytes than were written."""
-    for name, offset, length in sorted(set(records)):
-        with (checkpoint / name).open("rb") as file:
-            if not _is_intact(_Part(file, offset, length)):
-                place = f"{length} bytes from byte {offset} on"
-                raise _damaged(checkpoint, f"{name} has other bytes than were written, in the {place}")
+def checksums_of(folder: Path, records: Iterable[Record]) -> dict[Record, int]:
+    """By record, of what is in the files now.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    found: dict[Record, int] = {}
+    for name, of_file in groupby(sorted(set(records)), key=lambda record: record[0]):
+        with reading(folder, name), (folder / name).open("rb") as file:
+            found |= {record: _checksum(file, *record[1:]) for record in of_file}
+    return found
 
 
-@contextmanager
-def telling_damage(checkpoint: Path) -> Iterator[None]:
-    """Around reading values: headers that mislead torch may look well to :func:`check_records`."""
-    try:
-        yield
-    except _BY_NONSENSE as error:
-        raise ValueError(
-            f"values of {checkpoint} cannot be read ({type(error).__name__}: {error}); it may be "
-            f"damaged: {_REMEDY}"
-        ) from error
+def _checksum(file: BinaryIO, start: int, size: int) -> int:
+    file.seek(start)
+    checksum = 0
+    while size > 0 and (piece := file.read(min(size, _PIECE_BYTES))):
+        checksum = crc32(piece, checksum)
+        size -= len(piece)
+    return checksum
 
 
-def _checksum(checkpoint: Path) -> int:
-    return zlib.crc32((checkpoint / _DESCRIPTION).read_bytes())
-
-
-def _is_intact(record: io.RawIOBase) -> bool:
-    try:
-        with ZipFile(record) as archive:
-            return archive.testzip() is None
-    except (BadZipFile, zlib.error, EOFError, OverflowError, RuntimeError, ValueError):
-        return False  # as zipfile puts it where it can make nothing of a header
-
-
-def _damaged(checkpoint: Path, how: str) -> ValueError:
-    return ValueError(f"{checkpoint} is damaged: {how}; {_REMEDY}")
-
-
-class _Part(io.RawIOBase):
-    """Some bytes of a file, as a file."""
-
-    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._place = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        place = (0, self._place, self._length)[whence] + offset
-        if place < 0:
-            raise ValueError(f"{place} is before the start")
-        self._place = place
-        return place
-
-    def readinto(self, buffer: Any) -> int:
-        size = min(len(buffer), max(0, self._length - self._place))
-        self._file.seek(self._start + self._place)
-        count = int(self._file.readinto(memoryview(buffer)[:size]))  # type: ignore[attr-defined]
-        self._place += count
-        return count
+def write_durably(file: Path, text: str) -> None:
+    """Returns when it is on disk."""
+    with file.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())

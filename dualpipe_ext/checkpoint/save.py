@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dualpipe_ext.checkpoint import folders
 from dualpipe_ext.checkpoint.holdings import Holding
-from dualpipe_ext.checkpoint.integrity import checksums
+from dualpipe_ext.checkpoint.integrity import Checksums, checksums_of
 from dualpipe_ext.checkpoint.optimizers import (
     gather_shards,
     group_options,
@@ -30,7 +30,7 @@ from dualpipe_ext.checkpoint.replicas import (
     on_all_replicas,
     on_first_replica,
 )
-from dualpipe_ext.checkpoint.storage import FAILURE, write_values
+from dualpipe_ext.checkpoint.storage import DESCRIPTION, FAILURE, write_values
 
 __all__ = ["save_checkpoint"]
 
@@ -98,17 +98,21 @@ def save_checkpoint(
             if ranks.is_first:
                 values.update(_states(optimizer, scheduler, scaler), extra=extra)
 
-        def finish() -> Path:
-            facts = {**_facts(holding, optimizer), "seeds": seeds, "crc32": checksums(draft)}
-            place = folders.commit(draft, step, facts)
+        def finish(checksums: Checksums) -> Path:
+            facts = {**_facts(holding, optimizer), "seeds": seeds}
+            place = folders.commit(draft, step, {**facts, "checksums": checksums.write(draft)})
             folders.remove_old(place, keep)
             return place
 
         ranks.share(gather, FAILURE)
         draft = ranks.from_first(lambda: folders.begin(Path(folder)), FAILURE)
         try:
-            write_values(ranks, draft, values)
-            return ranks.from_first(finish, FAILURE)
+            own = write_values(ranks, draft, values)
+            if ranks.is_first:
+                own.append((DESCRIPTION, 0, (draft / DESCRIPTION).stat().st_size))
+            found = ranks.share(lambda: checksums_of(draft, own), FAILURE)
+            checksums = Checksums({record: crc for part in found for record, crc in part.items()})
+            return ranks.from_first(lambda: finish(checksums), FAILURE)
         except BaseException:
             if ranks.is_first:
                 folders.discard(draft)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from dualpipe_ext.checkpoint.folders import read_manifest
 from dualpipe_ext.checkpoint.holdings import Shapes
-from dualpipe_ext.checkpoint.integrity import (
-    check_description,
-    check_records,
-    telling_damage,
+from dualpipe_ext.checkpoint.integrity import Checksums, reading
+from dualpipe_ext.checkpoint.storage import (
+    DESCRIPTION,
+    read_metadata,
+    read_values,
+    records,
+    shape_of,
 )
-from dualpipe_ext.checkpoint.storage import read_metadata, read_values, records, shape_of
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -31,11 +33,13 @@ class Saved:
         manifest: what it says of itself.
         metadata: of ``torch.distributed.checkpoint``. Keys begin with a section: ``model``,
             ``optimizer``, ``random``; some are a section alone.
+        checksums: of values; ``None`` in checkpoints of earlier versions, which have none.
     """
 
     place: Path
     manifest: dict[str, Any]
     metadata: Metadata
+    checksums: Checksums | None
 
     @classmethod
     def at(cls, place: Path) -> Saved:
@@ -45,9 +49,12 @@ class Saved:
             ValueError: it is damaged.
         """
         manifest = read_manifest(place)
-        if "crc32" in manifest:  # not in those of earlier versions
-            check_description(place, manifest["crc32"])
-        return cls(place, manifest, read_metadata(place))
+        checksums = None
+        if "checksums" in manifest:
+            checksums = Checksums.read(place, manifest["checksums"])
+            checksums.check(place, [(DESCRIPTION, 0, manifest["files"][DESCRIPTION])])
+        with reading(place, DESCRIPTION):
+            return cls(place, manifest, read_metadata(place), checksums)
 
     def has(self, key: str) -> bool:
         """Whether there is such a key."""
@@ -86,7 +93,6 @@ class Saved:
         return self._read([key])[key]
 
     def _read(self, keys: Sequence[str]) -> dict[str, Any]:
-        if self.manifest.get("crc32", {}).get("records"):
-            check_records(self.place, records(self.metadata, keys))
-        with telling_damage(self.place):
-            return read_values(self.place, self.metadata, keys)
+        if self.checksums is not None:
+            self.checksums.check(self.place, records(self.metadata, keys))
+        return read_values(self.place, self.metadata, keys)

@@ -16,20 +16,33 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dualpipe_ext.checkpoint.integrity import Record
 from dualpipe_ext.checkpoint.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
     from torch.distributed.checkpoint.planner import SavePlan
 
-__all__ = ["FAILURE", "read_metadata", "read_values", "records", "shape_of", "write_values"]
+__all__ = [
+    "DESCRIPTION",
+    "FAILURE",
+    "Record",
+    "read_metadata",
+    "read_values",
+    "records",
+    "shape_of",
+    "write_values",
+]
 
 FAILURE = "could not save the checkpoint"
+DESCRIPTION = ".metadata"  # the file that says what is where in the others
+Record = tuple[str, int, int]  # the bytes of a value: (file, offset, length)
 
 
-def write_values(ranks: Ranks, folder: Path, values: Mapping[str, Any]) -> None:
+def write_values(ranks: Ranks, folder: Path, values: Mapping[str, Any]) -> list[Record]:
     """Writes the values of all ranks, each key on one of them, and waits until they are on disk.
+
+    Returns:
+        Where those of this rank are.
 
     Raises:
         Exception: what went wrong on this rank.
@@ -56,6 +69,7 @@ def write_values(ranks: Ranks, folder: Path, values: Mapping[str, Any]) -> None:
     own = planner.finish_plan(writer.prepare_global_plan(plans)[ranks.rank])
     results = ranks.share(lambda: writer.write_data(own, planner).wait(), FAILURE)
     ranks.from_first(lambda: writer.finish(metadata, results), FAILURE)
+    return [_record(result.storage_data) for result in results[ranks.rank]]
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -74,11 +88,8 @@ def shape_of(metadata: Metadata, key: str) -> list[int] | None:
 def records(metadata: Metadata, keys: Iterable[str]) -> list[Record]:
     """Where the values of these keys are."""
     wanted = set(keys)
-    return [
-        (where.relative_path, where.offset, where.length)
-        for index, where in metadata.storage_data.items()
-        if index.fqn in wanted
-    ]
+    places = metadata.storage_data.items()
+    return [_record(place) for index, place in places if index.fqn in wanted]
 
 
 def read_values(folder: Path, metadata: Metadata, keys: Iterable[str]) -> dict[str, Any]:
@@ -95,6 +106,10 @@ def read_values(folder: Path, metadata: Metadata, keys: Iterable[str]) -> dict[s
     (plan,) = reader.prepare_global_plan(planner.create_global_plan([local]))
     reader.read_data(planner.finish_plan(plan), planner).wait()
     return values
+
+
+def _record(place: Any) -> Record:
+    return place.relative_path, place.offset, place.length
 
 
 def _blank(metadata: Metadata, key: str) -> torch.Tensor | None:

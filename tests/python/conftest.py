@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,14 +61,15 @@ class Watcher:
 
 
 class Turns:
-    """Tests of other workers of pytest-xdist run beside this one's, but not beside those that measure."""
+    """Tests of several workers of pytest-xdist run side by side, but for those that measure."""
 
     def __init__(self, folder: str) -> None:
-        self._queue, self._machine = (os.open(Path(folder, name), os.O_CREAT) for name in "qm")
+        self._queue = os.open(Path(folder, "queue"), os.O_RDWR | os.O_CREAT)
+        self._machine = os.open(Path(folder, "machine"), os.O_RDWR | os.O_CREAT)
 
     @contextmanager
     def taken(self, *, alone: bool) -> Iterator[None]:
-        # The queue keeps others from starting again and again before the one who waits for all to end.
+        # The queue keeps others from starting before the one who waits for all to end.
         fcntl.flock(self._queue, fcntl.LOCK_EX)
         fcntl.flock(self._machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(self._queue, fcntl.LOCK_UN)
@@ -86,21 +87,28 @@ _turns = pytest.StashKey[Turns]()
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:  # pytest-xdist, before it starts a worker
     if _turns_folder not in node.config.stash:
-        node.config.stash[_turns_folder] = tempfile.TemporaryDirectory()
+        folder = node.config.stash[_turns_folder] = tempfile.TemporaryDirectory()
+        node.config.add_cleanup(folder.cleanup)
     node.workerinput["turns"] = node.config.stash[_turns_folder].name
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Files stay whole, for what their tests share, and start in their order: the longest not last."""
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files stay whole, for what their tests share, and start in their order.
+
+    In the order of xdist's own, by the number of their tests, those of the examples come last, and
+    take longest.
+    """
     from xdist.scheduler import LoadFileScheduling
 
+    if config.option.dist != "load":  # asked for
+        return None
+    config.option.loadscopereorder = False
     return LoadFileScheduling(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.pluginmanager.hasplugin("xdist"):
-        config.option.loadscopereorder = False
+    if getattr(config.option, "maxworkerrestart", 0) is None:
         config.option.maxworkerrestart = 0  # a new worker would hang in the same test
     folder = getattr(config, "workerinput", {}).get("turns")
     if folder is not None:
@@ -124,10 +132,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 # Outside of everything else of a test: nobody's time limit or fixture counts the waiting.
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    alone = item.get_closest_marker("measures") is not None
     turns = item.config.stash.get(_turns, None)
-    turn: AbstractContextManager[None] = turns.taken(alone=alone) if turns else nullcontext()
-    with turn:
+    if turns is None:
+        return (yield)
+    watcher = item.config.stash[_watcher]
+    watcher.send(f"start 900 {item.nodeid} waited more than 900 s for its turn")
+    with turns.taken(alone=item.get_closest_marker("measures") is not None):
+        watcher.send("stop")
         return (yield)
 
 

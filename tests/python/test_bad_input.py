@@ -6,6 +6,8 @@ import pytest
 from mistakes import MISTAKES, check_mistake, make_mistake
 from outcomes import outcomes
 
+pytestmark = pytest.mark.measures  # failures are told within seconds
+
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes(name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,10 @@ from cut_off_saves import load, save
 from outcomes import outcomes
 from torch import nn
 
-from dualpipe_ext.checkpoint import load_checkpoint, save_checkpoint
+from dualpipe_ext.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from dualpipe_ext.checkpoint.folders import read_manifest
+from dualpipe_ext.checkpoint.saved import Saved
+from dualpipe_ext.checkpoint.storage import records
 from dualpipe_ext.testing import run_ranks
 
 WIDTH = 24
@@ -28,17 +31,17 @@ def make_model(value: float) -> nn.Linear:
     return model
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("run"), make_model(0.5), step=1)
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return save_checkpoint(tmp_path / "run", make_model(0.5), step=1000, extra={"place": 3})
 
 
 @contextmanager
-def flipped(file: Path, place: int) -> Iterator[None]:
+def flipped(file: Path, bit: int) -> Iterator[None]:
     """One bit of a file is another one."""
     written = file.read_bytes()
     changed = bytearray(written)
-    changed[place] ^= 1 << (place % 8)
+    changed[bit // 8] ^= 1 << (bit % 8)
     file.write_bytes(changed)
     try:
         yield
@@ -46,84 +49,115 @@ def flipped(file: Path, place: int) -> Iterator[None]:
         file.write_bytes(written)
 
 
-def is_refused(checkpoint: Path) -> bool:
-    """Whether it is said to be damaged; what is loaded otherwise has to be what was saved."""
+def some_bits(file: Path, number: int) -> list[int]:
+    return random.Random(0).sample(range(8 * file.stat().st_size), number)
+
+
+def has_loaded(checkpoint: Path) -> bool:
+    """The values that were saved, and all else; the model is as it was where that is refused."""
     model = make_model(-1.0)
+    state = torch.random.get_rng_state()
     try:
-        load_checkpoint(checkpoint, model)
+        resumed = load_checkpoint(checkpoint, model)
     except ValueError as error:
-        assert "damaged" in str(error) and "load an older checkpoint" in str(error)
+        assert f"{checkpoint} is damaged: " in str(error)
+        assert "load an older checkpoint" in str(error)
+        assert torch.equal(torch.random.get_rng_state(), state)
         expected = make_model(-1.0)
     else:
+        assert (resumed.step, resumed.extra) == (1000, {"place": 3})
         expected = make_model(0.5)
     assert all(map(torch.equal, model.parameters(), expected.parameters()))
-    return bool(expected.bias[0] == -1.0)
+    return bool(expected.bias[0] == 0.5)
 
 
-def test_a_bit_of_a_value(checkpoint: Path) -> None:
-    file = checkpoint / "__0_0.distcp"
-    weight = make_model(0.5).weight.detach().numpy().tobytes()
-    start = file.read_bytes().index(weight)
-    for place in random.Random(0).sample(range(start, start + len(weight)), 20):
-        with flipped(file, place):
-            assert is_refused(checkpoint), place
-    assert not is_refused(checkpoint)
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "checksums.json"])
+def test_any_bit(checkpoint: Path, name: str) -> None:
+    """Of values, headers and pickles, those of random numbers among them."""
+    file = checkpoint / name
+    for bit in some_bits(file, 100):
+        with flipped(file, bit):
+            assert not has_loaded(checkpoint), bit
+    assert has_loaded(checkpoint)
 
 
-def test_any_bit(checkpoint: Path) -> None:
-    """Headers and pickles too. Some bytes fill up space and mean nothing, a sixth of this file."""
-    file = checkpoint / "__0_0.distcp"
-    size = file.stat().st_size
-    num_refused = 0
-    for place in random.Random(1).sample(range(size), 100):
-        with flipped(file, place):
-            num_refused += is_refused(checkpoint)
-    assert num_refused > 50
-
-
-def test_any_bit_of_the_description(checkpoint: Path) -> None:
-    file = checkpoint / ".metadata"
-    for place in random.Random(2).sample(range(file.stat().st_size), 20):
+def test_bits_of_a_value(checkpoint: Path) -> None:
+    saved = Saved.at(checkpoint)
+    assert saved.checksums is not None
+    (record,) = records(saved.metadata, ["model.bias"])
+    name, start, size = record
+    saved.checksums.check(checkpoint, [record])
+    for bit in random.Random(0).sample(range(8 * start, 8 * (start + size)), 200):
         with (
-            flipped(file, place),
-            pytest.raises(ValueError, match=r"is damaged: \.metadata has other bytes"),
+            flipped(checkpoint / name, bit),
+            pytest.raises(ValueError, match=f"is damaged: {name} has other bytes"),
         ):
-            load_checkpoint(checkpoint, make_model(-1.0))
+            saved.checksums.check(checkpoint, [record])
 
 
-def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
+def test_bits_of_the_manifest(checkpoint: Path) -> None:
+    """What it says is what was written, or it is refused."""
+    file = checkpoint / "checkpoint.json"
+    written = read_manifest(checkpoint)
+    num_refused = 0
+    for bit in some_bits(file, 500):
+        with flipped(file, bit):
+            try:
+                assert read_manifest(checkpoint) == written  # white space
+            except ValueError as error:
+                assert "is damaged: " in str(error) or "use the version that wrote it" in str(error)
+                num_refused += 1
+    assert num_refused > 400
+
+
+def test_a_damaged_manifest_does_not_stop_a_run(checkpoint: Path) -> None:
+    """It is left as it is; which checkpoint is the last one is asked of somebody."""
+    (checkpoint / "checkpoint.json").write_text("{}")
+    save_checkpoint(checkpoint.parent, make_model(0.5), step=2000, keep=1)
+    save_checkpoint(checkpoint.parent, make_model(0.5), step=3000, keep=1)
+    assert sorted(p.name for p in checkpoint.parent.iterdir()) == ["step-00001000", "step-00003000"]
+    with pytest.raises(ValueError, match=r"step-00001000 is damaged: checkpoint.json"):
+        latest_checkpoint(checkpoint.parent)
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), "__1_0.distcp has"),
+        (lambda file: file.unlink(), "__1_0.distcp is missing"),
+        (
+            lambda file: file.write_bytes(file.read_bytes()[::-1]),
+            "__1_0.distcp has other bytes than were written",
+        ),
+    ],
+    ids=["shorter", "missing", "other"],
+)
+def test_every_rank_is_told(tmp_path: Path, damage: Callable[[Path], None], text: str) -> None:
     run_ranks(save, 2, args=(tmp_path, [1], {}))
-    file = tmp_path / "step-00000001" / "__1_0.distcp"
-    file.write_bytes(file.read_bytes()[:-1])
+    damage(tmp_path / "step-00000001" / "__1_0.distcp")
     for outcome in outcomes(load, 2, args=(tmp_path,)):
-        assert "is damaged: __1_0.distcp has" in outcome.text
+        assert outcome.error in ("ValueError", "PipelineError")
+        assert f"is damaged: {text}" in outcome.text
         assert "load an older checkpoint" in outcome.text
 
 
-def test_every_rank_is_told(tmp_path: Path) -> None:
+def test_a_rank_that_does_not_see_a_file(tmp_path: Path) -> None:
+    """Another one does: the file systems of two machines."""
     run_ranks(save, 2, args=(tmp_path, [1], {}))
-    file = tmp_path / "step-00000001" / "__1_0.distcp"  # which both ranks read
-    with flipped(file, file.read_bytes().index(torch.ones(3).numpy().tobytes())):
-        for outcome in outcomes(load, 2, args=(tmp_path,)):
-            assert outcome.error in ("ValueError", "PipelineError")
-            assert "is damaged: __1_0.distcp has other bytes" in outcome.text
+    place = tmp_path / "step-00000001"
+    saved = Saved.at(place)
+    assert saved.checksums is not None
+    (place / "__1_0.distcp").unlink()
+    with pytest.raises(
+        ValueError, match=r"__1_0.distcp cannot be read on this rank.*all ranks share"
+    ):
+        saved.checksums.check(place, [("__1_0.distcp", 0, 1)])
 
 
-def test_a_checkpoint_of_an_earlier_version(checkpoint: Path) -> None:
-    manifest = checkpoint / "checkpoint.json"
-    written = manifest.read_text()
-    earlier = {key: value for key, value in json.loads(written).items() if key != "crc32"}
-    manifest.write_text(json.dumps(earlier))
-    try:
-        assert not is_refused(checkpoint)
-    finally:
-        manifest.write_text(written)
-
-
-def test_records_without_checksums(tmp_path: Path) -> None:
-    torch.serialization.set_crc32_options(False)
-    try:
-        checkpoint = save_checkpoint(tmp_path, make_model(0.5), step=1)
-    finally:
-        torch.serialization.set_crc32_options(True)
-    assert not is_refused(checkpoint)
+def test_a_checkpoint_of_the_first_format(checkpoint: Path) -> None:
+    """It has no checksums."""
+    (checkpoint / "checksums.json").unlink()
+    manifest = read_manifest(checkpoint)
+    del manifest["checksums"], manifest["files"]["checksums.json"]
+    (checkpoint / "checkpoint.json").write_text(json.dumps({**manifest, "format": 1}))
+    assert has_loaded(checkpoint)

@@ -15,6 +15,8 @@ from torch import nn
 from dualpipe_ext import DualPipe, DualPipeConfig, DualPipeV, Pipeline, ScheduleError
 from dualpipe_ext.schedule import Schedule, plan
 
+pytestmark = pytest.mark.measures  # failures are told within seconds
+
 
 def linears(*sizes: int, dtype: torch.dtype = torch.float32) -> list[nn.Module]:
     return [nn.Linear(3, size, dtype=dtype) for size in sizes]

@@ -20,6 +20,8 @@ from process_ranks import JOBS, MISTAKES, PLACES, die_in_a_step, everything
 
 from dualpipe_ext.testing import run_ranks
 
+pytestmark = pytest.mark.measures  # failures are told within seconds
+
 
 @pytest.fixture(scope="module")
 def found() -> list[dict[str, Any]]:
@@ -72,7 +74,6 @@ def test_a_wrong_mapping(found: list[dict[str, Any]]) -> None:
         assert "rank_mapping=[0, 0, 1, 2]" in outcome.text and "0 to 3 once" in outcome.text
 
 
-@pytest.mark.measures
 def test_a_rank_that_is_killed(tmp_path: Path) -> None:
     """The others raise within seconds, in this step and in any later one, and end."""
     start = time.monotonic()

@@ -24,6 +24,8 @@ from dualpipe_ext.compat.batches import BatchPipeline
 from dualpipe_ext.groups import resolve_group
 from dualpipe_ext.testing import run_ranks
 
+pytestmark = pytest.mark.measures  # failures are told within seconds
+
 TEXT, LABELS = make_batch(8, seed=1)
 CONFIG = DualPipeConfig(num_microbatches=4, timeout=20.0)
 
