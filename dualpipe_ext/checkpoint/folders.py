@@ -67,7 +67,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged, or was written by a later version.
     """
-    with reading(checkpoint, MANIFEST):
+    with reading(checkpoint):
         text = (checkpoint / MANIFEST).read_bytes()
     try:
         manifest: dict[str, Any] = json.loads(text)

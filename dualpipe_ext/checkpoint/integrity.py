@@ -33,12 +33,12 @@ def damaged(checkpoint: Path, how: str) -> ValueError:
 
 
 @contextmanager
-def reading(checkpoint: Path, name: str) -> Iterator[None]:
+def reading(checkpoint: Path) -> Iterator[None]:
     """Around reading a file of a checkpoint, which this rank may not see."""
     try:
         yield
     except OSError as error:
-        raise damaged(checkpoint, f"{name} cannot be read on this rank ({error})") from error
+        raise damaged(checkpoint, f"a file cannot be read on this rank ({error})") from error
 
 
 def check_files(checkpoint: Path, sizes: dict[str, int]) -> None:
@@ -68,7 +68,7 @@ class Checksums:
         Raises:
             ValueError: they are damaged themselves.
         """
-        with reading(checkpoint, _FILE):
+        with reading(checkpoint):
             text = (checkpoint / _FILE).read_bytes()
         if crc32(text) != expected:
             raise damaged(checkpoint, f"{_FILE} has other bytes than were written")
@@ -82,8 +82,10 @@ class Checksums:
 
     def check(self, checkpoint: Path, records: Iterable[Record]) -> None:
         """Raises ValueError where one of these has other bytes than were written."""
-        for record, found in checksums_of(checkpoint, records).items():
-            if found != self.by_record.get(record):
+        with reading(checkpoint):
+            found = checksums_of(checkpoint, records)
+        for record, checksum in found.items():
+            if checksum != self.by_record.get(record):
                 name, start, size = record
                 raise damaged(
                     checkpoint,
@@ -92,14 +94,10 @@ class Checksums:
 
 
 def checksums_of(folder: Path, records: Iterable[Record]) -> dict[Record, int]:
-    """By record, of what is in the files now.
-
-    Raises:
-        ValueError: a file cannot be read.
-    """
+    """By record, of what is in the files now."""
     found: dict[Record, int] = {}
     for name, of_file in groupby(sorted(set(records)), key=lambda record: record[0]):
-        with reading(folder, name), (folder / name).open("rb") as file:
+        with (folder / name).open("rb") as file:
             found |= {record: _checksum(file, *record[1:]) for record in of_file}
     return found
 

@@ -24,13 +24,14 @@ from dualpipe_ext.checkpoint.optimizers import (
     optimizer_state,
 )
 from dualpipe_ext.checkpoint.random_state import random_state
+from dualpipe_ext.checkpoint.ranks import Ranks
 from dualpipe_ext.checkpoint.replicas import (
     average_buffers,
     gather_from_replicas,
     on_all_replicas,
     on_first_replica,
 )
-from dualpipe_ext.checkpoint.storage import DESCRIPTION, FAILURE, write_values
+from dualpipe_ext.checkpoint.storage import DESCRIPTION, FAILURE, Record, write_values
 
 __all__ = ["save_checkpoint"]
 
@@ -108,9 +109,7 @@ def save_checkpoint(
         draft = ranks.from_first(lambda: folders.begin(Path(folder)), FAILURE)
         try:
             own = write_values(ranks, draft, values)
-            if ranks.is_first:
-                own.append((DESCRIPTION, 0, (draft / DESCRIPTION).stat().st_size))
-            found = ranks.share(lambda: checksums_of(draft, own), FAILURE)
+            found = ranks.share(lambda: _own_checksums(ranks, draft, own), FAILURE)
             checksums = Checksums({record: crc for part in found for record, crc in part.items()})
             return ranks.from_first(lambda: finish(checksums), FAILURE)
         except BaseException:
@@ -119,6 +118,13 @@ def save_checkpoint(
             raise
 
     return on_first_replica(replicas, save, FAILURE)
+
+
+def _own_checksums(ranks: Ranks, draft: Path, own: list[Record]) -> dict[Record, int]:
+    """Of what this rank wrote; the first one's has the file that says what is where."""
+    if ranks.is_first:
+        own = [*own, (DESCRIPTION, 0, (draft / DESCRIPTION).stat().st_size)]
+    return checksums_of(draft, own)
 
 
 def _settle(holding: Holding) -> None:

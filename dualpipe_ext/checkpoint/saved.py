@@ -53,7 +53,7 @@ class Saved:
         if "checksums" in manifest:
             checksums = Checksums.read(place, manifest["checksums"])
             checksums.check(place, [(DESCRIPTION, 0, manifest["files"][DESCRIPTION])])
-        with reading(place, DESCRIPTION):
+        with reading(place):
             return cls(place, manifest, read_metadata(place), checksums)
 
     def has(self, key: str) -> bool:
