@@ -16,8 +16,9 @@ from torch import nn
 
 from dualpipe_ext.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from dualpipe_ext.checkpoint.folders import read_manifest
+from dualpipe_ext.checkpoint.integrity import checksums_of
 from dualpipe_ext.checkpoint.saved import Saved
-from dualpipe_ext.checkpoint.storage import records
+from dualpipe_ext.checkpoint.storage import Record, records
 from dualpipe_ext.testing import run_ranks
 
 WIDTH = 24
@@ -152,6 +153,21 @@ def test_a_rank_that_does_not_see_a_file(tmp_path: Path) -> None:
         ValueError, match=r"cannot be read on this rank .*__1_0.distcp.*all ranks share"
     ):
         saved.checksums.check(place, [("__1_0.distcp", 0, 1)])
+
+
+def test_a_rank_that_cannot_read_what_it_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails_on_rank_1(folder: Path, own: list[Record]) -> dict[Record, int]:
+        if own[0][0] == "__1_0.distcp":
+            raise OSError(5, "Input/output error")
+        return checksums_of(folder, own)
+
+    monkeypatch.setattr("dualpipe_ext.checkpoint.save.checksums_of", fails_on_rank_1)
+    first, second = outcomes(save, 2, args=(tmp_path, [1], {}))
+    assert first.error == "PipelineError" and "rank 1 could not save" in first.text
+    assert second.error == "OSError" and "Input/output error" in second.text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_of_the_first_format(checkpoint: Path) -> None:
