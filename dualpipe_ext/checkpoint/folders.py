@@ -38,10 +38,10 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """The checkpoint in a folder that was saved last and completely; ``None`` if there is none.
 
     Raises:
-        ValueError: which one is the last cannot be told, as what one says of itself is damaged.
+        ValueError: which one is the last cannot be told, as what one says of itself is damaged or
+            of a later version.
     """
-    found = _checkpoints(Path(folder))
-    return found[-1] if found else None
+    return next(reversed(_checkpoints(Path(folder))), None)
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
@@ -98,11 +98,11 @@ def begin(folder: Path) -> Path:
 def commit(draft: Path, step: int, facts: dict[str, Any]) -> Path:
     """Makes what was written a checkpoint: the latest one. Returns its place."""
     folder = draft.parent
-    serials = [read_manifest(other)["serial"] for other in _checkpoints(folder, intact=True)]
+    others = _checkpoints(folder, intact=True).values()
     manifest = {
         "format": _FORMAT,
         "step": step,
-        "serial": 1 + max(serials, default=0),
+        "serial": 1 + max((other["serial"] for other in others), default=0),
         **facts,
         "files": {file.name: file.stat().st_size for file in sorted(draft.iterdir())},
     }
@@ -122,10 +122,9 @@ def discard(draft: Path) -> None:
 
 def remove_old(checkpoint: Path, keep: int | None) -> None:
     """Removes others of the same step as the latest one, and all but the last ``keep``."""
-    intact = _checkpoints(checkpoint.parent, intact=True)  # what is not understood is left alone
-    others = [other for other in intact if other != checkpoint]
-    step = read_manifest(checkpoint)["step"]
-    old = [other for other in others if read_manifest(other)["step"] == step]
+    others = _checkpoints(checkpoint.parent, intact=True)  # what is not understood is left alone
+    step = others.pop(checkpoint)["step"]
+    old = [other for other, manifest in others.items() if manifest["step"] == step]
     if keep is not None:
         rest = [other for other in others if other not in old]
         old += rest[: max(0, len(rest) - (keep - 1))]
@@ -135,23 +134,23 @@ def remove_old(checkpoint: Path, keep: int | None) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def _checkpoints(folder: Path, *, intact: bool = False) -> list[Path]:
-    """In the order in which they were saved, which steps need not follow.
+def _checkpoints(folder: Path, *, intact: bool = False) -> dict[Path, dict[str, Any]]:
+    """Their manifests, in the order in which they were saved, which steps need not follow.
 
     Raises:
-        ValueError: one is damaged, where not only ``intact`` ones are asked for.
+        ValueError: one cannot be read, where not only ``intact`` ones are asked for.
     """
     if not folder.is_dir():
-        return []
-    serials: dict[Path, int] = {}
+        return {}
+    found: dict[Path, dict[str, Any]] = {}
     for child in folder.iterdir():
         if _STEP.fullmatch(child.name) and (child / MANIFEST).is_file():
             try:
-                serials[child] = read_manifest(child)["serial"]
+                found[child] = read_manifest(child)
             except ValueError:
                 if not intact:
                     raise
-    return sorted(serials, key=serials.__getitem__)
+    return dict(sorted(found.items(), key=lambda entry: entry[1]["serial"]))
 
 
 def _names(folder: Path, step: int) -> Iterator[Path]:

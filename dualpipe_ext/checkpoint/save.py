@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,8 @@ def save_checkpoint(
             if ranks.is_first:
                 values.update(_states(optimizer, scheduler, scaler), extra=extra)
 
-        def finish(checksums: Checksums) -> Path:
+        def finish(by_rank: list[dict[Record, int]]) -> Path:
+            checksums = Checksums(dict(ChainMap(*by_rank)))
             facts = {**_facts(holding, optimizer), "seeds": seeds}
             place = folders.commit(draft, step, {**facts, "checksums": checksums.write(draft)})
             folders.remove_old(place, keep)
@@ -109,9 +111,8 @@ def save_checkpoint(
         draft = ranks.from_first(lambda: folders.begin(Path(folder)), FAILURE)
         try:
             own = write_values(ranks, draft, values)
-            found = ranks.share(lambda: _own_checksums(ranks, draft, own), FAILURE)
-            checksums = Checksums({record: crc for part in found for record, crc in part.items()})
-            return ranks.from_first(lambda: finish(checksums), FAILURE)
+            by_rank = ranks.share(lambda: _own_checksums(ranks, draft, own), FAILURE)
+            return ranks.from_first(lambda: finish(by_rank), FAILURE)
         except BaseException:
             if ranks.is_first:
                 folders.discard(draft)

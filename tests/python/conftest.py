@@ -96,8 +96,7 @@ def pytest_configure_node(node: Any) -> None:  # pytest-xdist, before it starts 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Files stay whole, for what their tests share, and start in their order.
 
-    In the order of xdist's own, by the number of their tests, those of the examples come last, and
-    take longest.
+    xdist's own order, by the number of their tests, has those of few and long ones last.
     """
     from xdist.scheduler import LoadFileScheduling
 

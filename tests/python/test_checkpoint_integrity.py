@@ -111,6 +111,12 @@ def test_bits_of_the_manifest(checkpoint: Path) -> None:
     assert num_refused > 400
 
 
+def test_a_checkpoint_of_a_later_version(checkpoint: Path) -> None:
+    (checkpoint / "checkpoint.json").write_text('{"format": 3}')
+    with pytest.raises(ValueError, match=r"has format 3, .* up to 2; use the version"):
+        load_checkpoint(checkpoint, make_model(-1.0))
+
+
 def test_a_damaged_manifest_does_not_stop_a_run(checkpoint: Path) -> None:
     """It is left as it is; which checkpoint is the last one is asked of somebody."""
     (checkpoint / "checkpoint.json").write_text("{}")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import timeout_with_stacks
+from inner_tests import make_tests_folder
 
-HERE = Path(__file__).resolve().parent
-TOOL = HERE.parents[1] / ".ci" / "timeout_with_stacks.py"
+TOOL = Path(__file__).resolve().parents[2] / ".ci" / "timeout_with_stacks.py"
 
 HANG = """\
 import subprocess, sys, time
@@ -52,10 +51,7 @@ def test_a_command_that_hangs_shows_the_stacks_of_its_tree(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_test_that_hangs_shows_the_stacks_of_its_tree(tmp_path: Path, num_workers: int) -> None:
-    shutil.copytree(TOOL.parent, tmp_path / ".ci")
-    tests = tmp_path / "tests" / "python"
-    tests.mkdir(parents=True)
-    shutil.copyfile(HERE / "conftest.py", tests / "conftest.py")
+    tests = make_tests_folder(tmp_path)
     body = "import pytest\n\n@pytest.mark.timeout(1)\ndef test_hangs():\n    parent_waits()\n"
     (tests / "test_hang.py").write_text(HANG + body)
     options = ("-p", "no:cacheprovider", "-n", str(num_workers))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+from inner_tests import make_tests_folder
 
 TESTS = """
 import os, time
@@ -48,10 +46,7 @@ markers =
 
 def intervals(folder: Path) -> list[tuple[str, float, float]]:
     """(mark, start, end) of the tests of two files, run by two workers."""
-    shutil.copytree(ROOT / ".ci", folder / ".ci")
-    tests = folder / "tests" / "python"
-    tests.mkdir(parents=True)
-    shutil.copyfile(HERE / "conftest.py", tests / "conftest.py")
+    tests = make_tests_folder(folder)
     (folder / "pytest.ini").write_text(SETTINGS)
     (folder / "conftest.py").write_text(TOGETHER)
     for mark in ("measures", "others"):
