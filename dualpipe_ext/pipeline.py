@@ -161,7 +161,8 @@ class Pipeline(nn.Module):
 
         All ranks call it with the same ``num_chunks``, ``return_outputs`` and ``sync_gradients``.
         Gradients accumulate in ``.grad`` (or ``main_grad``), as with ``loss.backward()`` for every
-        micro-batch.
+        micro-batch. Within ``torch.autocast`` forwards and criterion choose their types by it, and
+        backwards run in these, as they do after the end of its scope.
 
         Args:
             inputs: tensors with the batch along ``batch_dim``, on the ranks where micro-batches

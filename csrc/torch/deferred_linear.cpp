@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "torch/grad_accumulation.h"
+#include "torch/no_autocast.h"
 
 namespace dualpipe {
 namespace {
@@ -36,12 +37,6 @@ Kind make_slot() {
 struct CurrentQueue final : c10::DebugInfoBase {
   explicit CurrentQueue(std::shared_ptr<WeightQueue> value) : queue(std::move(value)) {}
   std::shared_ptr<WeightQueue> queue;
-};
-
-// The types are cast by deferred_linear itself, once.
-class NoAutocast {
- private:
-  c10::impl::ExcludeDispatchKeyGuard guard_{c10::autocast_dispatch_keyset};
 };
 
 at::Tensor rows(const at::Tensor& tensor) {
@@ -171,7 +166,7 @@ class DeferredLinear : public autograd::Function<DeferredLinear> {
                             const std::optional<at::Tensor>& anchor, const CallPtr& call) {
     static_cast<void>(anchor);
     const Operands operands(input, call->parameters);
-    const NoAutocast no_autocast;
+    const NoAutocast no_autocast;  // the operands are cast already, once
     const at::Tensor output =
         plain_linear(operands.input, operands.weight, operands.bias, call->parameters.transposed);
     // The weight is saved as it is: a cast copy for each micro-batch in flight would cost memory.

@@ -142,8 +142,8 @@ void MirrorExchange::complete(Stage stage, StageState& state) {
   const c10::NoGradGuard no_grad;
   Message before;  // lent until the next one has been asked for, which then takes other memory
   for (std::size_t i = 0; i < state.buckets.size(); ++i) {
-    // Its memory is free when the reduction stream is through with what it was given before. Were that
-    // the wait for the own send, both mirrors would wait for each other.
+    // Its memory is free when the reduction stream is through with what it was given before. Were
+    // that the wait for the own send, both mirrors would wait for each other.
     Arrival arrival = receives() ? state.incoming[i]->wait() : Arrival{};
     if (sends()) device_.reduction().wait(state.left[i]);
     if (!receives()) continue;

@@ -11,6 +11,7 @@
 
 #include "common/error.h"
 #include "torch/deferred_linear.h"
+#include "torch/no_autocast.h"
 
 namespace dualpipe {
 namespace {
@@ -80,6 +81,7 @@ Message TorchStageRunner::backward(Stage stage, Microbatch microbatch, Message o
 
 void TorchStageRunner::backward_weight(Stage stage, Microbatch microbatch,
                                        const WeightsAdvanced& advanced) {
+  const NoAutocast no_autocast;
   without_stack([&] { run_weight_gradients(*weight_queue_, stage, microbatch, advanced); });
 }
 
@@ -123,6 +125,8 @@ TorchStageRunner::Live TorchStageRunner::recall(Stage stage, Microbatch microbat
   return std::move(node.mapped());
 }
 
+// A step within autocast means its forwards. A backward runs in the types that they chose, as it
+// does behind the end of autocast's scope; its threads would not even know the caller's type.
 void TorchStageRunner::run_autograd(const Live& live, const Tensors& output_grads) {
   autograd::edge_list roots;
   autograd::variable_list grads;
@@ -136,6 +140,7 @@ void TorchStageRunner::run_autograd(const Live& live, const Tensors& output_grad
     grads.push_back(output_grads[i]);
   }
   if (roots.empty()) return;
+  const NoAutocast no_autocast;
   without_stack([&] {
     autograd::Engine::get_default_engine().execute(
         roots, grads, /*keep_graph=*/false, /*create_graph=*/false, /*accumulate_grad=*/true);

@@ -178,6 +178,21 @@ class AutocastInside(nn.Module):
         return y
 
 
+class FullPrecisionInside(nn.Module):
+    """Within autocast, a product in float32: its backward is one as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.matrix = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        with torch.autocast(x.device.type, enabled=False):
+            y: Tensor = x.float() @ self.matrix
+        return y
+
+
 class Frozen(nn.Module):
     """A frozen layer between layers that learn, or frozen altogether."""
 
@@ -360,6 +375,14 @@ _ALL = [
         lambda i, n: AutocastInside(),
         sequences,
         squared_error,
+        has_float64=False,
+    ),
+    Case(
+        "autocast_outside",
+        lambda i, n: FullPrecisionInside(),
+        sequences,
+        squared_error,
+        context=autocast,
         has_float64=False,
     ),
     Case("odd", odd_stage, regression, squared_error),
