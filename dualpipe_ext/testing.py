@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for_any
+from multiprocessing.reduction import DupFd
 from typing import Any, Literal
 
 import torch
@@ -205,10 +206,13 @@ def _run_processes(
     fn: RankFunction, num_ranks: int, args: Sequence[Any], timeout: float
 ) -> list[Any]:
     context: Any = mp.get_context(START_METHOD)
+    output = _Output() if START_METHOD == "forkserver" else None  # else the launcher's already
     with tempfile.TemporaryDirectory(prefix="dualpipe_ranks_") as folder:
         processes = [
             context.Process(
-                target=_process_main, args=(fn, rank, num_ranks, folder, tuple(args)), daemon=False
+                target=_process_main,
+                args=(fn, rank, num_ranks, folder, tuple(args), output),
+                daemon=False,
             )
             for rank in range(num_ranks)
         ]
@@ -269,8 +273,27 @@ def _collect(folder: str, processes: Sequence[Any], late: Sequence[int]) -> list
     return results
 
 
+class _Output:
+    """Standard output and error of the launcher, which become those of a rank that is sent them."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _write_to, (DupFd(1), DupFd(2))
+
+
+def _write_to(*duplicates: Any) -> None:
+    for descriptor, duplicate in enumerate(duplicates, 1):
+        received = duplicate.detach()
+        os.dup2(received, descriptor)
+        os.close(received)
+
+
 def _process_main(
-    fn: RankFunction, rank: int, num_ranks: int, folder: str, args: tuple[Any, ...]
+    fn: RankFunction,
+    rank: int,
+    num_ranks: int,
+    folder: str,
+    args: tuple[Any, ...],
+    _: _Output | None,
 ) -> None:
     _end_with_launcher(folder)
     torch.set_num_threads(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,11 @@ def everything(rank: int, num_ranks: int) -> dict[str, Any]:
     found["mapped"] = mapped(rank, num_ranks, Job("bias", "dualpipev", num_ranks, 8))
     found["wrong mapping"] = attempt(DualPipe, [nn.Tanh(), nn.ReLU()], rank_mapping=[0, 0, 1, 2])
     return found
+
+
+def say(rank: int, num_ranks: int) -> None:
+    print(rank)
+    print(10 + rank, file=sys.stderr)
 
 
 class Dying(nn.Linear):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import squared_error
 from outcomes import Outcome, attempt
+from process_ranks import say
 from torch import nn
 
 from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline
@@ -68,6 +69,13 @@ def test_a_function_that_processes_cannot_be_sent() -> None:
         run_ranks(lambda rank, num_ranks: None, 2, "processes")
     with pytest.raises(TypeError, match=r"args that can be pickled"):
         run_ranks(step, 2, "processes", args=(time.sleep, (i for i in range(3))))
+
+
+def test_processes_write_where_their_launcher_does(capfd: pytest.CaptureFixture[str]) -> None:
+    run_ranks(say, 2, "processes")
+    written = capfd.readouterr()
+    assert sorted(written.out.split()) == ["0", "1"]
+    assert sorted(written.err.split()) == ["10", "11"]
 
 
 SCRIPT = """
