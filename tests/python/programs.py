@@ -1,10 +1,17 @@
-"""Runs Python in processes of its own, and shows what they wrote when they fail."""
+"""Runs programs: in processes of their own as users do, or in this one, which has imported all."""
 
 from __future__ import annotations
 
+import os
+import runpy
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import torch
 
 TORCHRUN = ("-m", "torch.distributed.run")
 
@@ -16,7 +23,7 @@ def run(*arguments: object, launcher: tuple[str, ...] = ()) -> str:
 
 
 def run_together(commands: Sequence[Sequence[object]]) -> list[str]:
-    """Run Python several times at once; return what each run wrote."""
+    """Run Python several times at once; return what each run wrote, and show it when one fails."""
     started = [
         subprocess.Popen(
             [sys.executable, *(str(argument) for argument in command)],
@@ -34,3 +41,23 @@ def run_together(commands: Sequence[Sequence[object]]) -> list[str]:
     for process, output in zip(started, outputs, strict=True):
         assert process.returncode == 0, output
     return outputs
+
+
+def run_here(script: Path, *arguments: object) -> None:
+    """Run a script as the main one of this process; its ranks are forked from what has imported all.
+
+    What is not tested so is that the script imports all that it uses.
+    """
+    argv = [str(script), *(str(argument) for argument in arguments)]
+    with (
+        mock.patch.object(sys, "argv", argv),
+        mock.patch.object(sys, "path", [str(script.parent), *sys.path]),
+        mock.patch.dict(os.environ),
+        torch.random.fork_rng(devices=[]),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("default")  # a user's
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as end:
+            assert not end.code

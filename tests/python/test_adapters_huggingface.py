@@ -15,7 +15,7 @@ import transformers as hf
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from adapted import NUM_CHUNKS, Training, check_chained, check_training, check_union, outputs_of
 from hf_models import ARCHITECTURES, OTHERS_LIKE_THEM, Architecture
-from programs import TORCHRUN, run
+from programs import TORCHRUN, run, run_here
 from torch import nn
 
 from dualpipe_ext import DualPipe, PipelineError
@@ -278,9 +278,10 @@ def test_ten_lines_train_as_in_one_piece(tmp_path: Path) -> None:
     assert float(found) == pytest.approx(float(loss.detach()), abs=1e-4)
 
 
-def test_the_page_trains_as_in_one_piece(tmp_path: Path) -> None:
+def test_the_page_trains_as_in_one_piece(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     script = script_of_the_page(1, tmp_path)
-    printed = run(script)
+    run_here(script)
+    printed = capfd.readouterr().out
     found = {
         (int(step), int(rank)): float(loss)
         for step, rank, loss in re.findall(r"step (\d+), rank (\d): loss (\d+\.\d{4})", printed)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import run_here
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
@@ -94,16 +93,17 @@ def test_sources_refer_to_headings_that_exist() -> None:
         assert heading in headings, f'{document}, "{heading}"'
 
 
-def test_the_training_in_the_readme_learns(tmp_path: Path) -> None:
+def test_the_training_in_the_readme_learns(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     scripts = SCRIPT.findall((ROOT / "README.md").read_text())
     (script,) = (text for text in scripts if "TrainingWrapper" in text)
     path = tmp_path / "train.py"
     path.write_text(script)
-    result = subprocess.run(
-        [sys.executable, str(path)], check=True, stdout=subprocess.PIPE, text=True, timeout=150
-    )
-    curve = [float(value) for value in re.findall(r"loss ([\d.]+)", result.stdout)]
-    assert len(curve) == 5 and curve[-1] < 0.7 * curve[0], result.stdout
+    run_here(path)
+    output = capfd.readouterr().out
+    curve = [float(value) for value in re.findall(r"loss ([\d.]+)", output)]
+    assert len(curve) == 5 and curve[-1] < 0.7 * curve[0], output
 
 
 def test_the_readme_shows_the_example_as_it_is() -> None:

@@ -1,4 +1,4 @@
-"""The examples as users start them: commands in processes of their own, at tiny sizes."""
+"""The examples at tiny sizes: each kind as users start it, the others without the wait for imports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from programs import TORCHRUN, run, run_together
+from programs import TORCHRUN, run, run_here, run_together
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +32,7 @@ SIZES = [
     "--sample-bytes",
     "8",
 ]
+TWO_RANKS = (*TORCHRUN, "--standalone", "--nproc-per-node", "2")
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +88,12 @@ class Run:
     def __init__(self, folder: Path, data: Path) -> None:
         self.checkpoint, self.losses = folder / "gpt.pt", folder / "losses.jsonl"
         self.arguments = [
-            *(TRAIN, *SIZES, "--data", data, "--steps", 8, "--ranks", 2),
+            *(*SIZES, "--data", data, "--steps", 8, "--ranks", 2),
             *("--checkpoint", self.checkpoint, "--losses", self.losses),
         ]
 
     def start(self, *options: object) -> dict[int, list[float]]:
-        run(*self.arguments, *options)
+        run_here(TRAIN, *self.arguments, *options)
         return read_losses(self.losses)
 
 
@@ -134,7 +135,7 @@ def test_gpt_trains_under_torchrun(tmp_path: Path, data: Path) -> None:
     run(
         *(TRAIN, *SIZES, "--data", data, "--losses", losses, "--checkpoint", tmp_path / "gpt.pt"),
         *("--steps", 4, "--schedule", "dualpipev"),
-        launcher=(*TORCHRUN, "--standalone", "--nproc-per-node", "2"),
+        launcher=TWO_RANKS,
     )
     curve = read_losses(losses)
     assert mean(curve[4]) < mean(curve[1])
@@ -150,7 +151,7 @@ def test_two_nodes_learn_what_two_processes_of_one_do(
         for node in (0, 1)
     ]
     job = Run(tmp_path, data)
-    run_together([(*launcher, *job.arguments) for launcher in launchers])
+    run_together([(*launcher, TRAIN, *job.arguments) for launcher in launchers])
     assert read_losses(job.losses) == whole
 
 
@@ -203,14 +204,15 @@ def refusal(app: typer.Typer, arguments: list[str]) -> str:
     return " ".join(re.sub(r"[^\x20-\x7e]", " ", result.output).split())
 
 
-def test_own_model_learns() -> None:
-    output = run(ROOT / "examples" / "own_model.py")
-    curve = [float(value) for value in re.findall(r"loss ([\d.]+)", output)]
+def test_own_model_learns(capfd: pytest.CaptureFixture[str]) -> None:
+    run_here(ROOT / "examples" / "own_model.py")
+    curve = [float(value) for value in re.findall(r"loss ([\d.]+)", capfd.readouterr().out)]
     assert len(curve) == 5 and curve[-1] < 0.5 * curve[0]
 
 
-def test_a_cut_model_is_put_together_again() -> None:
-    output = run(ROOT / "examples" / "cut_model.py")
+def test_a_cut_model_is_put_together_again(capfd: pytest.CaptureFixture[str]) -> None:
+    run_here(ROOT / "examples" / "cut_model.py")
+    output = capfd.readouterr().out
     found = re.search(r"loss ([\d.]+) in the pipeline, ([\d.]+) in one piece", output)
     assert found is not None, output
     assert float(found[1]) < 0.5  # from 3.5, the variance of the labels
@@ -224,37 +226,37 @@ def read_curve(output: str) -> list[float]:
     return [float(value) for value in re.findall(r"^ *\d+   ([\d.]+) ", output, re.MULTILINE)]
 
 
-def test_a_transformer_learns_as_in_one_piece(data: Path) -> None:
-    output = run(
+def test_a_transformer_learns_as_in_one_piece(
+    data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_here(
         *(ROOT / "examples" / "transformer_example.py", "--num-gpus", 2, "--data", data),
         *("--steps", 12, "--width", 16, "--rows", 9),
     )
-    curve = read_curve(output)
+    curve = read_curve(capfd.readouterr().out)
     assert len(curve) == 3 and curve[-1] < curve[0] - 0.3
 
 
-def test_a_trainer_of_hugging_face_learns_as_unsplit(data: Path) -> None:
+def test_a_trainer_of_hugging_face_learns_as_unsplit(
+    data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     example = ROOT / "examples" / "hf_trainer_example.py"
     size = ("--steps", 12, "--width", 16, "--rows", 8, "--data", data)
-    beside, launched = run_together(
-        [
-            (example, "--num-gpus", 2, *size),
-            (*TORCHRUN, "--standalone", "--nproc-per-node", 2, example, *size),
-        ]
-    )
-    curve = read_curve(beside)
+    run_here(example, "--num-gpus", 2, *size)
+    curve = read_curve(capfd.readouterr().out)
     assert len(curve) == 3 and curve[-1] < curve[0] - 0.1
+    launched = run(example, *size, launcher=TWO_RANKS)
     logged = [float(value) for value in re.findall(r"'loss': '?([\d.]+)", launched)]
     assert len(logged) == 12, "the first rank logs, and no other one"
     assert logged[-1] == pytest.approx(curve[-1], rel=1e-3)  # four digits are printed
 
 
-def test_a_trainer_of_lightning_learns_as_unsplit() -> None:
+def test_a_trainer_of_lightning_learns_as_unsplit(capfd: pytest.CaptureFixture[str]) -> None:
     example = ROOT / "examples" / "lightning_example.py"
     size = ("--num-gpus", 2, "--steps", 25, "--width", 16, "--layers", 2)
-    beside, launched = run_together(
-        [(example, *size), (*TORCHRUN, "--standalone", "--nproc-per-node", 2, example, *size)]
-    )
+    run_here(example, *size)
+    beside = capfd.readouterr().out
+    launched = run(example, *size, launcher=TWO_RANKS)
     curve = read_curve(beside)
     assert len(curve) == 4 and curve[-1] < curve[0] - 0.3
     held_out = re.search(r"held out: ([\d.]+) over the pipeline, ([\d.]+) in one", beside)
