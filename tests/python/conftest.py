@@ -165,5 +165,9 @@ def build_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """The tensors are tiny and the ranks many: torch's own threads would wait for one another."""
+    """The tensors are tiny and the ranks many: torch's own threads would wait for one another.
+
+    So would those of processes that tests start or fork.
+    """
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun sets it

@@ -8,10 +8,13 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest import mock
 
 import torch
+from torch.distributed import run as torchrun
 
 TORCHRUN = ("-m", "torch.distributed.run")
 
@@ -61,3 +64,27 @@ def run_here(script: Path, *arguments: object) -> None:
             runpy.run_path(str(script), run_name="__main__")
         except SystemExit as end:
             assert not end.code
+
+
+def torchrun_here(*commands: Sequence[object]) -> str:
+    """Launch scripts as torchrun does, all at once, but fork the ranks; return what these wrote."""
+    with TemporaryDirectory() as folder, mock.patch.dict(os.environ):
+        own = (
+            "--run-path",
+            "--start-method",
+            "forkserver",
+            "--redirects",
+            "3",
+            "--log-dir",
+            folder,
+        )
+        with (
+            ThreadPoolExecutor() as threads
+        ):  # not the main one, whose signals torchrun would handle
+            for launched in [threads.submit(_launch, *own, *command) for command in commands]:
+                launched.result()
+        return "".join(file.read_text() for file in sorted(Path(folder).rglob("stdout.log")))
+
+
+def _launch(*arguments: object) -> None:
+    torchrun.run(torchrun.parse_args([str(argument) for argument in arguments]))

@@ -15,7 +15,7 @@ import transformers as hf
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from adapted import NUM_CHUNKS, Training, check_chained, check_training, check_union, outputs_of
 from hf_models import ARCHITECTURES, OTHERS_LIKE_THEM, Architecture
-from programs import TORCHRUN, run, run_here
+from programs import run_here, torchrun_here
 from torch import nn
 
 from dualpipe_ext import DualPipe, PipelineError
@@ -262,7 +262,7 @@ def script_of_the_page(number: int, folder: Path) -> Path:
 
 def test_ten_lines_train_as_in_one_piece(tmp_path: Path) -> None:
     script = script_of_the_page(0, tmp_path)
-    printed = run(script, launcher=(*TORCHRUN, "--standalone", "--nproc-per-node", "2"))
+    printed = torchrun_here(("--standalone", "--nproc-per-node", 2, script))
     (found,) = re.findall(r"^loss (\d+\.\d{4})$", printed, re.MULTILINE)
     sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
     with torch.random.fork_rng(devices=[]):

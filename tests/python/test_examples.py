@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from programs import TORCHRUN, run, run_here, run_together
+from programs import TORCHRUN, run, run_here, torchrun_here
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ SIZES = [
     "--sample-bytes",
     "8",
 ]
-TWO_RANKS = (*TORCHRUN, "--standalone", "--nproc-per-node", "2")
+TWO_RANKS = ("--standalone", "--nproc-per-node", "2")
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_gpt_trains_under_torchrun(tmp_path: Path, data: Path) -> None:
     run(
         *(TRAIN, *SIZES, "--data", data, "--losses", losses, "--checkpoint", tmp_path / "gpt.pt"),
         *("--steps", 4, "--schedule", "dualpipev"),
-        launcher=TWO_RANKS,
+        launcher=(*TORCHRUN, *TWO_RANKS),
     )
     curve = read_losses(losses)
     assert mean(curve[4]) < mean(curve[1])
@@ -147,11 +147,10 @@ def test_two_nodes_learn_what_two_processes_of_one_do(
     """Two launchers that know each other by an address alone, here that of this machine."""
     address = ("--master-addr", "127.0.0.1", "--master-port", free_port())
     launchers = [
-        (*TORCHRUN, "--nnodes", 2, "--node-rank", node, "--nproc-per-node", 1, *address)
-        for node in (0, 1)
+        ("--nnodes", 2, "--node-rank", node, "--nproc-per-node", 1, *address) for node in (0, 1)
     ]
     job = Run(tmp_path, data)
-    run_together([(*launcher, TRAIN, *job.arguments) for launcher in launchers])
+    torchrun_here(*((*launcher, TRAIN, *job.arguments) for launcher in launchers))
     assert read_losses(job.losses) == whole
 
 
@@ -241,11 +240,12 @@ def test_a_trainer_of_hugging_face_learns_as_unsplit(
     data: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     example = ROOT / "examples" / "hf_trainer_example.py"
+    assert "--num-gpus" in run(example, "--help"), "what it needs is imported"
     size = ("--steps", 12, "--width", 16, "--rows", 8, "--data", data)
     run_here(example, "--num-gpus", 2, *size)
     curve = read_curve(capfd.readouterr().out)
     assert len(curve) == 3 and curve[-1] < curve[0] - 0.1
-    launched = run(example, *size, launcher=TWO_RANKS)
+    launched = torchrun_here((*TWO_RANKS, example, *size))
     logged = [float(value) for value in re.findall(r"'loss': '?([\d.]+)", launched)]
     assert len(logged) == 12, "the first rank logs, and no other one"
     assert logged[-1] == pytest.approx(curve[-1], rel=1e-3)  # four digits are printed
@@ -256,7 +256,7 @@ def test_a_trainer_of_lightning_learns_as_unsplit(capfd: pytest.CaptureFixture[s
     size = ("--num-gpus", 2, "--steps", 25, "--width", 16, "--layers", 2)
     run_here(example, *size)
     beside = capfd.readouterr().out
-    launched = run(example, *size, launcher=TWO_RANKS)
+    launched = torchrun_here((*TWO_RANKS, example, *size))
     curve = read_curve(beside)
     assert len(curve) == 4 and curve[-1] < curve[0] - 0.3
     held_out = re.search(r"held out: ([\d.]+) over the pipeline, ([\d.]+) in one", beside)
