@@ -1,4 +1,8 @@
-"""A time limit for every test, which shows the stacks of every process when a test hangs."""
+"""A time limit for every test, which shows the stacks of every process when a test hangs.
+
+Imports nothing that takes seconds: that is left to the tests, for the processes of pytest that run none
+or others.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-import torch
-
-from dualpipe_ext import testing
 
 WATCHER = Path(__file__).resolve().parents[2] / ".ci" / "timeout_with_stacks.py"
 
@@ -120,6 +121,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     """Ranks that are processes are forked from one that has imported what the collected tests have."""
+    if "dualpipe_ext" not in sys.modules:
+        return
+    from dualpipe_ext import testing
+
     testing.START_METHOD = "forkserver"
     multiprocessing.set_forkserver_preload([name for name in SLOW_IMPORTS if name in sys.modules])
 
@@ -169,5 +174,8 @@ def one_thread() -> None:
 
     So would those of processes that tests start or fork.
     """
-    torch.set_num_threads(1)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun sets it

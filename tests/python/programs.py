@@ -19,31 +19,18 @@ from torch.distributed import run as torchrun
 TORCHRUN = ("-m", "torch.distributed.run")
 
 
-def run(*arguments: object, launcher: tuple[str, ...] = ()) -> str:
-    """Run Python with the arguments; return what it wrote."""
-    (output,) = run_together([(*launcher, *arguments)])
-    return output
-
-
-def run_together(commands: Sequence[Sequence[object]]) -> list[str]:
-    """Run Python several times at once; return what each run wrote, and show it when one fails."""
-    started = [
-        subprocess.Popen(
-            [sys.executable, *(str(argument) for argument in command)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for command in commands
-    ]
-    try:
-        outputs = [process.communicate(timeout=150)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, output in zip(started, outputs, strict=True):
-        assert process.returncode == 0, output
-    return outputs
+def run(*arguments: object, launcher: Sequence[object] = ()) -> str:
+    """Run Python with the arguments; return what it wrote, and show it when that fails."""
+    process = subprocess.run(
+        [sys.executable, *(str(argument) for argument in (*launcher, *arguments))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout
+    return process.stdout
 
 
 def run_here(script: Path, *arguments: object) -> None:
@@ -69,19 +56,10 @@ def run_here(script: Path, *arguments: object) -> None:
 def torchrun_here(*commands: Sequence[object]) -> str:
     """Launch scripts as torchrun does, all at once, but fork the ranks; return what these wrote."""
     with TemporaryDirectory() as folder, mock.patch.dict(os.environ):
-        own = (
-            "--run-path",
-            "--start-method",
-            "forkserver",
-            "--redirects",
-            "3",
-            "--log-dir",
-            folder,
-        )
-        with (
-            ThreadPoolExecutor() as threads
-        ):  # not the main one, whose signals torchrun would handle
-            for launched in [threads.submit(_launch, *own, *command) for command in commands]:
+        options = f"--run-path --start-method forkserver --redirects 3 --log-dir {folder}".split()
+        # In the main thread torchrun would handle signals.
+        with ThreadPoolExecutor() as threads:
+            for launched in [threads.submit(_launch, *options, *command) for command in commands]:
                 launched.result()
         return "".join(file.read_text() for file in sorted(Path(folder).rglob("stdout.log")))
 
