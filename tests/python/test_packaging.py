@@ -68,6 +68,12 @@ def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def compiled_wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the extension, compiled for the torch that is present."""
+    return build_wheel(checkout, tmp_path_factory.mktemp("compiled"), prebuild="1")
+
+
+@pytest.fixture(scope="module")
 def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("sdist")
     script = f"from setuptools import build_meta; build_meta.build_sdist({str(target)!r})"
@@ -117,19 +123,18 @@ def contents(wheel: Path) -> dict[str, int]:
 
 
 def test_with_torch_present_the_extension_is_compiled_at_install(
-    checkout: Path, tmp_path: Path
+    compiled_wheel: Path, tmp_path: Path
 ) -> None:
-    wheel = build_wheel(checkout, tmp_path / "wheel", prebuild="1")
-    assert not wheel.name.endswith("any.whl")
-    found = install(wheel, tmp_path)
+    assert not compiled_wheel.name.endswith("any.whl")
+    found = install(compiled_wheel, tmp_path)
     package = tmp_path / "site" / "dualpipe_ext"
     assert Path(found["extension"]) == package / PREBUILT_NAME
 
 
 def test_a_compiled_extension_for_another_torch_is_left_alone(
-    checkout: Path, tmp_path: Path
+    compiled_wheel: Path, tmp_path: Path
 ) -> None:
-    install(build_wheel(checkout, tmp_path / "wheel", prebuild="1"), tmp_path)
+    install(compiled_wheel, tmp_path)
     record = tmp_path / "site" / "dualpipe_ext" / PREBUILT_RECORD_NAME
     record.write_text(json.dumps({**json.loads(record.read_text()), "key": "another"}))
     script = "from dualpipe_ext import _C; print(_C.__file__)"

@@ -84,7 +84,7 @@ from dualpipe_ext.testing import run_ranks
 def rank_fn(rank, num_ranks):
     return rank
 
-run_ranks(rank_fn, 2, "processes")
+run_ranks(rank_fn, 1, "processes")
 """
 
 
