@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import chain
+from typing import TypeVar
 from zlib import crc32
 
 import torch
@@ -15,21 +16,31 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dualpipe_ext._C import PipelineError, process_group_all_gather
 from dualpipe_ext._handshake import collect
-from dualpipe_ext.checkpoint.replicas import reaching_replicas
+from dualpipe_ext.checkpoint.replicas import average_buffers, reaching_replicas
 from dualpipe_ext.gradients import main_grads
 from dualpipe_ext.pipeline import Pipeline
 
 __all__ = ["Replicas", "split_mesh"]
 
+T = TypeVar("T")
 Groups = tuple[dist.ProcessGroup, dist.ProcessGroup]
 
 
-def split_mesh(mesh: DeviceMesh) -> Groups:
+def split_mesh(
+    mesh: DeviceMesh, process_group: object = None, replica_group: object = None
+) -> Groups:
     """The groups of a mesh with axes ``"pp"`` and ``"dp"``: this rank's pipeline, and its replicas.
 
+    Args:
+        mesh: of all ranks.
+        process_group: what else was given as a group, which must be nothing.
+        replica_group: likewise.
+
     Raises:
-        ValueError: it has other axes.
+        ValueError: it has other axes, or there is a group beside it.
     """
+    if process_group is not None or replica_group is not None:
+        raise ValueError("mesh= has both groups; leave out process_group= and replica_group=")
     names = mesh.mesh_dim_names or ()
     if sorted(names) != ["dp", "pp"]:
         raise ValueError(
@@ -113,6 +124,18 @@ class Replicas:
                 self._exchange([1.0, 0.0])
             raise
 
+    def together(self, act: Callable[[], T]) -> T:
+        """Calls ``act``; returns its result once all replicas came through theirs.
+
+        Raises:
+            Exception: what ``act`` raised here, once the other replicas know of it.
+            PipelineError: another replica has failed, or cannot be reached.
+        """
+        with self.telling_failures():
+            made = act()
+        self.gather(0.0)
+        return made
+
     def _exchange(self, values: list[float]) -> list[list[float]]:
         if self.group is None:
             return [values]
@@ -139,9 +162,20 @@ class Replicas:
                 grad.copy_(total.view_as(grad))
         pipeline.resume_at(pipeline.num_steps)  # it needs no sum of its own any more
 
+    def average_buffers(self, pipeline: Pipeline) -> None:
+        """Gives all copies the mean of each floating-point buffer, such as a batch norm's statistics.
+
+        What is evaluated or saved must not depend on the copy. All ranks call it.
+        """
+        pipeline.sync_buffers()
+        average_buffers(self.group, pipeline.buffers())
+
     def _complete(self, parameters: Sequence[nn.Parameter]) -> None:
         """A gradient that some copy has becomes one of all; zero where it was none."""
-        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+        device = parameters[0].device if parameters else None  # the group may be of GPUs alone
+        has = torch.tensor(
+            [p.grad is not None for p in parameters], dtype=torch.int32, device=device
+        )
         if has.numel():
             with reaching_replicas():
                 dist.all_reduce(has, op=dist.ReduceOp.MAX, group=self._copies)

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 
 from dualpipe_ext.schedule import Schedule
 
-__all__ = ["RowPlan"]
+__all__ = ["RowPlan", "even_part", "even_parts"]
 
 
 @dataclass(frozen=True)
@@ -88,3 +88,10 @@ class RowPlan:
 def even_parts(total: int, num_parts: int) -> list[int]:
     """Sizes that differ by one at most, the larger ones first."""
     return [total // num_parts + (part < total % num_parts) for part in range(num_parts)]
+
+
+def even_part(total: int, part: int, num_parts: int) -> range:
+    """Which of so many things are in one of the :func:`even_parts`."""
+    sizes = even_parts(total, num_parts)
+    start = sum(sizes[:part])
+    return range(start, start + sizes[part])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler, default_collate
 
-from dualpipe_ext.training.rows import even_parts
+from dualpipe_ext.training.rows import even_part, even_parts
 
 __all__ = ["ReplicaBatchSampler", "collate_rows"]
 
@@ -90,9 +90,8 @@ class ReplicaBatchSampler(Sampler[list[int]]):
         order = self._order()
         for number in range(len(self)):
             batch = order[number * self._batch_size :][: self._batch_size]
-            sizes = even_parts(len(batch), self._num_replicas)
-            start = sum(sizes[: self._replica])
-            share = batch[start : start + sizes[self._replica]]
+            own = even_part(len(batch), self._replica, self._num_replicas)
+            share = batch[own.start : own.stop]
             rows = range(len(share)) if self._rows is None else self._rows(len(share))
             yield [share[row] for row in rows]
 

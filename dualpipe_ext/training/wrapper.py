@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,11 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dualpipe_ext._C import PipelineError
 from dualpipe_ext._handshake import act_together, agree
 from dualpipe_ext.adapters import Cost
 from dualpipe_ext.checkpoint import Resumed, load_checkpoint, save_checkpoint
-from dualpipe_ext.checkpoint.replicas import average_buffers
 from dualpipe_ext.config import DualPipeConfig
 from dualpipe_ext.groups import PipelineGroup, resolve_group
 from dualpipe_ext.pipeline import Pipeline
@@ -41,7 +38,7 @@ from dualpipe_ext.training.options import LoopOptions
 from dualpipe_ext.training.outputs import Outputs, first_rows, join_ends
 from dualpipe_ext.training.parts import Part
 from dualpipe_ext.training.replicas import Replicas, split_mesh
-from dualpipe_ext.training.reports import Report, summarize
+from dualpipe_ext.training.reports import Report
 from dualpipe_ext.training.setup import (
     input_names,
     place_stages,
@@ -50,6 +47,7 @@ from dualpipe_ext.training.setup import (
     warn_of_other_models,
     weights_digest,
 )
+from dualpipe_ext.training.side_by_side import StepsSideBySide
 from dualpipe_ext.training.steps import BatchSteps
 from dualpipe_ext.training.updates import Updater, make_updater
 
@@ -145,11 +143,7 @@ class TrainingWrapper:
     ) -> None:
         self.config = config or DualPipeConfig()
         if mesh is not None:
-            if process_group is not None or replica_group is not None:
-                raise ValueError(
-                    "mesh= has both groups; leave out process_group= and replica_group="
-                )
-            process_group, replica_group = split_mesh(mesh)
+            process_group, replica_group = split_mesh(mesh, process_group, replica_group)
         self._group = resolve_group(process_group, None)
         self._options = LoopOptions(
             loss_fn=loss_fn,
@@ -164,10 +158,9 @@ class TrainingWrapper:
             batch_dim=batch_dim,
         )
         self._replicas = Replicas(replica_group)
-        with self._replicas.telling_failures():
-            weights = weights_digest(model)  # before it is given memory with whatever is in it
-            self._agree(self._checked_options)
-        self._replicas.gather(0.0)  # all of them came through
+        # Before the model is given memory with whatever is in it.
+        weights = self._replicas.together(lambda: weights_digest(model))
+        self._replicas.together(lambda: self._agree(self._checked_options))
         costs = measured_costs(model, self.config, sample_inputs, self._group, self._replicas.group)
         with self._replicas.telling_failures():
             self._agree(lambda: self._adopt(model, device, costs))
@@ -178,13 +171,12 @@ class TrainingWrapper:
             )
         self._replicas.begin(self.pipeline)
         self._steps = BatchSteps(self.pipeline, self._rows, batch_dim, self.config.timeout)
+        self._side_by_side = StepsSideBySide(self.pipeline, self._replicas)
         self._updater: Updater | None = None
         self._is_torn = False  # while an update is under way, and after one that has failed
         if optimizer is not None:
             made = Recipe(optimizer, optimizer_options), Recipe(scheduler, scheduler_options)
-            with self._replicas.telling_failures():
-                self._agree(lambda: self._equip(*made, scaler))
-            self._replicas.gather(0.0)  # all of them came through
+            self._replicas.together(lambda: self._agree(lambda: self._equip(*made, scaler)))
 
     @property
     def optimizer(self) -> Optimizer:
@@ -240,13 +232,16 @@ class TrainingWrapper:
                 self.pipeline.abandon_step(error)
                 raise
         try:
-            part, units = self._ready(batch, halves)
+            part, units = self._side_by_side.ready(
+                lambda: self._part(batch, halves, fill=False),
+                lambda _, total: self._loss.check(total),
+            )
             total = self._accumulation.add(units, updater.grads())
             is_last = self._accumulation.is_complete if update is None else update
-            loss = self._run_with_replicas(part, total, is_last)
+            loss = self._side_by_side.run(lambda sums: self._run(part, total, sums), is_last)
             loss *= self._loss.share(total) / self._loss.share(units)
             can_step = updater.can_step() if is_last else True
-            report = self._summarize(Report(loss, part.fingerprint, can_step))
+            report = self._side_by_side.summarize(Report(loss, part.fingerprint, can_step))
             whole = self._accumulation.add_loss(report.loss, units)
             if is_last:
                 self._update(updater, replace(report, loss=whole))
@@ -276,7 +271,7 @@ class TrainingWrapper:
             ValueError, TypeError, PipelineError: as :meth:`train_step` does; or no batch.
         """
         loss, units, mark = 0.0, 0, 0.0
-        self._average_buffers()
+        self._replicas.average_buffers(self.pipeline)
         with evaluating(self._stages), self._replicas.telling_failures():
             whole = is_batch(data) or data is None
             for batch in [data] if whole else together(data, self._group):
@@ -284,7 +279,7 @@ class TrainingWrapper:
                 loss += self._run(part, part.total or 1) * self._loss.share(part.total)
                 units += part.total
                 mark = (31.0 * mark + part.fingerprint) % 2.0**40
-        report = self._summarize(Report(loss, mark))
+        report = self._side_by_side.summarize(Report(loss, mark))
         total = int(sum(self._replicas.gather(units)))
         if total == 0:
             raise ValueError("there is no batch to evaluate, or none with a label that counts")
@@ -458,48 +453,13 @@ class TrainingWrapper:
             )
         return self._updater
 
-    def _ready(self, given: Any, halves: bool) -> tuple[Part, int]:
-        """This rank's part of a batch, and the units of all replicas' batches."""
-        with self._replicas.telling_failures():
-            part = self._part(given, halves, fill=False)
-        try:
-            units = int(sum(self._replicas.gather(part.total)))
-            self._loss.check(units)
-        except (PipelineError, ValueError) as error:
-            self.pipeline.abandon_step(error)
-            raise
-        return part, units
-
-    def _run_with_replicas(self, part: Part, total: int, is_last: bool) -> float:
-        """Runs a step; after the last one of an accumulation gradients are summed everywhere."""
-        is_alone = self._replicas.size == 1
-        with self._replicas.telling_failures():
-            loss = self._run(part, total, sync_gradients=is_last and is_alone)
-        self._replicas.gather(0.0)  # all of them came through
-        if is_last and not is_alone:
-            self._replicas.sum_gradients(self.pipeline)
-        return loss
-
-    def _summarize(self, own: Report) -> Report:
-        """The reports of all ranks of all replicas in one."""
-        with self._replicas.telling_failures():
-            report = summarize(self._group, own)
-        return replace(report, loss=math.fsum(self._replicas.gather(report.loss)))
-
     def _update(self, updater: Updater, report: Report) -> None:
         """Changes parameters on all ranks; one that cannot is told to the others."""
         failure = "could not update its parameters"
         together = partial(act_together, self._group, self.config.timeout, failure=failure)
         self._is_torn = True
-        with self._replicas.telling_failures():
-            updater.run(report.loss, report.are_finite, together)
-        self._replicas.gather(0.0)  # all of them came through
+        self._replicas.together(lambda: updater.run(report.loss, report.are_finite, together))
         self._is_torn = False
-
-    def _average_buffers(self) -> None:
-        """Statistics of batch norms: what is evaluated must not depend on the copy."""
-        self.pipeline.sync_buffers()
-        average_buffers(self._replicas.group, self.pipeline.buffers())
 
     def _part(self, given: Any, halves: bool, fill: bool) -> Part:
         """This rank's part of a batch."""

@@ -1,0 +1,75 @@
+"""Steps of pipelines side by side: each has its part of a batch, and all of them come through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+from dualpipe_ext._C import PipelineError
+from dualpipe_ext.pipeline import Pipeline
+from dualpipe_ext.training.parts import Part
+from dualpipe_ext.training.replicas import Replicas
+from dualpipe_ext.training.reports import Report, summarize
+
+__all__ = ["StepsSideBySide"]
+
+T = TypeVar("T")
+
+
+class StepsSideBySide:
+    """What replicas exchange around a step of each one's pipeline.
+
+    A failure on any rank is an error on all ranks of all replicas.
+
+    Args:
+        pipeline: this replica's.
+        replicas: all of them.
+    """
+
+    def __init__(self, pipeline: Pipeline, replicas: Replicas) -> None:
+        self._pipeline = pipeline
+        self._replicas = replicas
+
+    def ready(
+        self, cut: Callable[[], Part], check: Callable[[Part, int], object]
+    ) -> tuple[Part, int]:
+        """This rank's part of a batch, and the units of all replicas' batches.
+
+        Args:
+            cut: takes the part out of the batch.
+            check: is called with both, before a step begins.
+
+        Raises:
+            Exception: what ``cut`` or ``check`` raised here.
+            PipelineError: one of them raised on another rank.
+        """
+        with self._replicas.telling_failures():
+            part = cut()
+        try:
+            units = int(sum(self._replicas.gather(part.total)))
+            check(part, units)
+        except (PipelineError, ValueError) as error:
+            self._pipeline.abandon_step(error)
+            raise
+        return part, units
+
+    def run(self, step: Callable[[bool], T], sums_gradients: bool) -> T:
+        """Runs a step on all replicas.
+
+        Args:
+            step: is told whether the pipeline has to sum gradients over mirrors by itself.
+            sums_gradients: over all copies of each stage, when it is through.
+        """
+        is_alone = self._replicas.size == 1
+        made = self._replicas.together(lambda: step(sums_gradients and is_alone))
+        if sums_gradients and not is_alone:
+            self._replicas.sum_gradients(self._pipeline)
+        return made
+
+    def summarize(self, own: Report) -> Report:
+        """The reports of all ranks of all replicas in one, but for the batches' fingerprints."""
+        with self._replicas.telling_failures():
+            report = summarize(self._pipeline.group, own)
+        return replace(report, loss=math.fsum(self._replicas.gather(report.loss)))
