@@ -10,14 +10,23 @@ from torch import Tensor, nn
 
 from dualpipe_ext._handshake import agree
 from dualpipe_ext.adapters import Cost
+from dualpipe_ext.checkpoint.replicas import gather_from_replicas
+from dualpipe_ext.compat.ranks import TrainerRanks, both_ends
 from dualpipe_ext.config import DualPipeConfig
-from dualpipe_ext.groups import PipelineGroup
 from dualpipe_ext.pipeline import Pipeline
 from dualpipe_ext.training.batches import Batch, BatchReader
 from dualpipe_ext.training.cutting import measured_costs, own_part
 from dualpipe_ext.training.losses import BatchLoss
-from dualpipe_ext.training.reports import Report, summarize
-from dualpipe_ext.training.setup import input_names, warn_of_other_models, weights_digest
+from dualpipe_ext.training.parts import Part
+from dualpipe_ext.training.reports import Report
+from dualpipe_ext.training.rows import even_part
+from dualpipe_ext.training.setup import (
+    input_names,
+    seeded,
+    warn_of_other_models,
+    weights_digest,
+)
+from dualpipe_ext.training.side_by_side import StepsSideBySide
 from dualpipe_ext.training.steps import BatchSteps
 
 __all__ = ["BatchPipeline"]
@@ -26,32 +35,35 @@ __all__ = ["BatchPipeline"]
 class BatchPipeline:
     """A model in stages, one rank's of them, which takes whole batches.
 
-    Every rank gives the same batch and gets the same loss. Rows are added that do not count where a
-    batch has fewer of them than micro-batches. Random numbers of the caller are as they were
-    afterwards, so that they stay the same on all ranks: what draws data may use them.
+    Every rank of every replica gives the same batch and gets the same loss. Replicas divide its rows
+    among them evenly; rows are added that do not count where one has fewer of them than
+    micro-batches, or none. Random numbers of the caller are as they were afterwards, so that they
+    stay the same on all ranks: what draws data may use them.
 
     Args:
         model: a whole model with an adapter. This rank's partitions share their parameters with it.
         config: the same on every rank.
-        group: the ranks.
+        ranks: of this pipeline, and of the replicas beside it.
         device: where this rank's stages go.
         label_names: which entries of a batch by name are labels.
         sample_inputs: as for :class:`dualpipe_ext.TrainingWrapper`.
 
     Attributes:
-        pipeline: what runs the steps.
+        pipeline: what runs the steps of this replica.
+        ranks: as they were given.
         local_module: this rank's stages.
         num_labels: how many tensors of the last batch were labels.
 
     Raises:
-        ValueError: a schedule other than DualPipe, or a model or group that does not fit.
+        ValueError: a schedule other than DualPipe, or a model or groups that do not fit.
+        PipelineError: another rank could not be constructed.
     """
 
     def __init__(
         self,
         model: nn.Module,
         config: DualPipeConfig,
-        group: PipelineGroup,
+        ranks: TrainerRanks,
         device: torch.device,
         label_names: Sequence[str] = ("labels",),
         sample_inputs: Sequence[Tensor | None] | None = None,
@@ -61,27 +73,32 @@ class BatchPipeline:
                 f"schedule={config.schedule!r}: trainers of other libraries run 'dualpipe'; others "
                 f"are run by dualpipe_ext.TrainingWrapper"
             )
-        weights = weights_digest(model)  # before both copies of a stage are made equal
-        costs = measured_costs(model, config, sample_inputs, group)
-        agree(group, config.timeout, lambda: self._adopt(model, config, costs, group, device))
-        warn_of_other_models(weights, group, config.timeout)
-        stages = self._stages
-        self.pipeline = Pipeline(stages, config.schedule, 0, group, config=config)
+        self.ranks = ranks
+        self._config = config
+        group, replicas = ranks.group, ranks.replicas
+        # Before all copies of a stage are made equal.
+        weights = replicas.together(lambda: weights_digest(model))
+        costs = measured_costs(model, config, sample_inputs, group, replicas.group)
+        with replicas.telling_failures():
+            agree(group, config.timeout, lambda: self._adopt(model, costs, device))
+            warn_of_other_models(weights, group, config.timeout)
+            own = seeded(config, group, replicas.index)
+            self.pipeline = Pipeline(self._stages, config.schedule, 0, group, config=own)
+        replicas.begin(self.pipeline)
         self.local_module = self.pipeline.module
         self.num_labels = 1
-        self._reader = BatchReader(input_names(stages), tuple(label_names))
-        self._steps = BatchSteps(self.pipeline, self.rows, 0, config.timeout)
+        self._reader = BatchReader(input_names(self._stages), tuple(label_names))
+        share = replicas.index, replicas.size
+        self._steps = BatchSteps(self.pipeline, self.rows, 0, config.timeout, share)
+        self._side_by_side = StepsSideBySide(self.pipeline, replicas)
+        self._has_drifted = False  # buffers of some copies, since they were last averaged
 
     def _adopt(
-        self,
-        model: nn.Module,
-        config: DualPipeConfig,
-        costs: list[Cost] | None,
-        group: PipelineGroup,
-        device: torch.device,
+        self, model: nn.Module, costs: list[Cost] | None, device: torch.device
     ) -> dict[str, Any]:
         """Cuts the model; a rank that cannot is told to the others."""
-        part = own_part(model, config, costs, group)
+        is_first = self.ranks.replicas.index == 0
+        part = own_part(model, self._config, costs, self.ranks.group, show=is_first)
         self.rows = part.rows
         self._stages = [stage.to(device) for stage in part.stages]
         return {"stages": {}}
@@ -98,38 +115,96 @@ class BatchPipeline:
         """Forward and backward of a batch; under ``torch.no_grad()`` the forward, with outputs.
 
         Args:
-            given: the batch, the same on every rank.
+            given: the batch, the same on every rank of every replica.
             loss: of its micro-batches.
             factor: of the loss and its gradients.
             autocast: the type of autocast around forwards and losses; left out, the caller's.
-            sync_gradients: as for :meth:`dualpipe_ext.Pipeline.step`.
+            sync_gradients: sum gradients over all copies of each stage.
 
         Returns:
-            The loss times ``factor``, the same on every rank, and the outputs of the rows that
-            leave here, rows that were added among them.
+            The loss of the whole batch times ``factor``, the same on every rank, and the outputs of
+            the rows that leave here, rows that were added among them.
 
         Raises:
-            ValueError, TypeError: a batch that does not fit the model, or ranks with different ones.
+            ValueError, TypeError: a batch that does not fit the model, or ranks or replicas with
+                different ones.
             PipelineError: a stage raised, or another rank failed.
         """
-        part = self._steps.of_whole(lambda: self._read(given), loss, fill=True)
-        own, outputs = self._steps.run(
-            part,
-            loss,
-            part.total,
-            factor=factor,
-            autocast=autocast,
-            sync_gradients=sync_gradients,
-            return_outputs=not torch.is_grad_enabled(),
+        trains = torch.is_grad_enabled()
+        self._before(trains)
+        part, total = self._side_by_side.ready(
+            lambda: self._steps.of_whole(lambda: self._read(given), loss, fill=True),
+            lambda part, total: self._check(part, total, loss),
         )
-        whole = summarize(self.pipeline.group, Report(own, part.fingerprint)).loss
-        if torch.is_grad_enabled():
+        own, outputs = self._side_by_side.run(
+            lambda sums: self._steps.run(
+                part,
+                loss,
+                total,
+                factor=factor,
+                autocast=autocast,
+                sync_gradients=sums,
+                return_outputs=not trains,
+            ),
+            sync_gradients,
+        )
+        whole = self._side_by_side.summarize(Report(own, part.fingerprint)).loss
+        if trains:
             self._steps.tell_of_imbalance()
         return whole, outputs
 
     def infer(self, given: Any, *, autocast: torch.dtype | None = None) -> Any:
-        """The outputs of the rows that leave here; labels are not looked at."""
-        return self._steps.infer(self._steps.of_inputs(lambda: self._reader.read(given)), autocast)
+        """The outputs of the rows that leave here; labels are not looked at.
+
+        Raises as :meth:`step` does.
+        """
+        self._before(trains=False)
+        part, _ = self._side_by_side.ready(
+            lambda: self._steps.of_inputs(lambda: self._reader.read(given)),
+            self._check,
+        )
+        outputs = self.ranks.replicas.together(lambda: self._steps.infer(part, autocast))
+        self._side_by_side.summarize(Report(0.0, part.fingerprint))
+        return outputs
+
+    def first_output(self, outputs: Any, rows: int) -> Tensor:
+        """The first output of a batch's rows, of all replicas, on every rank and in host memory.
+
+        Args:
+            outputs: as :meth:`step` or :meth:`infer` returned them here.
+            rows: how many the batch has.
+
+        Returns:
+            Of shape ``[rows, ...]``.
+        """
+        replicas = self.ranks.replicas
+        own = len(even_part(rows, replicas.index, replicas.size))
+        found = replicas.together(lambda: both_ends(outputs, self.pipeline, self.ranks.host)[:own])
+        return torch.cat(gather_from_replicas(replicas.group, found))
+
+    def sync_gradients(self) -> None:
+        """Sums gradients over all copies of each stage, after an accumulation; all ranks call it."""
+        if self.ranks.replicas.size == 1:
+            self.pipeline.sync_gradients()
+        else:
+            self.ranks.replicas.sum_gradients(self.pipeline)
+
+    def _before(self, trains: bool) -> None:
+        if self._has_drifted and not trains:
+            self.ranks.replicas.average_buffers(self.pipeline)
+        self._has_drifted = trains
+
+    def _check(self, part: Part, total: int, loss: BatchLoss | None = None) -> None:
+        """Raises where other replicas have another batch in this place, or where nothing counts."""
+        found = self.ranks.replicas.gather(part.fingerprint)
+        if any(other != found[0] for other in found):
+            raise ValueError(
+                f"replica {self.ranks.replicas.index} was given another batch than others; every "
+                f"rank of every replica reads the same batches, and takes its own rows: leave out "
+                f"samplers that divide the data among ranks, and seed all ranks alike"
+            )
+        if loss is not None:
+            loss.check(total)
 
     def _read(self, given: Any) -> Batch:
         batch = self._reader.read(given)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from dualpipe_ext._handshake import act_together, check_others
 from dualpipe_ext.checkpoint.ranks import Ranks
+from dualpipe_ext.groups import PipelineGroup, resolve_group
 from dualpipe_ext.pipeline import Pipeline
+from dualpipe_ext.training.replicas import Replicas, split_mesh
 
 __all__ = [
+    "TrainerRanks",
     "both_ends",
     "check_others_update",
     "host_group",
@@ -29,8 +34,47 @@ _UPDATE_FAILURE = "could not update its parameters"
 _TIMEOUT_S = 1800.0  # for a rank that writes a large model to a slow disk
 
 
+@dataclass(frozen=True)
+class TrainerRanks:
+    """The ranks of a trainer: those of this pipeline, and of the replicas beside it.
+
+    Attributes:
+        group: this pipeline's.
+        replicas: the ranks in the same place of all pipelines.
+        host: this pipeline's, for what is in host memory.
+    """
+
+    group: PipelineGroup
+    replicas: Replicas
+    host: dist.ProcessGroup
+
+    @classmethod
+    def of(
+        cls,
+        process_group: dist.ProcessGroup | None = None,
+        replica_group: dist.ProcessGroup | None = None,
+        mesh: DeviceMesh | None = None,
+    ) -> TrainerRanks:
+        """The ranks as :class:`dualpipe_ext.TrainingWrapper` takes them; every one calls it.
+
+        Raises:
+            ValueError: there is no process group, or a mesh with other axes or with groups beside
+                it.
+        """
+        if mesh is not None:
+            process_group, replica_group = split_mesh(mesh, process_group, replica_group)
+        host = host_group(process_group)
+        replicas = None if replica_group is None else host_group(replica_group)
+        return cls(resolve_group(host, None), Replicas(replicas), host)
+
+    @property
+    def number(self) -> int:
+        """This rank's, from 0, among those of all replicas."""
+        return self.replicas.index * self.group.size + self.group.rank
+
+
 def host_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The group of all ranks for what is in host memory: a gloo one is made where it is not.
+    """A group for what is in host memory: one of gloo with the same ranks, where it is not that.
 
     Raises:
         ValueError: there is no process group.
@@ -44,7 +88,9 @@ def host_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     assert group is not None
     if "gloo" in dist.get_backend(group):
         return group
-    made: dist.ProcessGroup = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
+    made: dist.ProcessGroup = dist.new_group(
+        dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True
+    )
     return made
 
 
@@ -55,16 +101,17 @@ def rank_device(device: torch.device, rank: int) -> torch.device:
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
-def through_together(pipeline: Pipeline, act: Callable[[], object], failure: str) -> None:
+def through_together(ranks: TrainerRanks, act: Callable[[], object], failure: str) -> None:
     """Calls ``act``, which one rank writes in; returns once all ranks are through, or raises there.
 
-    As :meth:`dualpipe_ext.checkpoint.ranks.Ranks.share`.
+    As :meth:`dualpipe_ext.checkpoint.ranks.Ranks.share`, over all replicas.
     """
-    Ranks(pipeline.group, _TIMEOUT_S).share_here(act, failure)
+    own = Ranks(ranks.group, _TIMEOUT_S)
+    ranks.replicas.together(lambda: own.share_here(act, failure))
 
 
-def update_together(pipeline: Pipeline, step: Callable[[], T]) -> T:
-    """A step of every rank's optimizer; one that raises is told to the others.
+def update_together(pipeline: Pipeline, replicas: Replicas, step: Callable[[], T]) -> T:
+    """A step of every rank's optimizer; one that raises is told to the others, of all replicas.
 
     Raises:
         Exception: what ``step`` raised on this rank, once the others know of it.
@@ -72,11 +119,13 @@ def update_together(pipeline: Pipeline, step: Callable[[], T]) -> T:
             a checkpoint.
     """
     made: list[T] = []
-    act_together(
-        pipeline.group,
-        pipeline.config.timeout,
-        lambda: made.append(step()),
-        failure=_UPDATE_FAILURE,
+    replicas.together(
+        lambda: act_together(
+            pipeline.group,
+            pipeline.config.timeout,
+            lambda: made.append(step()),
+            failure=_UPDATE_FAILURE,
+        )
     )
     return made[0]
 

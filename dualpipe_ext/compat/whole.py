@@ -9,29 +9,48 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from dualpipe_ext.adapters.partition import Partition
+from dualpipe_ext.compat.ranks import TrainerRanks
 from dualpipe_ext.pipeline import Pipeline
 
-__all__ = ["on_host", "own_copy", "own_state_alone", "update_model", "whole_state"]
+__all__ = [
+    "on_host",
+    "own_copy",
+    "own_state_alone",
+    "refuse_shards",
+    "update_model",
+    "whole_state",
+]
+
+
+def refuse_shards(optimizer: Optimizer) -> None:
+    """Raises TypeError for an optimizer whose state is divided among the replicas."""
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        raise TypeError(
+            f"{type(optimizer).__name__} has its state in shards, of which a trainer's checkpoint "
+            f"would have one; use the optimizer within it, or dualpipe_ext.TrainingWrapper, which "
+            f"saves all of them"
+        )
 
 
 @torch.no_grad()
-def update_model(model: nn.Module, pipeline: Pipeline, group: dist.ProcessGroup) -> None:
+def update_model(model: nn.Module, pipeline: Pipeline, ranks: TrainerRanks) -> None:
     """Gives the model on every rank the values that its stages have on theirs.
 
     Raises:
         PipelineError: a message of the last step failed, so that they are worthless.
     """
-    pipeline.sync_buffers()
+    ranks.replicas.average_buffers(pipeline)
     pipeline.synchronize()
     values = model.state_dict()
     for stage, names in enumerate(_names(pipeline)):
         for name in names:
             value = values[name]
             sent = value.detach().cpu().contiguous()
-            dist.broadcast(sent, group=group, group_src=stage)
+            dist.broadcast(sent, group=ranks.host, group_src=stage)
             if stage not in pipeline.stages:
                 value.copy_(sent)
 

@@ -49,16 +49,21 @@ class Batch:
             )
         return found[0]
 
-    def filled(self, rows: int, dim: int) -> Batch:
-        """The batch with its last row repeated, until there are so many."""
-        places = torch.arange(rows).clamp(max=self.rows(dim) - 1)
+    def taken(self, rows: range, count: int, dim: int) -> Batch:
+        """Some rows, of which the last one is repeated until there are so many.
 
-        def fill(tensors: Tensors) -> Tensors:
+        Of no rows it is the one before them.
+        """
+        if rows == range(self.rows(dim)) and count == len(rows):
+            return self
+        places = torch.arange(rows.start, rows.start + count).clamp(max=rows.stop - 1)
+
+        def take(tensors: Tensors) -> Tensors:
             return tuple(
                 None if t is None else t.index_select(dim, places.to(t.device)) for t in tensors
             )
 
-        return Batch(fill(self.inputs), fill(self.labels))
+        return Batch(take(self.inputs), take(self.labels))
 
 
 @dataclass(frozen=True)

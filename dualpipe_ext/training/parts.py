@@ -15,7 +15,7 @@ from dualpipe_ext.groups import PipelineGroup
 from dualpipe_ext.training.batches import Batch
 from dualpipe_ext.training.losses import BatchLoss
 from dualpipe_ext.training.reports import NO_BATCH
-from dualpipe_ext.training.rows import RowPlan, even_parts
+from dualpipe_ext.training.rows import RowPlan, even_part, even_parts
 
 __all__ = ["Cutter", "Part"]
 
@@ -54,6 +54,7 @@ class Cutter:
         device: where this rank's stages are.
         dim: the dimension of the rows.
         timeout: seconds to wait for other ranks.
+        share: which part of the rows of a whole batch is this pipeline's, and of how many.
     """
 
     plan: RowPlan
@@ -62,22 +63,24 @@ class Cutter:
     device: torch.device
     dim: int
     timeout: float
+    share: tuple[int, int] = (0, 1)
 
     def of_whole(self, batch: Batch, fill: bool = False) -> Part:
         """This rank's part of a batch that all ranks have.
 
         Args:
             batch: the same on every rank.
-            fill: repeat the last row where there are fewer rows than micro-batches. The
-                micro-batches of these rows weigh nothing.
+            fill: repeat the last row where the pipeline has fewer rows than micro-batches, or
+                none. The micro-batches of these rows weigh nothing.
 
         Raises:
             ValueError: it cannot be cut into the micro-batches.
         """
-        given = rows = batch.rows(self.dim)
-        if fill and rows < self.plan.num_microbatches:
-            rows = self.plan.num_microbatches
-            batch = batch.filled(rows, self.dim)
+        own = even_part(batch.rows(self.dim), *self.share)
+        given = rows = len(own)
+        if fill:
+            rows = max(rows, self.plan.num_microbatches)
+        batch = batch.taken(own, rows, self.dim)
         cut = self.plan.microbatches(rows)
         units = [self._units(batch.labels, of) if of.stop <= given else 0 for of in cut]
         rank = self.group.rank

@@ -30,17 +30,25 @@ class BatchSteps:
         rows: where its micro-batches' rows enter and leave.
         dim: the dimension of the rows.
         timeout: seconds to wait for other ranks.
+        share: which part of the rows of a whole batch is this pipeline's, and of how many.
 
     Attributes:
         device: of this rank's stages.
     """
 
-    def __init__(self, pipeline: Pipeline, rows: RowPlan, dim: int, timeout: float) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        rows: RowPlan,
+        dim: int,
+        timeout: float,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
         self.device = next((each.device for each in pipeline.parameters()), torch.device("cpu"))
         self._pipeline = pipeline
         self._watch = ImbalanceWatch(pipeline)
         self._rows = rows
-        self._cutter = Cutter(rows, pipeline.group, BY_ROWS, self.device, dim, timeout)
+        self._cutter = Cutter(rows, pipeline.group, BY_ROWS, self.device, dim, timeout, share)
 
     def of_whole(self, read: Callable[[], Batch], loss: BatchLoss, fill: bool = False) -> Part:
         """This rank's part of a batch that all ranks read.

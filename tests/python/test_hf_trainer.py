@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 from trainers import (
     RECOMPUTING,
     History,
     Run,
-    is_exact,
+    check,
     make_arguments,
     run_all,
     run_in_one_process,
@@ -171,24 +169,6 @@ def test_logs_the_times_of_the_pipeline(pipeline: list[dict[str, History]]) -> N
     log = pipeline[0]["llama, evaluated and logged"].logs[0]
     assert 0 < log["pipeline_busy_seconds"] <= log["pipeline_step_seconds"]
     assert 0 <= log["pipeline_bubble"] < 1
-
-
-def check(found: History, expected: History, relative: float) -> None:
-    """The losses of a run or of its end, the numbers of each log, the model, its predictions."""
-    wanted = expected.losses[-len(found.losses) :]
-    close = torch.testing.assert_close
-    close(torch.tensor(found.losses), torch.tensor(wanted), rtol=relative, atol=0.0)
-    for log, same in zip(found.logs, expected.logs, strict=True):
-        for name, value in same.items():
-            if is_exact(name):
-                assert math.isclose(log[name], value, rel_tol=relative, abs_tol=1e-12), (name, log)
-    close(found.state, expected.state, rtol=10 * relative, atol=relative)
-    close(
-        torch.as_tensor(found.predictions),
-        torch.as_tensor(expected.predictions),
-        rtol=10 * relative,
-        atol=relative,
-    )
 
 
 def test_every_setting_that_is_not_honoured_is_refused(tmp_path: Path) -> None:

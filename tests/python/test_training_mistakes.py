@@ -21,8 +21,10 @@ from torch.optim.lr_scheduler import StepLR
 
 from dualpipe_ext import DualPipeConfig, TrainingWrapper
 from dualpipe_ext.compat.batches import BatchPipeline
+from dualpipe_ext.compat.ranks import TrainerRanks
 from dualpipe_ext.groups import resolve_group
 from dualpipe_ext.testing import run_ranks
+from dualpipe_ext.training.replicas import Replicas
 
 pytestmark = pytest.mark.measures  # failures are told within seconds
 
@@ -300,7 +302,9 @@ def test_trainers_are_told_of_models_that_differ() -> None:
         model = make_gpt()
         with torch.no_grad():
             next(model.parameters()).add_(rank)
-        BatchPipeline(model, DualPipeConfig(), resolve_group(None, None), torch.device("cpu"))
+        nowhere: Any = None  # threads have no group of torch's
+        ranks = TrainerRanks(resolve_group(None, None), Replicas(None), nowhere)
+        BatchPipeline(model, DualPipeConfig(), ranks, torch.device("cpu"))
 
     with pytest.warns(UserWarning, match="rank 0 has other weights than that of rank 1"):
         run_ranks(make_pipeline, 2)

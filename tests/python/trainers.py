@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -256,3 +257,21 @@ def is_exact(name: str) -> bool:
     steps before as well.
     """
     return name.endswith(("eval_loss", "norm", "rate", "right", "size", "epoch", "step"))
+
+
+def check(found: History, expected: History, relative: float) -> None:
+    """The losses of a run or of its end, the numbers of each log, the model, its predictions."""
+    wanted = expected.losses[-len(found.losses) :]
+    close = torch.testing.assert_close
+    close(torch.tensor(found.losses), torch.tensor(wanted), rtol=relative, atol=0.0)
+    for log, same in zip(found.logs, expected.logs, strict=True):
+        for name, value in same.items():
+            if is_exact(name):
+                assert math.isclose(log[name], value, rel_tol=relative, abs_tol=1e-12), (name, log)
+    close(found.state, expected.state, rtol=10 * relative, atol=relative)
+    close(
+        torch.as_tensor(found.predictions),
+        torch.as_tensor(expected.predictions),
+        rtol=10 * relative,
+        atol=relative,
+    )

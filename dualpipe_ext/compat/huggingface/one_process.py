@@ -1,4 +1,4 @@
-"""What accelerate is told: one process, for the ranks of a pipeline share every batch."""
+"""What accelerate is told: one process, for all ranks share every batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 __all__ = ["show_one_process"]
 
 
-def show_one_process(args: Any, rank: int) -> None:
+def show_one_process(args: Any, number: int) -> None:
     """Makes accelerate neither divide batches among the ranks nor wrap the model.
 
     That ranks know their numbers stays: the first one writes and logs. The state is accelerate's
@@ -18,15 +18,15 @@ def show_one_process(args: Any, rank: int) -> None:
 
     Args:
         args: the training arguments, whose state is accelerate's.
-        rank: this rank.
+        number: of this rank, among those of all replicas.
     """
     state: PartialState = args.distributed_state
     AcceleratorState._reset_state(reset_partial_state=False)
     state.distributed_type = DistributedType.NO
     state.num_processes = 1
-    state.process_index = rank
+    state.process_index = number
     if not _is_local(state):
-        state.local_process_index = rank
+        state.local_process_index = number
 
 
 def _is_local(state: Any) -> bool:

@@ -11,24 +11,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import Trainer, TrainingArguments
 
 from dualpipe_ext.checkpoint.ranks import Ranks
+from dualpipe_ext.checkpoint.replicas import on_first_replica
 from dualpipe_ext.compat.batches import BatchPipeline
 from dualpipe_ext.compat.huggingface.arguments import accepted, recomputes
 from dualpipe_ext.compat.huggingface.checkpoints import last_complete_checkpoint
 from dualpipe_ext.compat.huggingface.losses import ModelLoss
 from dualpipe_ext.compat.huggingface.one_process import show_one_process
 from dualpipe_ext.compat.ranks import (
-    both_ends,
-    host_group,
+    TrainerRanks,
     rank_device,
     through_together,
     update_together,
 )
-from dualpipe_ext.compat.whole import own_state_alone, update_model, whole_state
+from dualpipe_ext.compat.whole import own_state_alone, refuse_shards, update_model, whole_state
 from dualpipe_ext.config import DualPipeConfig
-from dualpipe_ext.groups import resolve_group
 
 __all__ = ["DualPipeTrainer"]
 
@@ -38,8 +38,9 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
 
     Start it on every rank alike (``torchrun``, or processes of :func:`dualpipe_ext.testing.
     run_ranks`): all ranks read the same batches and keep the same state; the first one logs and
-    writes. ``per_device_train_batch_size`` is the batch of the whole pipeline, and is cut into
-    ``num_chunks`` micro-batches. Data, collators, callbacks, optimizers, schedulers, logs and
+    writes. ``per_device_train_batch_size`` is the batch of all ranks together. Replicas, where there
+    are any, divide its rows among them, and each cuts its own into ``num_chunks`` micro-batches; the
+    numbers are those of one process whatever the number of replicas. Data, collators, callbacks, optimizers, schedulers, logs and
     checkpoints are the trainer's own: a checkpoint is that of an unsplit run, which can go on with
     it, and the other way round. The loss is the model's own ``loss_function``.
 
@@ -55,17 +56,21 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         args: what cannot be honoured is refused (:data:`REFUSED` of ``compat.huggingface.
             arguments``). ``activation_checkpointing`` (of older releases:
             ``gradient_checkpointing``) recomputes stages.
-        num_chunks: micro-batches of a batch; even, and at least twice the number of ranks.
+        num_chunks: micro-batches of each pipeline; even, and at least twice the number of its ranks.
         enable_profiling: log the pipeline's times and its bubble with each log of losses.
         config: everything else about the pipeline.
-        process_group: the ranks; torch's default group where left out.
+        process_group: the ranks of this pipeline; torch's default group where left out.
+        replica_group: the ranks in the same place of other pipelines (replicas); as for
+            :class:`dualpipe_ext.TrainingWrapper`.
+        mesh: with axes ``"pp"`` and ``"dp"``, in place of both groups.
         more: further arguments of the trainer: datasets, collator, callbacks, metrics, optimizers.
 
     Attributes:
         pipeline: what runs the steps.
 
     Raises:
-        ValueError: a setting, model or group that does not fit.
+        ValueError: a setting, model, group or mesh that does not fit.
+        PipelineError: another rank could not be constructed.
     """
 
     def __init__(
@@ -77,14 +82,15 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         enable_profiling: bool = False,
         config: DualPipeConfig | None = None,
         process_group: dist.ProcessGroup | None = None,
+        replica_group: dist.ProcessGroup | None = None,
+        mesh: DeviceMesh | None = None,
         **more: Any,
     ) -> None:
         if model is None:
             raise ValueError("DualPipeTrainer needs model=: a model_init would not be cut again")
         _refuse(self, more)
         args = args or TrainingArguments(output_dir="tmp_trainer")
-        host = host_group(process_group)
-        group = resolve_group(host, None)
+        ranks = TrainerRanks.of(process_group, replica_group, mesh)
         chosen = config or DualPipeConfig()
         if recomputes(args):
             chosen = replace(chosen, memory_optimization="activation_checkpoint")
@@ -93,9 +99,9 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         if num_chunks:
             chosen = replace(chosen, num_microbatches=num_chunks)
         own_args = accepted(args)
-        show_one_process(own_args, group.rank)
+        show_one_process(own_args, ranks.number)
         super().__init__(model, own_args, *more_in_order, **more)
-        self._host = host
+        self._ranks = ranks
         self._profiles = enable_profiling
         self._wants_logits = True
         self._last_update = -1
@@ -103,7 +109,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         self._num_accumulated = 0
         self._loss = ModelLoss(model)
         self._batches = BatchPipeline(
-            model, chosen, group, rank_device(own_args.device, group.rank), self.label_names
+            model, chosen, ranks, rank_device(own_args.device, ranks.number), self.label_names
         )
         self.pipeline = self._batches.pipeline
         self.pipeline.times_device = enable_profiling
@@ -132,6 +138,16 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         )
         return torch.tensor(loss, device=self.args.device)
 
+    def create_optimizer(self, *args: Any, **options: Any) -> Any:
+        """As the trainer's.
+
+        Raises:
+            TypeError: an optimizer that has its state in shards.
+        """
+        made = super().create_optimizer(*args, **options)
+        refuse_shards(made)
+        return made
+
     def _tell_of_failed_updates(self) -> None:
         """An optimizer that raises on one rank is an error on all of them."""
         optimizer = self._torch_optimizer()
@@ -142,7 +158,8 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
 
         @wraps(step)
         def told(_: Any, *args: Any, **options: Any) -> Any:
-            return update_together(self.pipeline, partial(step, *args, **options))
+            own = partial(step, *args, **options)
+            return update_together(self.pipeline, self._ranks.replicas, own)
 
         optimizer.step = MethodType(told, optimizer)  # schedulers that come later bind it again
 
@@ -189,9 +206,8 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
     def _outputs(self, own: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         if not self._wants_logits:
             return {}
-        logits = both_ends(own, self.pipeline, self._host)
-        rows = next(iter(inputs.values())).size(0)
-        return {"logits": logits[:rows].float().to(self.args.device)}
+        logits = self._batches.first_output(own, next(iter(inputs.values())).size(0))
+        return {"logits": logits.float().to(self.args.device)}
 
     def _clip(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """In the place of accelerate's: the norm of the whole model's gradient."""
@@ -219,14 +235,19 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
             ValueError: there is none.
         """
         if resume_from_checkpoint is True:
-            ranks = Ranks(self.pipeline.group, self.pipeline.config.timeout)
-            resume_from_checkpoint = ranks.from_first(
-                lambda: last_complete_checkpoint(str(self.args.output_dir)),
-                "found nothing to resume from",
-            )
+            resume_from_checkpoint = self._last_checkpoint()
         result = super().train(resume_from_checkpoint, *args, **options)
-        update_model(self.model, self.pipeline, self._host)
+        update_model(self.model, self.pipeline, self._ranks)
         return result
+
+    def _last_checkpoint(self) -> str:
+        """What the first rank finds."""
+        ranks = Ranks(self.pipeline.group, self.pipeline.config.timeout)
+        failure = "found nothing to resume from"
+        find = partial(last_complete_checkpoint, str(self.args.output_dir))
+        return on_first_replica(
+            self._ranks.replicas.group, lambda: ranks.from_first(find, failure), failure
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the whole model, on the first rank. Call it on every rank.
@@ -235,9 +256,9 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
             Exception: what went wrong, on the first rank.
             PipelineError: the same, on the others.
         """
-        update_model(self.model, self.pipeline, self._host)
+        update_model(self.model, self.pipeline, self._ranks)
         save = partial(super().save_model, output_dir, _internal_call)
-        through_together(self.pipeline, save, "could not save the model")
+        through_together(self._ranks, save, "could not save the model")
 
     def hyperparameter_search(self, *_: Any, **__: Any) -> Any:
         """Not here.
@@ -249,10 +270,12 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
         save = partial(super()._save_checkpoint, *args, **options)
-        through_together(self.pipeline, save, "could not save the checkpoint")
+        through_together(self._ranks, save, "could not save the checkpoint")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with whole_state(self._torch_optimizer(), self.pipeline, self._host):
+        if self._ranks.replicas.index:
+            return  # the first one has all of it
+        with whole_state(self._torch_optimizer(), self.pipeline, self._ranks.host):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -14,9 +14,8 @@ from torch.optim import Optimizer
 
 from dualpipe_ext.adapters.base import is_causal_model
 from dualpipe_ext.compat.batches import BatchPipeline
-from dualpipe_ext.compat.ranks import both_ends, check_others_update, host_group
+from dualpipe_ext.compat.ranks import TrainerRanks, check_others_update
 from dualpipe_ext.config import DualPipeConfig
-from dualpipe_ext.groups import resolve_group
 from dualpipe_ext.training.losses import IGNORED, Reduction, choose_loss
 
 __all__ = ["DualPipeLightningModule"]
@@ -110,11 +109,10 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
                 f"DualPipeStrategy(), devices=P) with P ranks"
             )
         self._refuse_other_parameters()
-        group = resolve_group(host_group(None), None)
         self._built = BatchPipeline(
             self.model,
             self._seeded_config(),
-            group,
+            TrainerRanks.of(),
             strategy.root_device,
             sample_inputs=self._sample_inputs,
         )
@@ -160,8 +158,7 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
         """The model's first output for one batch, on every rank and in host memory."""
         built = self.dualpipe_wrapper
         built.pipeline.train(self.training)
-        group = host_group(None)
-        return both_ends(built.infer(batch), built.pipeline, group)[: _rows(batch)]
+        return built.first_output(built.infer(batch), _rows(batch))
 
     def forward(self, *inputs: Any, **more: Any) -> Any:
         """The model in one piece, after training."""

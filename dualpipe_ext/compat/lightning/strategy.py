@@ -15,11 +15,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from dualpipe_ext.compat.batches import BatchPipeline
 from dualpipe_ext.compat.lightning.module import DualPipeLightningModule
 from dualpipe_ext.compat.lightning.optimizer_states import load_whole_state, save_whole_state
 from dualpipe_ext.compat.lightning.refusals import refuse_settings
-from dualpipe_ext.compat.ranks import host_group, through_together, update_together
-from dualpipe_ext.compat.whole import update_model
+from dualpipe_ext.compat.ranks import through_together, update_together
+from dualpipe_ext.compat.whole import refuse_shards, update_model
 from dualpipe_ext.training.optimizers import refuse_closures
 
 __all__ = ["DualPipeStrategy"]
@@ -72,12 +73,14 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         """Makes optimizers; the module has cut its model already.
 
         Raises:
-            TypeError: an optimizer that needs a closure.
+            TypeError: an optimizer that needs a closure, or has its state in shards.
         """
         Strategy.setup(self, trainer)  # DDP would wrap the module, or make all ranks like the first
         for optimizer in self.optimizers:
-            refuse_closures(getattr(optimizer, "optimizer", optimizer))
-        if trainer.state.fn == "fit" and self._pipeline.num_ranks > 2:
+            own = getattr(optimizer, "optimizer", optimizer)
+            refuse_closures(own)
+            refuse_shards(own)
+        if trainer.state.fn == "fit" and self._built.pipeline.num_ranks > 2:
             model = self.lightning_module.model
             self._guard = model.register_forward_pre_hook(_refuse_stale_values)
 
@@ -96,19 +99,20 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         """
         result = closure()
         if self.lightning_module.trainer.accumulate_grad_batches > 1:
-            self._pipeline.sync_gradients()
+            self._built.sync_gradients()
         step = partial(super().optimizer_step, optimizer, lambda: result, model, **options)
-        return update_together(self._pipeline, step)
+        return update_together(self._built.pipeline, self._built.ranks.replicas, step)
 
     @property
-    def _pipeline(self) -> Any:
-        return self.lightning_module.dualpipe_wrapper.pipeline
+    def _built(self) -> BatchPipeline:
+        built: BatchPipeline = self.lightning_module.dualpipe_wrapper
+        return built
 
     # Checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole model's. Every rank calls it."""
-        update_model(self.lightning_module.model, self._pipeline, host_group(None))
+        update_model(self.lightning_module.model, self._built.pipeline, self._built.ranks)
         state: dict[str, Any] = self.lightning_module.state_dict()
         return state
 
@@ -120,13 +124,16 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
             PipelineError: the same, on the others.
         """
         save = partial(super().save_checkpoint, *args, **options)
-        through_together(self._pipeline, save, "could not write the checkpoint")
+        through_together(self._built.ranks, save, "could not write the checkpoint")
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """That of an unsplit run, on the first rank. Every rank calls it."""
         optimizer = getattr(optimizer, "optimizer", optimizer)
+        built = self._built
+        if built.ranks.replicas.index:
+            return optimizer.state_dict()  # the first one has all of it
         return save_whole_state(
-            optimizer, self.lightning_module.model, self._pipeline, host_group(None)
+            optimizer, self.lightning_module.model, built.pipeline, built.ranks.host
         )
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -134,7 +141,7 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         model = self.lightning_module.model
         states = checkpoint["optimizer_states"]
         for optimizer, state in zip(self.optimizers, states, strict=True):
-            load_whole_state(optimizer, model, state, host_group(None))
+            load_whole_state(optimizer, model, state, self._built.ranks.host)
 
     def teardown(self) -> None:
         """Gives the module the values of all stages, unless an error ended the training."""
@@ -145,14 +152,14 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
             isinstance(module, DualPipeLightningModule)
             and module.trainer.state.status != TrainerStatus.INTERRUPTED
         ):
-            update_model(module.model, self._pipeline, host_group(None))
+            update_model(module.model, self._built.pipeline, self._built.ranks)
         super().teardown()
 
     # What would place or wrap the module
 
     def model_to_device(self) -> None:
         """Places this rank's stages alone."""
-        self._pipeline.to(self.root_device)
+        self._built.pipeline.to(self.root_device)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         return model
