@@ -45,8 +45,9 @@ def _source(config: DualPipeConfig, num_ranks: int) -> ScheduleSource:
     if config.num_stages not in (0, num_stages):
         raise ValueError(
             f"num_stages={config.num_stages}, but {config.schedule} on {num_ranks} ranks has "
-            f"{num_stages} stages; configure num_stages={num_stages}, or start another number of "
-            f"ranks"
+            f"{num_stages} stages; configure num_stages={num_stages}, start another number of ranks, "
+            f"or have pipelines side by side (mesh=, in Lightning DualPipeStrategy(num_stages="
+            f"{config.num_stages}))"
         )
     return source
 

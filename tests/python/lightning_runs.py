@@ -27,6 +27,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from dualpipe_ext.compat import DualPipeLightningModule, DualPipeStrategy
 from dualpipe_ext.training.losses import BatchLoss, Reduction
 
+WARNINGS = (  # Lightning's own
+    "ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning",
+    "ignore:.*does not have many workers",
+    "ignore:The number of training batches",
+    "ignore:Checkpoint directory .* exists and is not empty",
+    "ignore:The dirpath has changed",
+)
+
 
 class Block(nn.Module):
     """One of many."""
@@ -280,10 +288,20 @@ def measure(size: int) -> Outcome:
     return outcome
 
 
-def run_over_pipeline(size: int, job: Run) -> History:
+def run_over_pipeline(size: int, job: Run, num_stages: int = 0) -> History:
+    """With fewer stages than ranks, over replicas."""
     seed_everything(0, verbose=False)
-    module = Split(2 * size, reduction="token" if job.is_padded else None)
-    return run(job, module, devices=size, strategy=DualPipeStrategy())
+    module = Split(2 * (num_stages or size), reduction="token" if job.is_padded else None)
+    return run(job, module, devices=size, strategy=DualPipeStrategy(num_stages=num_stages))
+
+
+def check(found: History, expected: History, relative: float) -> None:
+    """The losses of a run, the scores, the model, its predictions."""
+    close = torch.testing.assert_close
+    for one, other in [(found.losses, expected.losses), (found.scores, expected.scores)]:
+        close(torch.tensor(one), torch.tensor(other), rtol=relative, atol=0.0)
+    close(found.state, expected.state, rtol=10 * relative, atol=relative)
+    close(found.predictions, expected.predictions, rtol=10 * relative, atol=relative)
 
 
 def run_all(rank: int, size: int, jobs: dict[str, Run]) -> dict[str, Any]:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from lightning_runs import (
     REFUSED,
+    WARNINGS,
     History,
     Run,
     Split,
+    check,
     make_loader,
     make_trainer,
     run_all,
@@ -23,13 +25,7 @@ from lightning_runs import (
 import dualpipe_ext.compat
 from dualpipe_ext.testing import run_ranks
 
-pytestmark = [  # Lightning's own
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:The number of training batches"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
-]
+pytestmark = [pytest.mark.filterwarnings(text) for text in WARNINGS]
 RUNS: dict[str, dict[str, Any]] = {
     "clipped": {"gradient_clip_val": 0.2},
     "clipped by value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
@@ -188,15 +184,6 @@ def test_a_failing_write_is_told_to_all_ranks(parts: list[dict[str, Any]]) -> No
         assert outcome.error == ("PipelineError" if rank else "OSError"), outcome
         assert "No space left on device" in outcome.text and outcome.seconds < 20
         assert rank == 0 or outcome.text.startswith("rank 0 could not write the checkpoint")
-
-
-def check(found: History, expected: History, relative: float) -> None:
-    """The losses of a run, the scores, the model, its predictions."""
-    close = torch.testing.assert_close
-    for one, other in [(found.losses, expected.losses), (found.scores, expected.scores)]:
-        close(torch.tensor(one), torch.tensor(other), rtol=relative, atol=0.0)
-    close(found.state, expected.state, rtol=10 * relative, atol=relative)
-    close(found.predictions, expected.predictions, rtol=10 * relative, atol=relative)
 
 
 def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from dualpipe_ext.adapters.base import is_causal_model
 from dualpipe_ext.compat.batches import BatchPipeline
-from dualpipe_ext.compat.ranks import TrainerRanks, check_others_update
+from dualpipe_ext.compat.ranks import check_others_update
 from dualpipe_ext.config import DualPipeConfig
 from dualpipe_ext.training.losses import IGNORED, Reduction, choose_loss
 
@@ -26,7 +26,8 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
 
     Train it with ``Trainer(strategy=DualPipeStrategy(), devices=P)``. A batch is a pair of inputs
     and targets, each a tensor or several, or a mapping by the model's own names and ``labels``; it
-    is the same on every rank, and is cut into micro-batches. ``train_loss``, ``val_loss`` and
+    is the same on every rank of every replica. Replicas, where there are any, divide its rows among
+    them, and each cuts its own into micro-batches. ``train_loss``, ``val_loss`` and
     ``test_loss`` are logged. Steps that are overridden call those here.
 
     The model's parameters are all in ``state_dict()``, under ``model.``: while training, a rank has
@@ -37,7 +38,7 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
 
     Args:
         model: a whole model with an adapter, the same on every rank.
-        num_chunks: micro-batches of a batch; even, and at least twice the number of ranks.
+        num_chunks: micro-batches of each pipeline; even, and at least twice the number of its ranks.
         reduction: what ``criterion`` returns of some rows: their ``"mean"`` or ``"sum"``, or for
             ``"token"`` the mean over targets other than -100. Left out, it is taken for the mean
             over rows, and whole numbers among which is -100 are refused as targets.
@@ -112,7 +113,7 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
         self._built = BatchPipeline(
             self.model,
             self._seeded_config(),
-            TrainerRanks.of(),
+            strategy.make_ranks(),
             strategy.root_device,
             sample_inputs=self._sample_inputs,
         )

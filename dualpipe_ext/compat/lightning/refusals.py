@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["refuse_settings"]
+__all__ = ["refuse_num_stages", "refuse_settings"]
 
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 # Callbacks by name, for some are in one release of lightning alone; those made of them as well.
@@ -41,6 +41,30 @@ def refuse_settings(trainer: Trainer, module: LightningModule) -> None:
                     f"callbacks=[{kind.__name__}(...)]",
                     f"{_CALLBACKS[kind.__name__]}; leave it out",
                 )
+
+
+def refuse_num_stages(num_stages: int, num_ranks: int, built: int) -> None:
+    """Raises where ranks do not come out even in pipelines of so many stages.
+
+    Args:
+        num_stages: of each pipeline; 0 for one of all ranks.
+        num_ranks: of all pipelines together.
+        built: stages that the module was cut into already, or 0.
+
+    Raises:
+        ValueError: with the numbers, and what to do instead.
+    """
+    if num_stages < 0 or (num_stages and num_ranks % num_stages):
+        raise ValueError(
+            f"DualPipeStrategy(num_stages={num_stages}) has pipelines of {num_stages} ranks, and "
+            f"Trainer starts {num_ranks}; choose devices= times num_nodes= as a multiple of num_stages"
+        )
+    if built and built != (num_stages or num_ranks):
+        raise ValueError(
+            f"the module was cut into {built} stages by an earlier trainer, and this one has "
+            f"pipelines of {num_stages or num_ranks}; make the module anew, or use DualPipeStrategy("
+            f"num_stages={built})"
+        )
 
 
 def _refusal(setting: str, reason: str) -> ValueError:

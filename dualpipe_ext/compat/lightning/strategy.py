@@ -12,14 +12,15 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from dualpipe_ext.compat.batches import BatchPipeline
 from dualpipe_ext.compat.lightning.module import DualPipeLightningModule
 from dualpipe_ext.compat.lightning.optimizer_states import load_whole_state, save_whole_state
-from dualpipe_ext.compat.lightning.refusals import refuse_settings
-from dualpipe_ext.compat.ranks import through_together, update_together
+from dualpipe_ext.compat.lightning.refusals import refuse_num_stages, refuse_settings
+from dualpipe_ext.compat.ranks import TrainerRanks, through_together, update_together
 from dualpipe_ext.compat.whole import refuse_shards, update_model
 from dualpipe_ext.training.optimizers import refuse_closures
 
@@ -29,7 +30,8 @@ __all__ = ["DualPipeStrategy"]
 class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not be there to check
     """Runs each rank of a pipeline in a process; nothing is wrapped, and all share every batch.
 
-    Processes are those of ``torchrun``, or started as ``DDPStrategy`` does. Batches are not divided
+    With more ranks than ``num_stages`` there are replicas: pipelines side by side, each of ranks in
+    a row, which divide the rows of every batch among them. Processes are those of ``torchrun``, or started as ``DDPStrategy`` does. Batches are not divided
     among them (``use_distributed_sampler`` is off), and torch's generator is in the first rank's
     state on all. A checkpoint is that of an unsplit run, which can go on with it, and the other way
     round.
@@ -38,6 +40,7 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         start_method: ``"popen"`` runs the script again for each further rank; ``"spawn"`` calls
             what the trainer was to do, and needs a module that can be pickled.
         timeout: of the process group, which is one of gloo. ``DualPipeConfig`` has that of steps.
+        num_stages: of each pipeline, which has as many ranks; left out, all ranks are one pipeline.
     """
 
     runs_pipelines = True
@@ -46,15 +49,17 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         self,
         start_method: Literal["popen", "spawn"] = "popen",
         timeout: timedelta = timedelta(minutes=30),
+        num_stages: int = 0,
     ) -> None:
         super().__init__(process_group_backend="gloo", start_method=start_method, timeout=timeout)
+        self._num_stages = num_stages
         self._guard: RemovableHandle | None = None  # of the model while a rank has a part of it
 
     def setup_environment(self) -> None:
         """Starts the process group.
 
         Raises:
-            ValueError: a setting that cannot be honoured.
+            ValueError: a setting that cannot be honoured, or a number of ranks.
             TypeError: a module of another class.
         """
         module = self.lightning_module
@@ -63,11 +68,22 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
                 f"DualPipeStrategy trains a DualPipeLightningModule; found {type(module).__name__}"
             )
         refuse_settings(module.trainer, module)
+        num_ranks = self.num_nodes * self.num_processes
+        built = 0 if module._built is None else module._built.pipeline.num_ranks
+        refuse_num_stages(self._num_stages, num_ranks, built)
         super().setup_environment()
         module.trainer._accelerator_connector.use_distributed_sampler = False
         state = torch.get_rng_state()
         dist.broadcast(state, src=0)
         torch.set_rng_state(state)
+
+    def make_ranks(self) -> TrainerRanks:
+        """The ranks of this pipeline, and of those beside it; every rank calls it."""
+        num_ranks = dist.get_world_size()
+        if self._num_stages in (0, num_ranks):
+            return TrainerRanks.of()
+        shape = num_ranks // self._num_stages, self._num_stages
+        return TrainerRanks.of(mesh=init_device_mesh("cpu", shape, mesh_dim_names=("dp", "pp")))
 
     def setup(self, trainer: Any) -> None:
         """Makes optimizers; the module has cut its model already.

@@ -1,0 +1,103 @@
+"""Lightning's trainer over pipelines side by side: the numbers of the trainer on one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning_replicas import run_all
+from lightning_runs import WARNINGS, History, Run, check, run_in_one_process
+
+from dualpipe_ext.testing import run_ranks
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in WARNINGS]
+RUNS: dict[str, dict[str, Any]] = {
+    "clipped": {"gradient_clip_val": 0.2},
+    "accumulated": {"accumulate_grad_batches": 4, "max_steps": 3},
+    "padded": {"max_steps": 6},
+}
+SAVED = "clipped"
+REFUSED = {
+    "DualPipeStrategy(num_stages=3) has pipelines of 3 ranks, and Trainer starts 4": "ValueError",
+    "the module was cut into 2 stages by an earlier trainer": "ValueError",
+    "in Lightning DualPipeStrategy(num_stages=2)": "ValueError",
+    "has its state in shards": "TypeError",
+}
+
+
+def jobs(folder: Path) -> dict[str, Run]:
+    """The runs, and one that goes on from the first epoch of the one that is saved."""
+    found = {
+        name: Run(str(folder / name) if name == SAVED else "", options, is_padded=name == "padded")
+        for name, options in RUNS.items()
+    }
+    path = str(folder / SAVED / "epoch=0.ckpt")
+    return {**found, "resumed": Run(str(folder / "resumed"), RUNS[SAVED], resume=path)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lightning_replicas")
+
+
+@pytest.fixture(scope="module")
+def unsplit(folder: Path) -> dict[str, History]:
+    return {name: run_in_one_process(job) for name, job in jobs(folder / "unsplit").items()}
+
+
+@pytest.fixture(scope="module")
+def replicas(folder: Path) -> list[dict[str, Any]]:
+    """What two pipelines of two ranks came to, by rank of the default group."""
+    return run_ranks(run_all, 4, "processes", (jobs(folder / "replicas"),), timeout=150.0)
+
+
+@pytest.mark.parametrize("name", [*RUNS, "resumed"])
+def test_trains_as_on_one_process(
+    name: str, unsplit: dict[str, History], replicas: list[dict[str, Any]]
+) -> None:
+    for found in replicas:
+        check(found[name], unsplit[name], 1e-5)
+
+
+def test_an_unsplit_run_goes_on_with_its_checkpoint(
+    folder: Path, unsplit: dict[str, History], replicas: list[dict[str, Any]]
+) -> None:
+    path = str(folder / "replicas" / SAVED / "epoch=0.ckpt")
+    found = run_in_one_process(Run(str(folder / "resumed unsplit"), RUNS[SAVED], resume=path))
+    check(found, unsplit["resumed"], 1e-5)
+
+
+def test_replicas_draw_other_random_numbers(replicas: list[dict[str, Any]]) -> None:
+    first, second, *others = [found["seed"] for found in replicas]
+    assert first == second and others[0] == others[1] != first
+
+
+def test_a_failure_is_told_to_all_replicas(replicas: list[dict[str, Any]]) -> None:
+    raised = {
+        "unsaved": (0, "OSError", "No space left on device"),
+        "not updated": (2, "RuntimeError", "out of luck"),
+    }
+    for name, (place, error, text) in raised.items():
+        for rank, found in enumerate(replicas):
+            outcome = found[name]
+            assert outcome.error == (error if rank == place else "PipelineError"), outcome
+            assert outcome.seconds < 20
+            is_beside = rank // 2 != place // 2
+            assert (f"replica {place // 2} has failed" if is_beside else text) in outcome.text
+
+
+def test_replicas_with_other_batches_are_refused(replicas: list[dict[str, Any]]) -> None:
+    for found in replicas:
+        for outcome in found["other batches"]:
+            assert outcome.is_a("ValueError"), outcome
+            assert "was given another batch than others" in outcome.text and outcome.seconds < 20
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_cannot_be_done_is_refused_on_every_rank(
+    text: str, replicas: list[dict[str, Any]]
+) -> None:
+    for found in replicas:
+        assert found[text].is_a(REFUSED[text]), found[text]
+        assert text in found[text].text and found[text].seconds < 20
