@@ -15,6 +15,7 @@ from dualpipe_ext import _C
 __all__ = [
     "gpu_engine",
     "has_cuda",
+    "num_queues",
     "require_cuda",
     "reserve_queues",
     "shapes_digest",
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"  # read by the driver when CUDA starts; 8 where not set
+MOST_QUEUES = 32
 
 
 def has_cuda() -> bool:
@@ -63,20 +65,25 @@ def reserve_queues() -> None:
     Once it has, the driver looks no more. A number that the user has set stays.
     """
     if has_cuda() and not torch.cuda.is_initialized():
-        os.environ.setdefault(QUEUES, "32")
+        os.environ.setdefault(QUEUES, str(MOST_QUEUES))
+
+
+def num_queues() -> int:
+    """How many hardware queues the streams of this process have, all together."""
+    return min(MOST_QUEUES, int(os.environ.get(QUEUES) or 8))
 
 
 def shared_queues(num_streams: int) -> str | None:
-    """What to tell the user where so many streams share hardware queues; ``None``: they do not.
+    """What to tell the user where more queues would help so many streams; ``None``: they would not.
 
     A message that waits for its peer holds up computation behind it in the same queue.
     """
-    found = int(os.environ.get(QUEUES) or 8)
-    if found >= min(32, num_streams):
+    found = num_queues()
+    if found >= min(MOST_QUEUES, num_streams):
         return None
     return (
         f"{num_streams} streams share {found} hardware queues, so that a message which waits can "
-        f"hold up computation; import dualpipe_ext or set {QUEUES}=32 before the first use of CUDA"
+        f"hold up computation; import dualpipe_ext or set {QUEUES}={MOST_QUEUES} before the first use of CUDA"
     )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from dualpipe_ext import _C
 from dualpipe_ext._advice import warn_caller
-from dualpipe_ext._cuda import require_cuda, shared_queues
+from dualpipe_ext._cuda import num_queues, require_cuda, shared_queues
 from dualpipe_ext.config import DualPipeConfig
 
 __all__ = ["EngineSettings", "GpuSettings", "gpu_settings"]
@@ -23,6 +23,7 @@ class GpuSettings:
         ways: all that this rank sends and receives by.
         device: the index of its GPU.
         by_copies: by copy engines, not over NCCL.
+        queues_are_shared: whether streams of this process share hardware queues.
         max_ctas: thread blocks that a message over NCCL may take; 0: as NCCL likes.
         dynamic_shapes: whether each message is described to its receiver.
     """
@@ -30,6 +31,7 @@ class GpuSettings:
     ways: Sequence[_C.MessageWay]
     device: int
     by_copies: bool
+    queues_are_shared: bool
     max_ctas: int
     dynamic_shapes: bool
 
@@ -78,9 +80,17 @@ def gpu_settings(
     # Beside those of its messages, a rank has a stream that computes and one that sums; a
     # communicator has two of NCCL's own, which wait for its messages.
     streams_per_way = 3 if config.transport == "nccl" else 1
-    problem = shared_queues(ranks_in_process * (streams_per_way * len(ways) + 2))
+    num_streams = ranks_in_process * (streams_per_way * len(ways) + 2)
+    problem = shared_queues(num_streams)
     if problem is not None:
         warn_caller(problem)
     index = torch.cuda.current_device() if device.index is None else device.index
     by_copies = config.transport == "copy"
-    return GpuSettings(ways, index, by_copies, config.nccl_max_ctas, config.dynamic_shapes)
+    return GpuSettings(
+        ways=ways,
+        device=index,
+        by_copies=by_copies,
+        queues_are_shared=num_streams > num_queues(),
+        max_ctas=config.nccl_max_ctas,
+        dynamic_shapes=config.dynamic_shapes,
+    )

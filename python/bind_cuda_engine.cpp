@@ -23,14 +23,17 @@ namespace {
 
 struct GpuOptions {
   int device;
-  bool by_copies;  // and not over NCCL
+  bool by_copies;          // and not over NCCL
+  bool queues_are_shared;  // copies alone
   int max_ctas;
 };
 
 LinkMaker link_maker(const GpuOptions& gpu, const std::shared_ptr<Device>& device, Rank rank) {
   if (gpu.by_copies) {
-    return
-        [calls = cuda_copies(gpu.device), device, rank] { return copy_link(calls, device, rank); };
+    const Queues queues = gpu.queues_are_shared ? Queues::kShared : Queues::kOwn;
+    return [calls = cuda_copies(gpu.device), device, rank, queues] {
+      return copy_link(calls, device, rank, queues);
+    };
   }
   const NcclOptions options{.max_ctas = gpu.max_ctas};
   return [calls = nccl_calls(gpu.device), device, rank, options] {
@@ -53,8 +56,8 @@ EngineHolder engine_over(std::unique_ptr<HostTransport> host, std::unique_ptr<Co
 
 EngineHolder process_engine(c10d::ProcessGroup& group, int rank, std::vector<int> group_ranks,
                             const std::vector<int>& peers, std::vector<MessageWay> ways, int device,
-                            bool by_copies, int max_ctas, bool dynamic_shapes,
-                            double timeout_seconds) {
+                            bool by_copies, bool queues_are_shared, int max_ctas,
+                            bool dynamic_shapes, double timeout_seconds) {
   std::vector<Rank> peer_ranks;
   for (const int peer : peers) peer_ranks.emplace_back(peer);
   const py::gil_scoped_release unlocked;
@@ -65,19 +68,20 @@ EngineHolder process_engine(c10d::ProcessGroup& group, int rank, std::vector<int
                       .ways = std::move(ways),
                       .timeout = milliseconds_of(timeout_seconds),
                       .dynamic_shapes = dynamic_shapes},
-                     {device, by_copies, max_ctas});
+                     {device, by_copies, queues_are_shared, max_ctas});
 }
 
 EngineHolder thread_engine(const std::shared_ptr<LoopbackHub>& hub, int rank,
-                           std::vector<MessageWay> ways, int device, bool by_copies, int max_ctas,
-                           bool dynamic_shapes, double timeout_seconds) {
+                           std::vector<MessageWay> ways, int device, bool by_copies,
+                           bool queues_are_shared, int max_ctas, bool dynamic_shapes,
+                           double timeout_seconds) {
   const py::gil_scoped_release unlocked;
   return engine_over(hub->transport(Rank(rank)), hub->control_plane(Rank(rank)),
                      {.rank = Rank(rank),
                       .ways = std::move(ways),
                       .timeout = milliseconds_of(timeout_seconds),
                       .dynamic_shapes = dynamic_shapes},
-                     {device, by_copies, max_ctas});
+                     {device, by_copies, queues_are_shared, max_ctas});
 }
 
 void bind_cuda(py::module_& module) {
@@ -91,11 +95,12 @@ void bind_cuda(py::module_& module) {
       "Its stages are on this GPU, whose clock is asked for.");
   module.def("gpu_engine", &process_engine, py::arg("group"), py::arg("rank"),
              py::arg("group_ranks"), py::arg("peers"), py::arg("ways"), py::arg("device"),
-             py::arg("by_copies"), py::arg("max_ctas"), py::arg("dynamic_shapes"),
-             py::arg("timeout_seconds"), "An engine whose messages stay on the GPU.");
-  module.def("gpu_thread_engine", &thread_engine, py::arg("hub"), py::arg("rank"), py::arg("ways"),
-             py::arg("device"), py::arg("by_copies"), py::arg("max_ctas"),
+             py::arg("by_copies"), py::arg("queues_are_shared"), py::arg("max_ctas"),
              py::arg("dynamic_shapes"), py::arg("timeout_seconds"),
+             "An engine whose messages stay on the GPU.");
+  module.def("gpu_thread_engine", &thread_engine, py::arg("hub"), py::arg("rank"), py::arg("ways"),
+             py::arg("device"), py::arg("by_copies"), py::arg("queues_are_shared"),
+             py::arg("max_ctas"), py::arg("dynamic_shapes"), py::arg("timeout_seconds"),
              "The same for ranks that are threads of one process.");
 }
 

@@ -27,7 +27,8 @@ constexpr std::size_t kScratchBytes = 512;
 
 class CopyLink final : public DeviceLink {
  public:
-  CopyLink(std::shared_ptr<CopyCalls> calls, std::shared_ptr<Device> device, Rank rank);
+  CopyLink(std::shared_ptr<CopyCalls> calls, std::shared_ptr<Device> device, Rank rank,
+           Queues queues);
   ~CopyLink() override;
 
   Invitation invite() override;
@@ -61,6 +62,7 @@ class CopyLink final : public DeviceLink {
   const std::shared_ptr<CopyCalls> calls_;
   const std::shared_ptr<Device> device_;
   const Rank rank_;
+  const Queues queues_;
   const pid_t process_ = getpid();
   std::shared_ptr<CopyBlocks> blocks_;
 
@@ -95,10 +97,12 @@ auto CopyLink::noting_failures(const std::string& what, const Call& call) {
   }
 }
 
-CopyLink::CopyLink(std::shared_ptr<CopyCalls> calls, std::shared_ptr<Device> device, Rank rank)
+CopyLink::CopyLink(std::shared_ptr<CopyCalls> calls, std::shared_ptr<Device> device, Rank rank,
+                   Queues queues)
     : calls_(std::move(calls)),
       device_(std::move(device)),
       rank_(rank),
+      queues_(queues),
       blocks_(std::make_shared<CopyBlocks>(calls_)) {
   watcher_.enqueue([this] { watch(); });
 }
@@ -150,8 +154,9 @@ void CopyLink::add_ways(std::vector<DeviceWay> ways, const std::vector<Invitatio
       auto box = mailbox(way, invitations[i]);
       auto stream = device_->new_stream();
       ways_.push_back(
-          way.outgoing ? outgoing_way(calls_, std::move(way), std::move(stream), std::move(box))
-                       : incoming_way(blocks_, std::move(way), std::move(stream), std::move(box)));
+          way.outgoing
+              ? outgoing_way(calls_, std::move(way), std::move(stream), std::move(box), queues_)
+              : incoming_way(blocks_, std::move(way), std::move(stream), std::move(box), queues_));
     });
   }
 }
@@ -283,8 +288,8 @@ void CopyLink::require_alive() const {
 }  // namespace
 
 std::unique_ptr<DeviceLink> copy_link(std::shared_ptr<CopyCalls> calls,
-                                      std::shared_ptr<Device> device, Rank rank) {
-  return std::make_unique<CopyLink>(std::move(calls), std::move(device), rank);
+                                      std::shared_ptr<Device> device, Rank rank, Queues queues) {
+  return std::make_unique<CopyLink>(std::move(calls), std::move(device), rank, queues);
 }
 
 }  // namespace dualpipe

@@ -8,11 +8,16 @@
 namespace dualpipe {
 
 CopyWay::CopyWay(DeviceWay way, std::unique_ptr<Stream> stream,
-                 std::shared_ptr<CopyMailbox> mailbox)
+                 std::shared_ptr<CopyMailbox> mailbox, Queues queues)
     : peer_(way.peer),
+      queues_(queues),
       name_(std::move(way.name)),
       stream_(std::move(stream)),
       mailbox_(std::move(mailbox)) {}
+
+bool CopyWay::may_follow(const EventPtr& event) const {
+  return queues_ == Queues::kOwn || !event || event->done();
+}
 
 std::optional<std::string> CopyWay::loss() const {
   const bool is_gone = mailbox_->peer_came() && !mailbox_->peer_lives();

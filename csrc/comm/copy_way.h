@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "comm/copy_blocks.h"
+#include "comm/copy_link.h"
 #include "comm/copy_mailbox.h"
 #include "comm/device_link.h"
 
@@ -42,7 +43,11 @@ class CopyWay {
   [[nodiscard]] bool settled() noexcept;
 
  protected:
-  CopyWay(DeviceWay way, std::unique_ptr<Stream> stream, std::shared_ptr<CopyMailbox> mailbox);
+  CopyWay(DeviceWay way, std::unique_ptr<Stream> stream, std::shared_ptr<CopyMailbox> mailbox,
+          Queues queues);
+
+  // Whether what comes after this may be given to the stream.
+  [[nodiscard]] bool may_follow(const EventPtr& event) const;
 
   // The number of the last message that was asked for.
   [[nodiscard]] virtual std::uint32_t last_message() const = 0;
@@ -52,6 +57,7 @@ class CopyWay {
   [[nodiscard]] virtual bool peer_is_through() const = 0;
 
   const Rank peer_;
+  const Queues queues_;
   const std::string name_;
   const std::unique_ptr<Stream> stream_;
   const std::shared_ptr<CopyMailbox> mailbox_;
@@ -68,11 +74,13 @@ class CopyWay {
 // From a device, to where its receiver says.
 [[nodiscard]] std::unique_ptr<CopyWay> outgoing_way(std::shared_ptr<CopyCalls> calls, DeviceWay way,
                                                     std::unique_ptr<Stream> stream,
-                                                    std::shared_ptr<CopyMailbox> mailbox);
+                                                    std::shared_ptr<CopyMailbox> mailbox,
+                                                    Queues queues);
 
 // Into memory of `blocks`.
 [[nodiscard]] std::unique_ptr<CopyWay> incoming_way(std::shared_ptr<CopyBlocks> blocks,
                                                     DeviceWay way, std::unique_ptr<Stream> stream,
-                                                    std::shared_ptr<CopyMailbox> mailbox);
+                                                    std::shared_ptr<CopyMailbox> mailbox,
+                                                    Queues queues);
 
 }  // namespace dualpipe

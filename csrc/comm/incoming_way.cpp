@@ -41,29 +41,37 @@ class Receipt final : public Event {
 class IncomingWay final : public CopyWay {
  public:
   IncomingWay(std::shared_ptr<CopyBlocks> blocks, DeviceWay way, std::unique_ptr<Stream> stream,
-              std::shared_ptr<CopyMailbox> mailbox)
-      : CopyWay(std::move(way), std::move(stream), std::move(mailbox)),
+              std::shared_ptr<CopyMailbox> mailbox, Queues queues)
+      : CopyWay(std::move(way), std::move(stream), std::move(mailbox), queues),
         blocks_(std::move(blocks)) {}
 
   EventPtr transfer(const std::vector<Piece>& pieces, const EventPtr& ready) override {
-    stream_->wait(ready);
-    mailbox_->write(CopyMailbox::kReady, ++num_issued_, *stream_);
+    unready_.push_back(ready);
     for (const Piece& piece : pieces) {
       const auto [block, offset] = blocks_->find(piece.data);
       unposted_.push_back({block, offset, piece.num_bytes, &piece == &pieces.back()});
     }
+    const auto receipt = std::make_shared<Receipt>(mailbox_, ++num_asked_);
     advance();
-    return std::make_shared<Receipt>(mailbox_, num_issued_);
+    return receipt;
   }
 
   bool advance() override {
     while (!unposted_.empty() && mailbox_->post(unposted_.front())) unposted_.pop_front();
-    return unposted_.empty();
+    while (!unready_.empty() && may_follow(unready_.front())) {
+      stream_->wait(unready_.front());
+      mailbox_->write(CopyMailbox::kReady, ++num_issued_, *stream_);
+      unready_.pop_front();
+    }
+    return unposted_.empty() && unready_.empty();
   }
 
  protected:
-  std::uint32_t last_message() const override { return num_issued_; }
-  void forget(const EventPtr&) noexcept override { unposted_.clear(); }
+  std::uint32_t last_message() const override { return num_asked_; }
+  void forget(const EventPtr&) noexcept override {
+    unposted_.clear();
+    unready_.clear();
+  }
   void leave() noexcept override {}
   bool peer_is_through() const override {
     return mailbox_->peer_quiet() || !mailbox_->peer_came() || !mailbox_->peer_lives();
@@ -71,16 +79,18 @@ class IncomingWay final : public CopyWay {
 
  private:
   const std::shared_ptr<CopyBlocks> blocks_;
+  std::uint32_t num_asked_ = CopyMailbox::kFirstMessage;
   std::deque<Posting> unposted_;
+  std::deque<EventPtr> unready_;  // of messages whose memory may not be free yet
 };
 
 }  // namespace
 
 std::unique_ptr<CopyWay> incoming_way(std::shared_ptr<CopyBlocks> blocks, DeviceWay way,
                                       std::unique_ptr<Stream> stream,
-                                      std::shared_ptr<CopyMailbox> mailbox) {
+                                      std::shared_ptr<CopyMailbox> mailbox, Queues queues) {
   return std::make_unique<IncomingWay>(std::move(blocks), std::move(way), std::move(stream),
-                                       std::move(mailbox));
+                                       std::move(mailbox), queues);
 }
 
 }  // namespace dualpipe

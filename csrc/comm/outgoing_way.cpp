@@ -58,8 +58,9 @@ class Departure final : public Event {
 class OutgoingWay final : public CopyWay {
  public:
   OutgoingWay(std::shared_ptr<CopyCalls> calls, DeviceWay way, std::unique_ptr<Stream> stream,
-              std::shared_ptr<CopyMailbox> mailbox)
-      : CopyWay(std::move(way), std::move(stream), std::move(mailbox)), calls_(std::move(calls)) {}
+              std::shared_ptr<CopyMailbox> mailbox, Queues queues)
+      : CopyWay(std::move(way), std::move(stream), std::move(mailbox), queues),
+        calls_(std::move(calls)) {}
 
   EventPtr transfer(const std::vector<Piece>& pieces, const EventPtr& ready) override {
     auto departure = std::make_shared<Departure>(mailbox_, ++num_asked_);
@@ -70,7 +71,8 @@ class OutgoingWay final : public CopyWay {
 
   bool advance() override {
     while (!unissued_.empty() && has_targets(unissued_.front()) &&
-           mailbox_->has_reached(CopyMailbox::kReady, num_issued_ + 1)) {
+           mailbox_->has_reached(CopyMailbox::kReady, num_issued_ + 1) &&
+           may_follow(unissued_.front().ready)) {
       issue(unissued_.front());
       unissued_.pop_front();
       copies_.clear();
@@ -153,9 +155,9 @@ class OutgoingWay final : public CopyWay {
 
 std::unique_ptr<CopyWay> outgoing_way(std::shared_ptr<CopyCalls> calls, DeviceWay way,
                                       std::unique_ptr<Stream> stream,
-                                      std::shared_ptr<CopyMailbox> mailbox) {
+                                      std::shared_ptr<CopyMailbox> mailbox, Queues queues) {
   return std::make_unique<OutgoingWay>(std::move(calls), std::move(way), std::move(stream),
-                                       std::move(mailbox));
+                                       std::move(mailbox), queues);
 }
 
 }  // namespace dualpipe

@@ -14,10 +14,11 @@ std::vector<DeviceWay> ways_of(Rank rank) {
           {peer, !is_lower, "gradients from rank 1 to rank 0"}};
 }
 
-CopyPair::CopyPair() {
+CopyPair::CopyPair(Queues queues) {
+  const FakeQueue queue = queues == Queues::kShared ? fake_queue() : nullptr;
   for (int rank = 0; rank < 2; ++rank) {
-    devices.push_back(std::make_shared<FakeDevice>());
-    links.push_back(copy_link(world.calls(), devices.back(), Rank(rank)));
+    devices.push_back(std::make_shared<FakeDevice>(queue));
+    links.push_back(copy_link(world.calls(), devices.back(), Rank(rank), queues));
   }
 }
 

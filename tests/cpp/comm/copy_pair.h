@@ -16,7 +16,8 @@ constexpr DeviceLink::Index kDown = 1;  // back
 
 // Two ranks as threads of one process, by links alone.
 struct CopyPair {
-  CopyPair();
+  // Shared: all streams of the links are in one queue.
+  explicit CopyPair(Queues queues = Queues::kOwn);
   void connect();
 
   // A message of this many bytes each, on the way up; bytes are `fill`.

@@ -56,17 +56,30 @@ class Synchronized final : public Transport {
 
 LinkMaker link_maker(FakeWorld& world, LinkKind kind, const std::shared_ptr<Device>& device,
                      Rank rank) {
-  if (kind == LinkKind::kCopy) {
-    return [calls = world.copies.calls(), device, rank] { return copy_link(calls, device, rank); };
+  if (kind == LinkKind::kNccl) {
+    return [calls = world.nccl.calls(), device, rank] {
+      return std::make_unique<NcclLink>(calls, device, rank, NcclOptions{});
+    };
   }
-  return [calls = world.nccl.calls(), device, rank] {
-    return std::make_unique<NcclLink>(calls, device, rank, NcclOptions{});
+  const Queues queues = kind == LinkKind::kCopyInSharedQueues ? Queues::kShared : Queues::kOwn;
+  return [calls = world.copies.calls(), device, rank, queues] {
+    return copy_link(calls, device, rank, queues);
   };
 }
 
 }  // namespace
 
-std::string to_string(LinkKind kind) { return kind == LinkKind::kNccl ? "Nccl" : "Copy"; }
+std::string to_string(LinkKind kind) {
+  switch (kind) {
+    case LinkKind::kNccl:
+      return "Nccl";
+    case LinkKind::kCopy:
+      return "Copy";
+    case LinkKind::kCopyInSharedQueues:
+      return "CopyInSharedQueues";
+  }
+  return "unknown";
+}
 
 std::unique_ptr<Transport> device_rank(FakeWorld& world, LinkKind kind, LinkFabric& fabric,
                                        Rank rank, int num_ranks, std::shared_ptr<Device> device,
@@ -89,8 +102,9 @@ std::unique_ptr<Transport> synchronized(std::unique_ptr<Transport> transport) {
 }
 
 DeviceRanks::DeviceRanks(LinkKind kind, int num_ranks, const DeviceRankOptions& options) {
+  const FakeQueue queue = kind == LinkKind::kCopyInSharedQueues ? fake_queue() : nullptr;
   for (int rank = 0; rank < num_ranks; ++rank) {
-    devices.push_back(std::make_shared<FakeDevice>());
+    devices.push_back(std::make_shared<FakeDevice>(queue));
     transports.push_back(
         device_rank(world, kind, fabric, Rank(rank), num_ranks, devices.back(), options));
   }

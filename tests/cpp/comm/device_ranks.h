@@ -14,7 +14,8 @@
 
 namespace dualpipe::testing {
 
-enum class LinkKind : std::uint8_t { kNccl, kCopy };
+// In shared queues: all streams for messages of all ranks are in one.
+enum class LinkKind : std::uint8_t { kNccl, kCopy, kCopyInSharedQueues };
 [[nodiscard]] std::string to_string(LinkKind kind);
 
 // Where the links of ranks that are threads meet.

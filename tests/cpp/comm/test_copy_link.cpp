@@ -68,6 +68,39 @@ TEST(CopyLink, ASendAheadOfItsReceiveIsIssuedWithoutAnotherCall) {
   EXPECT_EQ(bytes[999], std::byte{0});
 }
 
+// Computation of rank 0 waits for a message, which is asked for behind one that waits for this
+// computation; all their streams are in one queue.
+TEST(CopyLink, InASharedQueueNoMessageKeepsBackTheOneThatItWaitsFor) {
+  CopyPair pair(Queues::kShared);
+  pair.connect();
+  FakeStream& compute = pair.devices[0]->compute();
+  auto* const place = static_cast<std::byte*>(pair.links[0]->allocator()->allocate(8));
+  const EventPtr arrived = pair.links[0]->transfer(kDown, {{place, 8}}, nullptr);
+  arrived->hold_back(compute);
+  (void)pair.send(3, {64}, compute.record());
+  const auto received = pair.receive({64});
+  std::vector<std::byte> answer(8, std::byte{9});
+  std::this_thread::sleep_for(5ms);
+  const EventPtr left = pair.links[1]->transfer(kDown, {{answer.data(), 8}}, nullptr);
+  EXPECT_TRUE(received.is(3));
+  EXPECT_EQ(place[7], std::byte{9});
+  left->synchronize();
+}
+
+TEST(CopyLink, InASharedQueueMemoryIsWrittenOnceItIsFree) {
+  CopyPair pair(Queues::kShared);
+  pair.connect();
+  std::latch read(1);
+  pair.devices[1]->compute().launch([&] { read.wait(); });
+  const EventPtr left = pair.send(1, {64});
+  const auto received = pair.receive({64}, pair.devices[1]->compute().record());
+  std::this_thread::sleep_for(5ms);
+  EXPECT_FALSE(left->done());
+  EXPECT_EQ(received.pieces[0].data[0], std::byte{0xEE});
+  read.count_down();
+  EXPECT_TRUE(received.is(1));
+}
+
 TEST(CopyLink, MorePostingsThanTheMailboxHolds) {
   constexpr int kMessages = 2 * CopyMailbox::kCapacity + 10;
   CopyPair pair;

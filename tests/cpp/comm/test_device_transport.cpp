@@ -66,7 +66,7 @@ std::vector<conformance::Check> device_checks() {
   return checks;
 }
 
-constexpr LinkKind kLinks[] = {LinkKind::kNccl, LinkKind::kCopy};
+constexpr LinkKind kLinks[] = {LinkKind::kNccl, LinkKind::kCopy, LinkKind::kCopyInSharedQueues};
 
 INSTANTIATE_TEST_SUITE_P(Threads, DeviceConformance,
                          ::testing::Combine(::testing::ValuesIn(kLinks),

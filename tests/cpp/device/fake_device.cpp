@@ -4,6 +4,7 @@
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
+#include <utility>
 
 namespace dualpipe::testing {
 namespace {
@@ -77,9 +78,11 @@ class PoisonedAllocator final : public Allocator {
 
 }  // namespace
 
-FakeStream::FakeStream() = default;
+FakeQueue fake_queue() { return std::make_shared<HostStream>("fake_stream"); }
 
-FakeStream::~FakeStream() { stream_.synchronize(); }
+FakeStream::FakeStream(FakeQueue queue) : queue_(std::move(queue)) {}
+
+FakeStream::~FakeStream() { queue_->synchronize(); }
 
 EventPtr FakeStream::record() {
   auto event = std::make_shared<FakeEvent>();
@@ -91,6 +94,8 @@ StopwatchMaker fake_stopwatches(FakeDevice& device) {
   return [&device] { return std::make_unique<FakeStopwatch>(device.compute()); };
 }
 
-FakeDevice::FakeDevice() : allocator_(std::make_shared<PoisonedAllocator>(num_allocations_)) {}
+FakeDevice::FakeDevice(FakeQueue message_queue)
+    : message_queue_(std::move(message_queue)),
+      allocator_(std::make_shared<PoisonedAllocator>(num_allocations_)) {}
 
 }  // namespace dualpipe::testing

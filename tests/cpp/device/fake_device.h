@@ -9,11 +9,16 @@
 
 namespace dualpipe::testing {
 
+// What does the work of one stream, or of some that share it as streams share a hardware queue:
+// what waits then keeps back all behind it.
+using FakeQueue = std::shared_ptr<HostStream>;
+[[nodiscard]] FakeQueue fake_queue();
+
 // A stream that is a thread: work is really asynchronous, so that a wait that is missing is a race
 // that ThreadSanitizer sees.
 class FakeStream final : public Stream {
  public:
-  FakeStream();
+  explicit FakeStream(FakeQueue queue = fake_queue());
   ~FakeStream() override;  // waits for all work: a stream that goes cancels nothing
   FakeStream(const FakeStream&) = delete;
   FakeStream& operator=(const FakeStream&) = delete;
@@ -21,28 +26,30 @@ class FakeStream final : public Stream {
   [[nodiscard]] void* handle() const override { return nullptr; }
 
   // Issues work, as a kernel launch does.
-  void launch(std::function<void()> kernel) { stream_.enqueue(std::move(kernel)); }
+  void launch(std::function<void()> kernel) { queue_->enqueue(std::move(kernel)); }
 
  private:
-  HostStream stream_{"fake_stream"};
+  const FakeQueue queue_;
 };
 
 // A device whose memory is the host's, and full of 0xEE when it is allocated.
 class FakeDevice final : public Device {
  public:
-  FakeDevice();
+  // The queue of all streams for messages; null: each has its own.
+  explicit FakeDevice(FakeQueue message_queue = nullptr);
   void begin() override {}
   [[nodiscard]] FakeStream& compute() override { return compute_; }
   [[nodiscard]] FakeStream& reduction() override { return reduction_; }
   void reduce(const std::function<void()>& work) override { work(); }
   [[nodiscard]] std::unique_ptr<Stream> new_stream() override {
-    return std::make_unique<FakeStream>();
+    return std::make_unique<FakeStream>(message_queue_ ? message_queue_ : fake_queue());
   }
   [[nodiscard]] std::shared_ptr<Allocator> allocator() override { return allocator_; }
 
   [[nodiscard]] int num_allocations() const { return *num_allocations_; }
 
  private:
+  const FakeQueue message_queue_;
   std::shared_ptr<std::atomic<int>> num_allocations_ = std::make_shared<std::atomic<int>>(0);
   std::shared_ptr<Allocator> allocator_;
   FakeStream compute_;
