@@ -84,13 +84,20 @@ def gpu_settings(
     problem = shared_queues(num_streams)
     if problem is not None:
         warn_caller(problem)
+    queues_are_shared = num_streams > num_queues()
+    if queues_are_shared and ranks_in_process > 1 and config.transport == "nccl":
+        warn_caller(
+            f"{ranks_in_process} ranks that are threads have {num_streams} streams over NCCL, which "
+            f"share {num_queues()} hardware queues: their messages may wait for each other until "
+            f"the time limit; start a process for each rank, or choose transport='copy'"
+        )
     index = torch.cuda.current_device() if device.index is None else device.index
     by_copies = config.transport == "copy"
     return GpuSettings(
         ways=ways,
         device=index,
         by_copies=by_copies,
-        queues_are_shared=num_streams > num_queues(),
+        queues_are_shared=queues_are_shared,
         max_ctas=config.nccl_max_ctas,
         dynamic_shapes=config.dynamic_shapes,
     )

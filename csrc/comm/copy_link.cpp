@@ -1,5 +1,6 @@
 #include "comm/copy_link.h"
 
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -20,7 +21,8 @@ namespace {
 
 using Clock = DeviceLink::Clock;
 
-constexpr std::chrono::microseconds kBusyPoll{50};
+constexpr std::chrono::microseconds kBusyPoll{20};
+constexpr unsigned long kTimerSlackNs = 1'000;  // by default sleeps may be 50 us longer
 constexpr std::chrono::milliseconds kIdlePoll{10};
 constexpr std::chrono::seconds kPatience{10};  // with peers that may still use memory of this rank
 constexpr std::size_t kScratchBytes = 512;
@@ -248,6 +250,7 @@ void CopyLink::drain() {
 }
 
 void CopyLink::watch() {
+  (void)prctl(PR_SET_TIMERSLACK, kTimerSlackNs);
   Lock lock(mutex_);
   while (!stopping_) {
     idle_ = look_after_all();

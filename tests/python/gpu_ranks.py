@@ -94,22 +94,23 @@ def steps_without_synchronizing(
         torch.cuda.set_sync_debug_mode("default")
 
 
-def allocations_of_steps(
-    rank: int, num_ranks: int, job: Job, wait_for_all: Callable[[], object]
+def allocations_until_level(
+    rank: int, num_ranks: int, job: Job, wait_for_all: Callable[[], object], num_level: int
 ) -> list[tuple[int, int]]:
-    """After each of a few steps: how often torch had asked the driver for memory, and what is free.
+    """After each step: how often torch had asked the driver for memory, and what is free.
 
-    Receive buffers of some transports are none of torch's.
+    Until these were the same for some steps, or 40 are over. Receive buffers of some transports are
+    none of torch's; how many sends are under way at once differs from step to step.
     """
     stepper = Stepper(rank, job)
-    counts = []
-    for _ in range(8):
+    counts: list[tuple[int, int]] = []
+    while len(counts) < 40 and (len(counts) < num_level or len(set(counts[-num_level:])) > 1):
         stepper.step()
         finish()
         wait_for_all()
         num_free_bytes, _ = torch.cuda.mem_get_info()
         counts.append((torch.cuda.memory_stats()["num_device_alloc"], num_free_bytes))
-        wait_for_all()
+        wait_for_all()  # all ranks see the same
     return counts
 
 

@@ -278,6 +278,12 @@ def check_results(job: Job, results: Sequence[RankResult], expected: Unsplit) ->
             check_gradients(gradients, expected.gradients[stage], job.dtype, where, rounding)
 
 
+def check_jobs(jobs: Sequence[Job], results: Sequence[Sequence[RankResult]]) -> None:
+    """The results of several jobs, by rank."""
+    for job, found in zip(jobs, zip(*results, strict=True), strict=True):
+        check_results(job, found, unsplit(job))
+
+
 def check_equal(
     found: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...], where: str
 ) -> None:

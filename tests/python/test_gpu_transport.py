@@ -65,6 +65,19 @@ def test_settings_follow_the_configuration(
     assert by_copies is not None and by_copies.by_copies
 
 
+def test_threads_whose_streams_share_hardware_queues(
+    with_cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(_cuda.QUEUES, "32")
+    ways = _C.mirror_ways(0, 4) * 3
+    copies = DualPipeConfig(transport="copy")
+    alone, together = (gpu_settings(copies, CUDA, ways, count) for count in (2, 3))
+    assert alone is not None and not alone.queues_are_shared
+    assert together is not None and together.queues_are_shared
+    with pytest.warns(UserWarning, match=r"3 ranks that are threads have 114 streams over NCCL"):
+        gpu_settings(DualPipeConfig(transport="nccl"), CUDA, ways, 3)
+
+
 @pytest.mark.parametrize("chosen", [None, "1"])
 @pytest.mark.parametrize("has_started", [False, True])
 def test_queues_are_asked_for_while_the_driver_listens(
