@@ -71,13 +71,15 @@ def measured_costs(
         replicas: the ranks in the same place of other pipelines.
 
     Raises:
-        ValueError: ranks or replicas that are to be cut differently; on all of them.
+        ValueError: ranks or replicas with other settings, or that are to be cut differently; on all
+            of them.
         Exception: what went wrong, on the first rank.
         PipelineError: the same, on the others.
     """
     failure = "could not measure its layers"
     is_whole = isinstance(model, nn.Module)
-    told = {"balance": config.balance, "model to be cut": is_whole}
+    settings = {name: value for name, value in config.to_dict().items() if name != "seed"}
+    told = {**settings, "model to be cut": is_whole}
     on_all_replicas(
         replicas, lambda: agree(group, config.timeout, lambda: {**told, "stages": {}}), failure
     )

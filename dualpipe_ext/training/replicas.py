@@ -78,13 +78,14 @@ class Replicas:
 
         Raises:
             ValueError: groups that are none of pipelines side by side, or other stages in another
-                replica; on every rank.
+                replica; on every rank that has them.
             PipelineError: another replica has failed.
         """
         if self.group is None:
             return
-        self.gather(0.0)  # a replica that has failed would not come to what follows
-        self._copies = _all_copies(self.group, pipeline)
+        group = self.group
+        by_place = self.together(lambda: _by_place(group, pipeline))
+        self._copies = _all_copies(group, by_place, pipeline)
         self._check_alike(pipeline)
         with reaching_replicas():
             for _, tensor in _tensors(pipeline):
@@ -188,24 +189,38 @@ def _tensors(pipeline: Pipeline) -> list[tuple[str, Tensor]]:
     return [*pipeline.named_parameters(), *pipeline.named_buffers()]
 
 
-def _all_copies(replicas: dist.ProcessGroup, pipeline: Pipeline) -> dist.ProcessGroup:
-    """All ranks that hold the same stages: those in the same place, and those of their mirrors."""
+def _by_place(replicas: dist.ProcessGroup, pipeline: Pipeline) -> list[list[int]]:
+    """The replicas of each rank of this pipeline; raises where they are none."""
     told = collect(
         pipeline.group,
         pipeline.config.timeout,
-        lambda: {"replicas": dist.get_process_group_ranks(replicas)},
+        lambda: {"replicas": dist.get_process_group_ranks(replicas), "index": replicas.rank()},
         "could not name its replicas",
     )
-    by_place = [facts["replicas"] for facts in told]
+    by_place: list[list[int]] = [facts["replicas"] for facts in told]
     everybody = list(chain(*by_place))
     if len({len(ranks) for ranks in by_place}) > 1 or len(set(everybody)) < len(everybody):
         raise ValueError(
             f"the replicas of the ranks of this pipeline are {by_place}; each needs a group of "
             f"equally many, and none may be in two of them"
         )
+    numbers = [facts["index"] for facts in told]
+    if len(set(numbers)) > 1:  # they would take the rows of different replicas
+        raise ValueError(
+            f"the ranks of this pipeline have the numbers {numbers} among their replicas, which are "
+            f"{by_place}: torch numbers the ranks of a group in ascending order; choose pipelines "
+            f"whose order is the same in each group, as init_device_mesh() does"
+        )
+    return by_place
+
+
+def _all_copies(
+    replicas: dist.ProcessGroup, by_place: Sequence[Sequence[int]], pipeline: Pipeline
+) -> dist.ProcessGroup:
+    """All ranks that hold the same stages: those in the same place, and those of their mirrors."""
     if not pipeline.is_mirrored:
         return replicas
-    ranks = sorted(by_place[pipeline.rank] + by_place[pipeline.num_ranks - 1 - pipeline.rank])
+    ranks = sorted([*by_place[pipeline.rank], *by_place[pipeline.num_ranks - 1 - pipeline.rank]])
     timeout = timedelta(seconds=pipeline.config.timeout)
     copies: dist.ProcessGroup = dist.new_group(
         ranks, timeout=timeout, use_local_synchronization=True

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from trainers import Run, Texts, run
 
+from dualpipe_ext import DualPipeConfig
 from dualpipe_ext.compat import DualPipeTrainer
 
 NUM_REPLICAS = 2
@@ -81,6 +82,8 @@ def refused(ranks: Ranks, job: Run) -> dict[str, Outcome]:
     mesh = ranks.mesh
     tensor = init_device_mesh("cpu", tuple(mesh.shape), mesh_dim_names=("dp", "tp"))
     wider = replace(job, model={"n_layer": 4 + 2 * ranks.replica})
+    buckets = DualPipeConfig(bucket_bytes=1024 << ranks.replica)
+    turned = DeviceMesh("cpu", [[0, 3], [1, 2]], mesh_dim_names=("dp", "pp"))
     own = {"process_group": mesh.get_group("pp")}
     return {
         "it needs 'pp' and 'dp'": attempt(ranks.make, job, mesh=tensor),
@@ -88,7 +91,9 @@ def refused(ranks: Ranks, job: Run) -> dict[str, Outcome]:
         "none may be in two of them": attempt(
             ranks.make, job, **own, replica_group=mesh.get_group("pp")
         ),
+        "have the numbers [": attempt(ranks.make, job, mesh=turned),
         "the replicas have other stages": attempt(ranks.make, wider),
+        "replicas differ in bucket_bytes": attempt(ranks.make, job, config=buckets),
         "has its state in shards": attempt(train_in_shards, ranks, job),
     }
 

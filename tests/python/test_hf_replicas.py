@@ -42,7 +42,9 @@ REFUSED = {
     "it needs 'pp' and 'dp'": "ValueError",
     "leave out process_group=": "ValueError",
     "none may be in two of them": "ValueError",
+    "have the numbers [": "ValueError",
     "the replicas have other stages": "ValueError",
+    "replicas differ in bucket_bytes": "ValueError",
     "has its state in shards": "TypeError",
 }
 
