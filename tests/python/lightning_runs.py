@@ -237,6 +237,7 @@ def make_trainer(job: Run, callbacks: list[Any], **options: Any) -> Trainer:
 def run(job: Run, module: Any, **options: Any) -> History:
     """Trains, validates at the end and with the best checkpoint, predicts."""
     seed_everything(1, verbose=False)
+    torch.rand(3)  # as a script that makes its model behind the seed
     losses = Losses()
     saver = ModelCheckpoint(job.folder, "{epoch}", save_top_k=-1, monitor="val_loss")
     watchers = [saver, LearningRateMonitor(), EarlyStopping("val_loss", patience=9)]

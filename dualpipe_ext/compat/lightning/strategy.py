@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
@@ -31,10 +33,10 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
     """Runs each rank of a pipeline in a process; nothing is wrapped, and all share every batch.
 
     With more ranks than ``num_stages`` there are replicas: pipelines side by side, each of ranks in
-    a row, which divide the rows of every batch among them. Processes are those of ``torchrun``, or started as ``DDPStrategy`` does. Batches are not divided
-    among them (``use_distributed_sampler`` is off), and torch's generator is in the first rank's
-    state on all. A checkpoint is that of an unsplit run, which can go on with it, and the other way
-    round.
+    a row, which divide the rows of every batch among them. Processes are those of ``torchrun``, or
+    started as ``DDPStrategy`` does. Loaders are left as they are (``use_distributed_sampler`` is
+    off), and torch's generator is in the first rank's state on all. A checkpoint is that of an
+    unsplit run, which can go on with it, and the other way round.
 
     Args:
         start_method: ``"popen"`` runs the script again for each further rank; ``"spawn"`` calls
@@ -71,7 +73,9 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         num_ranks = self.num_nodes * self.num_processes
         built = 0 if module._built is None else module._built.pipeline.num_ranks
         refuse_num_stages(self._num_stages, num_ranks, built)
-        super().setup_environment()
+        is_script = self._start_method == "popen"  # else this process has drawn nothing yet
+        with isolate_rng() if is_script else nullcontext():  # DDP goes back to the seed
+            super().setup_environment()
         module.trainer._accelerator_connector.use_distributed_sampler = False
         state = torch.get_rng_state()
         dist.broadcast(state, src=0)
