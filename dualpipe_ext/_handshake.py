@@ -112,7 +112,7 @@ def _compare(facts: list[dict[str, Any]]) -> None:
 
 
 def _value(facts: dict[str, Any], key: str) -> str:
-    if key == "schedule":  # its name is for people: another one may do the same
+    if key == "schedule" and "schedule name" in facts:  # for people: another one may do the same
         return f"{facts['schedule name']!r} ({facts[key]})"
     return repr(facts[key])
 

@@ -68,11 +68,6 @@ class BatchPipeline:
         label_names: Sequence[str] = ("labels",),
         sample_inputs: Sequence[Tensor | None] | None = None,
     ) -> None:
-        if config.schedule != "dualpipe":
-            raise ValueError(
-                f"schedule={config.schedule!r}: trainers of other libraries run 'dualpipe'; others "
-                f"are run by dualpipe_ext.TrainingWrapper"
-            )
         self.ranks = ranks
         self._config = config
         group, replicas = ranks.group, ranks.replicas
@@ -97,6 +92,11 @@ class BatchPipeline:
         self, model: nn.Module, costs: list[Cost] | None, device: torch.device
     ) -> dict[str, Any]:
         """Cuts the model; a rank that cannot is told to the others."""
+        if self._config.schedule != "dualpipe":
+            raise ValueError(
+                f"schedule={self._config.schedule!r}: trainers of other libraries run 'dualpipe'; "
+                f"others are run by dualpipe_ext.TrainingWrapper"
+            )
         is_first = self.ranks.replicas.index == 0
         part = own_part(model, self._config, costs, self.ranks.group, show=is_first)
         self.rows = part.rows
@@ -197,12 +197,13 @@ class BatchPipeline:
     def _check(self, part: Part, total: int, loss: BatchLoss | None = None) -> None:
         """Raises where other replicas have another batch in this place, or where nothing counts."""
         found = self.ranks.replicas.gather(part.fingerprint)
-        if any(other != found[0] for other in found):
-            raise ValueError(
-                f"replica {self.ranks.replicas.index} was given another batch than others; every "
-                f"rank of every replica reads the same batches, and takes its own rows: leave out "
-                f"samplers that divide the data among ranks, and seed all ranks alike"
-            )
+        for replica, other in enumerate(found):
+            if other != found[0]:
+                raise ValueError(
+                    f"replica {replica} was given another batch than replica 0; every rank of every "
+                    f"replica reads the same batches, and takes its own rows: leave out samplers "
+                    f"that divide the data among ranks, and seed all ranks alike"
+                )
         if loss is not None:
             loss.check(total)
 

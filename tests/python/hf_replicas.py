@@ -83,6 +83,7 @@ def refused(ranks: Ranks, job: Run) -> dict[str, Outcome]:
     tensor = init_device_mesh("cpu", tuple(mesh.shape), mesh_dim_names=("dp", "tp"))
     wider = replace(job, model={"n_layer": 4 + 2 * ranks.replica})
     buckets = DualPipeConfig(bucket_bytes=1024 << ranks.replica)
+    schedule = DualPipeConfig(schedule="1f1b" if ranks.replica else "dualpipe")
     turned = DeviceMesh("cpu", [[0, 3], [1, 2]], mesh_dim_names=("dp", "pp"))
     own = {"process_group": mesh.get_group("pp")}
     return {
@@ -94,6 +95,7 @@ def refused(ranks: Ranks, job: Run) -> dict[str, Outcome]:
         "have the numbers [": attempt(ranks.make, job, mesh=turned),
         "the replicas have other stages": attempt(ranks.make, wider),
         "replicas differ in bucket_bytes": attempt(ranks.make, job, config=buckets),
+        "replicas differ in schedule": attempt(ranks.make, job, config=schedule),
         "has its state in shards": attempt(train_in_shards, ranks, job),
     }
 

@@ -264,10 +264,11 @@ def test_a_configuration_says_how_to_cut() -> None:
     assert min(by_rank, key=len) in [("0",), ("0", "1"), ("0", "8")], first
 
 
-@pytest.mark.parametrize("what", ["an option", "the balance", "the measuring"])
+@pytest.mark.parametrize("what", ["an option", "the balance", "the schedule", "the measuring"])
 def test_a_rank_that_is_cut_differently_is_told_to_all(what: str) -> None:
     def make(rank: int, size: int) -> list[Outcome]:
         sizes: Any = "parameters" if rank and what == "the balance" else "time"
+        schedule = "1f1b" if rank and what == "the schedule" else "dualpipe"
         options: dict[str, Any] = {"sample_inputs": (torch.ones(1, 2),)}
         if rank and what == "an option":
             options["accumulation_steps"] = 0
@@ -275,7 +276,7 @@ def test_a_rank_that_is_cut_differently_is_told_to_all(what: str) -> None:
             options["sample_inputs"] = (torch.ones(1, 2, 3, 4), torch.ones(1))
         found = []
         for config, more in (
-            (DualPipeConfig(balance=sizes, timeout=20.0), options),
+            (DualPipeConfig(schedule=schedule, balance=sizes, timeout=20.0), options),
             (DualPipeConfig(timeout=20.0), {}),
         ):
             found.append(attempt(TrainingWrapper, slow_model([1, 1]), config, SGD, **more))
@@ -283,8 +284,9 @@ def test_a_rank_that_is_cut_differently_is_told_to_all(what: str) -> None:
 
     for rank, (wrong, right) in enumerate(run_ranks(make, 2)):
         assert right.error == "" and wrong.seconds < 10
-        if what == "the balance":
-            assert wrong.error == "ValueError" and "ranks differ in balance" in wrong.text
+        if what in ("the balance", "the schedule"):
+            assert wrong.error == "ValueError"
+            assert f"ranks differ in {what.removeprefix('the ')}: " in wrong.text
         else:
             culprit = 1 if what == "an option" else 0
             assert (wrong.error == "PipelineError") == (rank != culprit), wrong
