@@ -40,9 +40,10 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
     run_ranks`): all ranks read the same batches and keep the same state; the first one logs and
     writes. ``per_device_train_batch_size`` is the batch of all ranks together. Replicas, where there
     are any, divide its rows among them, and each cuts its own into ``num_chunks`` micro-batches; the
-    numbers are those of one process whatever the number of replicas. Data, collators, callbacks, optimizers, schedulers, logs and
-    checkpoints are the trainer's own: a checkpoint is that of an unsplit run, which can go on with
-    it, and the other way round. The loss is the model's own ``loss_function``.
+    numbers are those of one process whatever the number of replicas. Data, collators, callbacks,
+    optimizers, schedulers, logs and checkpoints are the trainer's own: a checkpoint is that of an
+    unsplit run, which can go on with it, and the other way round. The loss is the model's own
+    ``loss_function``.
 
     While training, ``model`` on each rank has the values of this rank's stages alone;
     :meth:`save_model` and the end of :meth:`train` give it all of them.

@@ -32,7 +32,8 @@ def refuse_settings(trainer: Trainer, module: LightningModule) -> None:
         )
     if trainer.strategy._layer_sync is not None:
         raise _refusal(
-            "sync_batchnorm=True", "ranks do not divide a batch among them; leave it out"
+            "sync_batchnorm=True",
+            "it would wait for ranks that have other stages; leave it out",
         )
     for callback in trainer.callbacks:
         for kind in type(callback).__mro__:
