@@ -19,6 +19,7 @@ from lightning_runs import (
     start_as_torchrun,
 )
 from outcomes import Outcome, attempt
+from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -36,6 +37,14 @@ class Unlucky(Split):
         if dist.get_rank() == STAGES:
             found["optimizer"].register_step_pre_hook(out_of_luck)
         return found
+
+
+class Normed(Split):
+    """Has a batch norm, whose statistics each copy takes of its own rows."""
+
+    def __init__(self, num_chunks: int) -> None:
+        super().__init__(num_chunks)
+        self.model.head = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 3))
 
 
 class Sharded(Split):
@@ -57,6 +66,7 @@ def run_all(rank: int, size: int, jobs: dict[str, Run]) -> dict[str, Any]:
     noisy = Noisy(2 * STAGES)
     fit(size, noisy)
     found["seed"] = noisy.dualpipe_wrapper.pipeline.config.seed
+    found["normed"] = scores_within_and_after(size)
     found["unsaved"] = save_to_a_full_disk(rank, size)
     found["not updated"] = attempt(fit, size, Unlucky(2 * STAGES))
     found["other batches"] = other_batches(rank, size)
@@ -72,6 +82,18 @@ def fit(size: int, module: Any, loader: Any = None, num_stages: int = STAGES) ->
     trainer = make_trainer(Run(), [], devices=size, **strategy(num_stages))
     trainer.fit_loop.max_epochs = 1
     trainer.fit(module, loader or make_loader(8, 0, False))
+
+
+def scores_within_and_after(size: int) -> list[float]:
+    """Of the validation at the end of training, and of another one after it."""
+    module, data = Normed(2 * STAGES), make_loader(16, 0, False).dataset
+    trainer = make_trainer(Run(), [], devices=size, **strategy())
+    trainer.fit_loop.max_epochs = 1
+    loader = DataLoader(data, 16)
+    trainer.fit(module, loader, loader)
+    within = float(trainer.callback_metrics["val_loss"])
+    (after,) = trainer.validate(module, loader, verbose=False)
+    return [within, after["val_loss"]]
 
 
 def fit_twice(size: int) -> None:

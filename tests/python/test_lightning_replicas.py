@@ -73,6 +73,12 @@ def test_replicas_draw_other_random_numbers(replicas: list[dict[str, Any]]) -> N
     assert first == second and others[0] == others[1] != first
 
 
+def test_statistics_are_those_of_all_copies(replicas: list[dict[str, Any]]) -> None:
+    within, after = replicas[0]["normed"]
+    assert within == pytest.approx(after, rel=1e-6)
+    assert all(found["normed"] == [within, after] for found in replicas)
+
+
 def test_a_failure_is_told_to_all_replicas(replicas: list[dict[str, Any]]) -> None:
     raised = {
         "unsaved": (0, "OSError", "No space left on device"),
