@@ -19,6 +19,7 @@ from gpu_ranks import (
     exact_weight_gradients,
     gpu_job,
     main_grads,
+    ranks_in_threads,
     reported_imbalance,
     run_jobs,
     timed_step,
@@ -36,16 +37,17 @@ IN_BF16 = ["linear", "attention", "tied", "odd", "cut", "checkpoint_reentrant"]
 
 
 @pytest.mark.parametrize("rows", [64, 8192])
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_nothing_is_read_or_written_too_early(transport: str, num_ranks: int, rows: int) -> None:
+def test_nothing_is_read_or_written_too_early(transport: str, rows: int) -> None:
     """Kernels are late, and memory is full of NaN until they have written it."""
+    num_ranks = ranks_in_threads(transport)
     many = (rows,) * 2 * num_ranks  # sums over them need float64 to be comparable
     check_job(gpu_job(transport, "late", num_ranks=num_ranks, rows=many, dtype=torch.float64))
 
 
 def test_live_activations(transport: str) -> None:
-    for result in run_job(gpu_job(transport, "bias")):
-        assert result.stats.peak_live_activations == 5
+    job = gpu_job(transport, "bias")
+    for result in run_job(job):
+        assert result.stats.peak_live_activations == job.num_ranks + 1
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,8 @@ def place() -> Place:
 
 
 def test_times_are_those_of_the_device(transport: str, place: Place) -> None:
-    for stats, trace in run_ranks(timed_step, 4, args=(transport, place)):
+    num_ranks = ranks_in_threads(transport)
+    for stats, trace in run_ranks(timed_step, num_ranks, args=(transport, place)):
         assert stats.clock == ("host" if ON_CPU else "device")
         forwards = [e.end - e.start - e.wait for e in trace if re.fullmatch(r"\d+F\d+", e.action)]
         assert len(forwards) == 8 and min(forwards) > 0.0025, forwards
@@ -92,27 +95,22 @@ def test_weight_gradients_in_float32_of_weights_in_bf16(transport: str) -> None:
 
 def test_a_failure_ends_all_ranks_and_the_next_step_works(transport: str) -> None:
     job = gpu_job(transport, "attention")
-    for endings in run_ranks(a_stage_that_fails_once, 4, args=(job,)):
+    for endings in run_ranks(a_stage_that_fails_once, job.num_ranks, args=(job,)):
         assert endings[0] == endings[2] == "fine", endings
         assert "out of luck" in endings[1], endings
 
 
-@DTYPES
-@pytest.mark.parametrize("num_ranks", [2, 4])
-@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
-def test_sizes(transport: str, schedule: str, num_ranks: int, dtype: torch.dtype) -> None:
-    check_job(gpu_job(transport, "bias", schedule, num_ranks, dtype=dtype))
-
-
-def test_eight_ranks(transport: str) -> None:
-    """Over NCCL they are processes: threads would share hardware queues, and wait for each other."""
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_sizes(transport: str, num_ranks: int) -> None:
+    """Where too many threads would share hardware queues, ranks are processes."""
     jobs = [
-        gpu_job(transport, "bias", schedule, 8, dtype=dtype)
+        gpu_job(transport, "bias", schedule, num_ranks, dtype=dtype)
         for schedule in ("dualpipe", "dualpipev")
         for dtype in (torch.float32, BF16)
     ]
-    ranks: Literal["threads", "processes"] = "processes" if transport == "nccl" else "threads"
-    check_jobs(jobs, run_ranks(run_jobs, 8, ranks, (jobs,), timeout=60.0))
+    are_threads = transport != "nccl" or num_ranks <= ranks_in_threads(transport)
+    ranks: Literal["threads", "processes"] = "threads" if are_threads else "processes"
+    check_jobs(jobs, run_ranks(run_jobs, num_ranks, ranks, (jobs,), timeout=60.0))
 
 
 @pytest.mark.parametrize("case", THREAD_CASES)
@@ -148,7 +146,8 @@ def test_gradients_that_nobody_defers_have_the_bits_of_the_unsplit_model(
 
 
 def test_rows_that_do_not_come_out_even(transport: str) -> None:
-    check_job(gpu_job(transport, "attention", rows=(3, 3, 3, 2, 3, 3, 2, 2)))
+    rows = {2: (3, 2, 2, 1), 4: (3, 3, 3, 2, 3, 3, 2, 2)}[ranks_in_threads(transport)]
+    check_job(gpu_job(transport, "attention", rows=rows))
 
 
 def test_shapes_that_are_described_each_time(transport: str) -> None:

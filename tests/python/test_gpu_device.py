@@ -6,7 +6,13 @@ import threading
 
 import pytest
 import torch
-from gpu_ranks import TRANSPORTS, allocations_until_level, gpu_job, steps_without_synchronizing
+from gpu_ranks import (
+    TRANSPORTS,
+    allocations_until_level,
+    gpu_job,
+    ranks_in_threads,
+    steps_without_synchronizing,
+)
 from models import late
 
 from dualpipe_ext.testing import run_ranks
@@ -17,16 +23,17 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("times_device", [False, True])
 @TRANSPORTS
 def test_the_host_never_waits_for_the_device(transport: str, times_device: bool) -> None:
-    barrier = threading.Barrier(4, timeout=40.0)
     job = gpu_job(transport, "attention")
-    run_ranks(steps_without_synchronizing, 4, args=(job, barrier.wait, times_device))
+    barrier = threading.Barrier(job.num_ranks, timeout=40.0)
+    run_ranks(steps_without_synchronizing, job.num_ranks, args=(job, barrier.wait, times_device))
 
 
 @TRANSPORTS
 def test_memory_is_level(transport: str) -> None:
-    barrier = threading.Barrier(4, timeout=40.0)
-    job = gpu_job(transport, "attention", rows=(2048,) * 8)  # 0.4 MB a message: a leak soon shows
-    for counts in run_ranks(allocations_until_level, 4, args=(job, barrier.wait, 8)):
+    # 0.4 MB a message: a leak soon shows.
+    job = gpu_job(transport, "attention", rows=(2048,) * 2 * ranks_in_threads(transport))
+    barrier = threading.Barrier(job.num_ranks, timeout=40.0)
+    for counts in run_ranks(allocations_until_level, job.num_ranks, args=(job, barrier.wait, 8)):
         assert len(set(counts[-8:])) == 1, counts
 
 
@@ -35,7 +42,7 @@ def test_a_reader_that_does_not_wait_sees_the_poison() -> None:
     x = torch.ones(1024, device="cuda")
     hasty, patient = torch.cuda.Stream(), torch.cuda.Stream()
     torch.cuda.synchronize()
-    y = late(x, 0.05)
+    y = late(x, 0.2)
     with torch.cuda.stream(hasty):
         torch.cuda._sleep(10_000_000)  # until the poison is there, and not the result
         early = y.clone()
