@@ -103,11 +103,22 @@ void Worker::run() {
     const Work work = std::move(works_.front());
     works_.pop_front();
     lock.unlock();
+    if (!work) break;
     work();
   }
+  delete this;
+}
+
+void Worker::end() {
+  if (has_thread_) return put(nullptr);
+  delete this;
 }
 
 Stream::Stream(int priority) : queue_(queues().at(-priority).take()) {}
+
+Stream::~Stream() {
+  queue_.put([kernels = kernels_] { kernels->end(); });
+}
 
 PointPtr Stream::put_after(const PointPtr& point, Work work) {
   auto end = std::make_shared<Point>();

@@ -28,11 +28,12 @@ using PointPtr = std::shared_ptr<Point>;
 
 using Work = std::function<void()>;
 
-// A thread that does what it is given, in order. Never destroyed: what it does may wait for
-// something that never comes.
+// A thread that does what it is given, in order. On the heap, and nobody's to delete: what it does
+// may wait for something that never comes.
 class Worker {
  public:
   void put(Work work);
+  void end();  // after all that was put; nothing may be put any more
 
  private:
   void run();
@@ -54,6 +55,9 @@ using Queue = Worker;
 class Stream {
  public:
   explicit Stream(int priority);
+  ~Stream();  // what was put goes on
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
   void put(Work work);
   void wait(const PointPtr& point);
   [[nodiscard]] PointPtr record();  // when what was put so far is done
