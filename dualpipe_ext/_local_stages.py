@@ -14,7 +14,7 @@ from dualpipe_ext._memory import save_memory
 from dualpipe_ext._mirrors import MirroredStages, describe_stage
 from dualpipe_ext._overlap import find_overlapped
 from dualpipe_ext._source import ScheduleSource
-from dualpipe_ext._transport import gpu_settings
+from dualpipe_ext._transport import gpu_settings, on_gpu
 from dualpipe_ext.adapters.placing import place_partitions, split_of
 from dualpipe_ext.config import DualPipeConfig
 from dualpipe_ext.groups import PipelineGroup
@@ -68,9 +68,10 @@ class LocalStages:
         self.weight_split = self._split_weights()
         save_memory(self.modules, config.memory_optimization)
         self.mirrors = self._find_mirrors()
-        self.gpu = gpu_settings(
-            config, self.device, self._ways(), group.size if group.are_threads else 1
-        )
+        own_ways = self._ways_of(self._rank)
+        others = [r for r in range(group.size) if r != self._rank] if group.are_threads else []
+        num_ways_of_others = [len(self._ways_of(r)) for r in others] if on_gpu(config) else []
+        self.gpu = gpu_settings(config, self.device, own_ways, num_ways_of_others)
         self._warn_of_what_is_unusual()
 
     def peers(self) -> list[int]:
@@ -137,10 +138,10 @@ class LocalStages:
             return None
         return MirroredStages(self._rank, self._group.size, self.stages, self.modules, self.device)
 
-    def _ways(self) -> list[_C.MessageWay]:
-        ways = _C.Program(self._layout.lower().native, self._rank, "").message_ways
+    def _ways_of(self, rank: int) -> list[_C.MessageWay]:
+        ways = _C.Program(self._layout.lower().native, rank, "").message_ways
         if self.mirrors is not None:
-            ways += _C.mirror_ways(self._rank, self._group.size)
+            ways += _C.mirror_ways(rank, self._group.size)
         return ways
 
     def _warn_of_what_is_unusual(self) -> None:

@@ -12,7 +12,7 @@ from dualpipe_ext._advice import warn_caller
 from dualpipe_ext._cuda import num_queues, require_cuda, shared_queues
 from dualpipe_ext.config import DualPipeConfig
 
-__all__ = ["EngineSettings", "GpuSettings", "gpu_settings"]
+__all__ = ["EngineSettings", "GpuSettings", "gpu_settings", "on_gpu"]
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,16 @@ class EngineSettings:
     gpu: GpuSettings | None = None
 
 
+def on_gpu(config: DualPipeConfig) -> bool:
+    """Whether messages are to stay in device memory."""
+    return config.transport != "host"
+
+
 def gpu_settings(
     config: DualPipeConfig,
     device: torch.device,
     ways: Sequence[_C.MessageWay],
-    ranks_in_process: int = 1,
+    num_ways_of_others: Sequence[int] = (),
 ) -> GpuSettings | None:
     """The settings for messages on the GPU, where the configuration asks for them.
 
@@ -63,12 +68,13 @@ def gpu_settings(
         config: the pipeline's.
         device: that of the stages.
         ways: all that the rank sends and receives by.
-        ranks_in_process: how many ranks share the hardware queues of this process.
+        num_ways_of_others: those of each other rank that shares this process and its hardware
+            queues: all of them must decide alike.
 
     Raises:
         ValueError: it does, and the stages are elsewhere.
     """
-    if config.transport == "host":
+    if not on_gpu(config):
         return None
     require_cuda(config.transport)
     if device.type != "cuda":
@@ -80,17 +86,17 @@ def gpu_settings(
     # Beside those of its messages, a rank has a stream that computes and one that sums; a
     # communicator has two of NCCL's own, which wait for its messages.
     streams_per_way = 3 if config.transport == "nccl" else 1
-    num_streams = ranks_in_process * (streams_per_way * len(ways) + 2)
-    problem = shared_queues(num_streams)
-    if problem is not None:
-        warn_caller(problem)
+    num_ways = [len(ways), *num_ways_of_others]
+    num_streams = sum(streams_per_way * count + 2 for count in num_ways)
     queues_are_shared = num_streams > num_queues()
-    if queues_are_shared and ranks_in_process > 1 and config.transport == "nccl":
+    if queues_are_shared and num_ways_of_others and config.transport == "nccl":
         warn_caller(
-            f"{ranks_in_process} ranks that are threads have {num_streams} streams over NCCL, which "
+            f"{len(num_ways)} ranks that are threads have {num_streams} streams over NCCL, which "
             f"share {num_queues()} hardware queues: their messages may wait for each other until "
             f"the time limit; start a process for each rank, or choose transport='copy'"
         )
+    elif (problem := shared_queues(num_streams)) is not None:
+        warn_caller(problem)
     index = torch.cuda.current_device() if device.index is None else device.index
     by_copies = config.transport == "copy"
     return GpuSettings(

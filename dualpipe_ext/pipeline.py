@@ -162,7 +162,8 @@ class Pipeline(nn.Module):
         All ranks call it with the same ``num_chunks``, ``return_outputs`` and ``sync_gradients``.
         Gradients accumulate in ``.grad`` (or ``main_grad``), as with ``loss.backward()`` for every
         micro-batch. Within ``torch.autocast`` forwards and criterion choose their types by it, and
-        backwards run in these, as they do after the end of its scope.
+        backwards run in these, as they do after the end of its scope (in a stage's own
+        ``overlapped_forward_backward``, as that has it).
 
         Args:
             inputs: tensors with the batch along ``batch_dim``, on the ranks where micro-batches

@@ -21,8 +21,9 @@ namespace {
 
 using Clock = DeviceLink::Clock;
 
-constexpr std::chrono::microseconds kBusyPoll{20};
-constexpr unsigned long kTimerSlackNs = 1'000;  // by default sleeps may be 50 us longer
+constexpr std::chrono::microseconds kBusyPoll{50};
+constexpr std::chrono::microseconds kSharedPoll{20};  // where all messages wait for the host
+constexpr unsigned long kTimerSlackNs = 1'000;        // by default sleeps may be 50 us longer
 constexpr std::chrono::milliseconds kIdlePoll{10};
 constexpr std::chrono::seconds kPatience{10};  // with peers that may still use memory of this rank
 constexpr std::size_t kScratchBytes = 512;
@@ -250,14 +251,15 @@ void CopyLink::drain() {
 }
 
 void CopyLink::watch() {
-  (void)prctl(PR_SET_TIMERSLACK, kTimerSlackNs);
+  if (queues_ == Queues::kShared) (void)prctl(PR_SET_TIMERSLACK, kTimerSlackNs);
   Lock lock(mutex_);
   while (!stopping_) {
     idle_ = look_after_all();
     if (idle_) {
       wake_.wait_for(lock, kIdlePoll, [this] { return stopping_ || !idle_; });
     } else {
-      wake_.wait_for(lock, kBusyPoll, [this] { return stopping_; });
+      const auto poll = queues_ == Queues::kShared ? kSharedPoll : kBusyPoll;
+      wake_.wait_for(lock, poll, [this] { return stopping_; });
     }
   }
 }

@@ -40,6 +40,10 @@ bool is_final(const Tensors& bucket, const PendingWeights& pending) {
   });
 }
 
+// Buckets on a device whose sends are ahead of their sums: a receive is issued by complete(), and a
+// channel takes some hundreds of sends before it waits for the receives of the other side.
+constexpr std::size_t kAhead = 128;
+
 Rank mirror_of(Rank rank, int num_ranks) { return Rank(num_ranks - 1 - rank.value()); }
 
 }  // namespace
@@ -80,8 +84,9 @@ void MirrorExchange::start(Stage stage) {
 
 // Begins what has not begun of the first buckets.
 void MirrorExchange::launch(Stage stage, StageState& state, std::size_t num_buckets) {
+  if (!options_.on_threads) num_buckets = std::min(num_buckets, kAhead);
+  if (num_buckets <= state.num_begun) return;
   const std::size_t first = std::exchange(state.num_begun, num_buckets);
-  if (first == num_buckets) return;
   const auto begin_all = [this, stage, &state, first, num_buckets] {
     const c10::NoGradGuard no_grad;
     for (std::size_t i = first; i < num_buckets; ++i) begin(stage, state, i);
@@ -140,8 +145,10 @@ void MirrorExchange::begin(Stage stage, StageState& state, std::size_t bucket) {
 
 void MirrorExchange::complete(Stage stage, StageState& state) {
   const c10::NoGradGuard no_grad;
+  if (!options_.on_threads) device_.reduction().wait(device_.compute().record());
   Message before;  // lent until the next one has been asked for, which then takes other memory
   for (std::size_t i = 0; i < state.buckets.size(); ++i) {
+    if (state.num_begun < state.buckets.size()) begin(stage, state, state.num_begun++);
     // Its memory is free when the reduction stream is through with what it was given before. Were
     // that the wait for the own send, both mirrors would wait for each other.
     Arrival arrival = receives() ? state.incoming[i]->wait() : Arrival{};

@@ -34,7 +34,7 @@ def over(transport: str) -> dict[str, Any]:
 
 
 def ranks_in_threads(transport: str) -> int:
-    """Four; over NCCL two, as more would share hardware queues, where messages wait for each other."""
+    """Four; over NCCL two: in shared hardware queues more were seen to wait for each other."""
     return 2 if transport == "nccl" else 4
 
 
@@ -217,6 +217,18 @@ def main_grads(rank: int, num_ranks: int, job: Job) -> dict[int, dict[str, Tenso
         }
         for stage, module in modules
     }
+
+
+def swapped(rank: int, num_ranks: int, transport: str, count: int) -> list[list[float]]:
+    """What a mirror gives, one tensor a bucket; then again, the other way round."""
+    config = DualPipeConfig(**over(transport), bucket_bytes=1)
+    pipeline = DualPipe([nn.Linear(4, 4).to(DEVICE) for _ in "01"], config=config)
+    found = []
+    for first in (1000 * rank, 1000 * rank + 500):
+        own = [torch.full((2,), float(first + i), device=DEVICE) for i in range(count)]
+        given = pipeline.swap_with_mirror(own, [torch.zeros_like(x) for x in own])
+        found.append([float(x[1]) for x in given])
+    return found
 
 
 def exact_weight_gradients(stages: list[nn.Module], job: Job) -> dict[int, dict[str, Tensor]]:

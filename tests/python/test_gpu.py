@@ -22,6 +22,7 @@ from gpu_ranks import (
     ranks_in_threads,
     reported_imbalance,
     run_jobs,
+    swapped,
     timed_step,
 )
 from parity import Job, check_equal, check_job, check_jobs, run_job, unsplit
@@ -93,6 +94,13 @@ def test_weight_gradients_in_float32_of_weights_in_bf16(transport: str) -> None:
                 assert sums.dtype == torch.float32 and error < 1e-5, (stage, name, error)
 
 
+def test_more_buckets_than_a_channel_takes_messages(transport: str) -> None:
+    count = 300
+    for rank, found in enumerate(run_ranks(swapped, 2, args=(transport, count))):
+        first = 1000 * (1 - rank)
+        assert found == [[first + more + i for i in range(count)] for more in (0.0, 500.0)]
+
+
 def test_a_failure_ends_all_ranks_and_the_next_step_works(transport: str) -> None:
     job = gpu_job(transport, "attention")
     for endings in run_ranks(a_stage_that_fails_once, job.num_ranks, args=(job,)):
@@ -102,7 +110,7 @@ def test_a_failure_ends_all_ranks_and_the_next_step_works(transport: str) -> Non
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_sizes(transport: str, num_ranks: int) -> None:
-    """Where too many threads would share hardware queues, ranks are processes."""
+    """Where threads would be too many, ranks are processes."""
     jobs = [
         gpu_job(transport, "bias", schedule, num_ranks, dtype=dtype)
         for schedule in ("dualpipe", "dualpipev")

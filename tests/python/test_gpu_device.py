@@ -44,7 +44,7 @@ def test_a_reader_that_does_not_wait_sees_the_poison() -> None:
     torch.cuda.synchronize()
     y = late(x, 0.2)
     with torch.cuda.stream(hasty):
-        torch.cuda._sleep(10_000_000)  # until the poison is there, and not the result
+        torch.cuda._sleep(90_000_000)  # until the poison is there, and not the result
         early = y.clone()
     patient.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(patient):

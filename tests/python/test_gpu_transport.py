@@ -71,11 +71,11 @@ def test_threads_whose_streams_share_hardware_queues(
     monkeypatch.setenv(_cuda.QUEUES, "32")
     ways = _C.mirror_ways(0, 4) * 3
     copies = DualPipeConfig(transport="copy")
-    alone, together = (gpu_settings(copies, CUDA, ways, count) for count in (2, 3))
-    assert alone is not None and not alone.queues_are_shared
-    assert together is not None and together.queues_are_shared
+    few, many = (gpu_settings(copies, CUDA, ways, others) for others in ([12], [12, 3]))
+    assert few is not None and not few.queues_are_shared
+    assert many is not None and many.queues_are_shared
     with pytest.warns(UserWarning, match=r"3 ranks that are threads have 114 streams over NCCL"):
-        gpu_settings(DualPipeConfig(transport="nccl"), CUDA, ways, 3)
+        gpu_settings(DualPipeConfig(transport="nccl"), CUDA, ways, [12, 12])
 
 
 @pytest.mark.parametrize("chosen", [None, "1"])

@@ -1,7 +1,8 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <atomic>
+#include <mutex>
+#include <utility>
 
 #include "errors.h"
 #include "streams.h"
@@ -13,11 +14,23 @@ using simulated::stream_of;
 namespace {
 
 // What it was recorded as last; null, before that. As CUDA has it, then it is done.
-struct Event {
-  std::atomic<PointPtr> point = nullptr;
+class Event {
+ public:
+  void set(PointPtr point) {
+    const std::lock_guard lock(mutex_);
+    point_ = std::move(point);
+  }
+  PointPtr get() {
+    const std::lock_guard lock(mutex_);
+    return point_;
+  }
+
+ private:
+  std::mutex mutex_;
+  PointPtr point_;
 };
 
-PointPtr point_of(cudaEvent_t event) { return reinterpret_cast<Event*>(event)->point.load(); }
+PointPtr point_of(cudaEvent_t event) { return reinterpret_cast<Event*>(event)->get(); }
 
 }  // namespace
 
@@ -65,7 +78,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  reinterpret_cast<Event*>(event)->point = stream_of(stream).record();
+  reinterpret_cast<Event*>(event)->set(stream_of(stream).record());
   return cudaSuccess;
 }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {

@@ -1,4 +1,4 @@
-// Kernels. torch's own, compiled for a GPU, cannot run: kernels.py has others for its operations.
+// Kernels. torch's own, compiled for a GPU, cannot run: python/ has others for its operations.
 // Of torch's only the one that waits for a while is known, by its name.
 #include <cuda_runtime_api.h>
 

@@ -5,10 +5,12 @@
 #include <unistd.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <string>
 #include <utility>
 
 namespace simulated {
@@ -70,9 +72,12 @@ bool reserve(std::size_t num_bytes) {
 void* allocate(std::size_t num_bytes) {
   if (!reserve(num_bytes)) return nullptr;
   const int file = memfd_create("simulated_gpu", MFD_CLOEXEC);
-  if (file < 0 || ftruncate(file, static_cast<off_t>(num_bytes)) != 0) std::abort();
-  void* const at = map(file, num_bytes);
-  if (at == nullptr) std::abort();
+  const bool is_made = file >= 0 && ftruncate(file, static_cast<off_t>(num_bytes)) == 0;
+  void* const at = is_made ? map(file, num_bytes) : nullptr;
+  if (at == nullptr) {
+    std::perror("simulated GPU: memory of the device");
+    std::abort();
+  }
   std::memset(at, kPoison, num_bytes);
   note(at, {num_bytes, file, Kind::kDevice});
   return at;

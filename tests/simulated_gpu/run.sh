@@ -11,7 +11,13 @@ python=${PYTHON:-python3}
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-nvidia=$("$python" -c 'import nvidia; print(*nvidia.__path__)')
+nvidia=$("$python" -c '
+import os, nvidia
+print(next((p for p in nvidia.__path__ if os.path.isdir(p + "/cu13/include")), ""))')
+if [[ -z $nvidia ]]; then
+  echo "$python has no headers of CUDA 13: install a build of torch for it" >&2
+  exit 2
+fi
 # Of this name, so that who looks for the driver finds it loaded.
 library=$work/libcuda.so.1
 "${CXX:-g++}" -std=c++20 -O1 -fPIC -shared -pthread -Wall -Wextra -Werror \
@@ -21,4 +27,4 @@ library=$work/libcuda.so.1
 export PYTHONPATH=$here/python:$root:$root/benchmarks${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=1 # the bits of a result must not depend on who computes it
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-32}
-LD_PRELOAD=$library "$@"
+LD_PRELOAD=$library${LD_PRELOAD:+:$LD_PRELOAD} "$@"

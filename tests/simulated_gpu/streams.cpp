@@ -87,13 +87,11 @@ void Point::reach() {
 void Point::wait() const { reached_.wait(false); }
 
 void Worker::put(Work work) {
-  {
-    const std::lock_guard lock(mutex_);
-    works_.push_back(std::move(work));
-    if (!has_thread_) std::thread([this] { run(); }).detach();
-    has_thread_ = true;
-  }
-  changed_.notify_one();
+  const std::lock_guard lock(mutex_);
+  works_.push_back(std::move(work));
+  if (!has_thread_) std::thread([this] { run(); }).detach();
+  has_thread_ = true;
+  changed_.notify_one();  // under the lock: after its last work the worker deletes itself
 }
 
 void Worker::run() {

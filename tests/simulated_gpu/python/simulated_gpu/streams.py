@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import sys
 import traceback
 from collections.abc import Callable
 
@@ -42,5 +43,5 @@ class Streams:
             with torch.no_grad():
                 self._works.pop(number)()
         except BaseException:  # noqa: BLE001 - a thread of the device has nobody to tell
-            traceback.print_exc()
+            traceback.print_exc(file=sys.__stderr__)
             os._exit(70)
