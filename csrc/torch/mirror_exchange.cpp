@@ -78,7 +78,11 @@ void MirrorExchange::start(Stage stage) {
   for (auto& [id, state] : stages_) {
     if (!options_.together && id != stage) continue;
     launch(id, state, state.buckets.size());
-    if (options_.on_threads) complete_on_thread(id, state);
+    if (options_.on_threads) {
+      complete_on_thread(id, state);
+    } else if (state.num_begun < state.buckets.size()) {
+      device_.reduction().wait(device_.compute().record());  // for those that complete() begins
+    }
   }
 }
 
@@ -145,7 +149,6 @@ void MirrorExchange::begin(Stage stage, StageState& state, std::size_t bucket) {
 
 void MirrorExchange::complete(Stage stage, StageState& state) {
   const c10::NoGradGuard no_grad;
-  if (!options_.on_threads) device_.reduction().wait(device_.compute().record());
   Message before;  // lent until the next one has been asked for, which then takes other memory
   for (std::size_t i = 0; i < state.buckets.size(); ++i) {
     if (state.num_begun < state.buckets.size()) begin(stage, state, state.num_begun++);
