@@ -34,6 +34,7 @@ __all__: list[str] = [
     "WeightQueueScope",
     "current_weight_queue",
     "deferred_linear",
+    "has_cpu_backend",
     "mirror_ways",
     "plan_schedule",
     "planners",
@@ -567,6 +568,11 @@ def deferred_linear(
 ) -> torch.Tensor:
     """
     A linear layer that leaves the gradients of its parameters to the current queue.
+    """
+
+def has_cpu_backend(group: typing.Any) -> bool:
+    """
+    Whether a process group carries tensors of the host.
     """
 
 def mirror_ways(

@@ -11,21 +11,25 @@ from dualpipe_ext.groups import PipelineGroup
 
 __all__ = ["act_together", "agree", "check_others", "collect"]
 
+_NOT_COMPARED = ("stages", "schedule name", "offer")
+
 Describe = Callable[[], Any]  # of what JSON can hold
 
 
-def agree(group: PipelineGroup, timeout: float, describe: Describe) -> None:
-    """Calls ``describe`` on every rank and compares the results.
+def agree(group: PipelineGroup, timeout: float, describe: Describe) -> list[Any]:
+    """Calls ``describe`` on every rank, compares the results and returns them, by rank.
 
     Entries must be equal on all ranks; those under ``"stages"``, where two ranks have the same.
-    ``"schedule name"`` is not compared.
+    ``"schedule name"`` and ``"offer"`` are not compared.
 
     Raises:
         Exception: what ``describe`` raised on this rank, once the others know of it.
         ValueError: the ranks differ; on every rank, with what was found where.
         PipelineError: ``describe`` raised on another rank, or a rank did not come.
     """
-    _compare(collect(group, timeout, describe, "could not make its pipeline"))
+    facts = collect(group, timeout, describe, "could not make its pipeline")
+    _compare(facts)
+    return facts
 
 
 def collect(group: PipelineGroup, timeout: float, describe: Describe, failure: str) -> list[Any]:
@@ -94,7 +98,7 @@ def _raise(error: Exception | None) -> None:
 def _compare(facts: list[dict[str, Any]]) -> None:
     for key, expected in facts[0].items():
         for rank, other in enumerate(facts):
-            if key not in ("stages", "schedule name") and other[key] != expected:
+            if key not in _NOT_COMPARED and other[key] != expected:
                 raise ValueError(
                     f"ranks differ in {key}: {_value(facts[0], key)} on rank 0, "
                     f"{_value(other, key)} on rank {rank}; construct the pipeline alike on all ranks"

@@ -14,9 +14,15 @@ from dualpipe_ext._memory import save_memory
 from dualpipe_ext._mirrors import MirroredStages, describe_stage
 from dualpipe_ext._overlap import find_overlapped
 from dualpipe_ext._source import ScheduleSource
-from dualpipe_ext._transport import gpu_settings, on_gpu
+from dualpipe_ext._transport import (
+    GpuSettings,
+    Offer,
+    choose_transport,
+    gpu_settings,
+    offered_transport,
+)
 from dualpipe_ext.adapters.placing import place_partitions, split_of
-from dualpipe_ext.config import DualPipeConfig
+from dualpipe_ext.config import DualPipeConfig, Transport
 from dualpipe_ext.groups import PipelineGroup
 from dualpipe_ext.schedule import Schedule
 from dualpipe_ext.weight_grad import (
@@ -40,6 +46,8 @@ class LocalStages:
         overlapped: the stages' own ``overlapped_forward_backward``, if they have one.
         weight_split: which weight gradients W computes.
         mirrors: the other copies of the stages; ``None``: there are none.
+        offer: what the messages of this rank can travel over.
+        transport: what they do travel over, once :meth:`settle_transport` has chosen.
         gpu: how messages travel from GPU to GPU; ``None``: in host memory.
 
     Raises:
@@ -68,11 +76,25 @@ class LocalStages:
         self.weight_split = self._split_weights()
         save_memory(self.modules, config.memory_optimization)
         self.mirrors = self._find_mirrors()
-        own_ways = self._ways_of(self._rank)
-        others = [r for r in range(group.size) if r != self._rank] if group.are_threads else []
-        num_ways_of_others = [len(self._ways_of(r)) for r in others] if on_gpu(config) else []
-        self.gpu = gpu_settings(config, self.device, own_ways, num_ways_of_others)
+        self.offer = offered_transport(config, self.device, threads=group.are_threads)
+        self.transport: Transport = "host"
+        self.gpu: GpuSettings | None = None
         self._warn_of_what_is_unusual()
+
+    def settle_transport(self, offers: Sequence[Offer]) -> None:
+        """Chooses what messages travel over, from what all ranks offer."""
+        self.transport, reason = choose_transport(offers)
+        if reason and self._rank == 0 and not self._group.are_threads:
+            warn_caller(
+                f"messages between GPUs are staged through host memory: {reason}; "
+                f"DualPipeConfig(transport='host') says that this is meant"
+            )
+        if self.transport == "host":
+            return
+        own_ways = self._ways_of(self._rank)
+        others = [r for r in range(self._group.size) if r != self._rank]
+        num_ways = [len(self._ways_of(r)) for r in others] if self._group.are_threads else []
+        self.gpu = gpu_settings(self.transport, self._config, self.device, own_ways, num_ways)
 
     def peers(self) -> list[int]:
         """The ranks that this one exchanges messages with."""
@@ -83,7 +105,7 @@ class LocalStages:
         return sorted(found - {self._rank})
 
     def describe(self) -> dict[str, Any]:
-        """What must be equal on all ranks."""
+        """What all ranks tell one another."""
         layout = self._layout
         with_values = self._config.mirror_init == "check"
         described = {
@@ -100,6 +122,7 @@ class LocalStages:
             "config": repr(self._config),
             "layers of stages": split_of(self.modules),
             "overlapped": self.overlapped.function is not None,
+            "offer": self.offer,
             "stages": described if self.mirrors is not None else {},
         }
 

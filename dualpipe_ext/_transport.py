@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 
 from dualpipe_ext import _C
 from dualpipe_ext._advice import warn_caller
-from dualpipe_ext._cuda import num_queues, require_cuda, shared_queues
-from dualpipe_ext.config import DualPipeConfig
+from dualpipe_ext._cuda import has_cuda, num_queues, require_cuda, shared_queues
+from dualpipe_ext.config import DualPipeConfig, Transport
 
-__all__ = ["EngineSettings", "GpuSettings", "gpu_settings", "on_gpu"]
+__all__ = [
+    "EngineSettings",
+    "GpuSettings",
+    "Offer",
+    "choose_transport",
+    "gpu_settings",
+    "offered_transport",
+]
 
 
 @dataclass(frozen=True)
@@ -51,45 +59,102 @@ class EngineSettings:
     gpu: GpuSettings | None = None
 
 
-def on_gpu(config: DualPipeConfig) -> bool:
-    """Whether messages are to stay in device memory."""
-    return config.transport != "host"
+class Offer(TypedDict):
+    """What messages of one rank could travel over, which it tells the others.
+
+    Attributes:
+        transport: ``"auto"``: over NCCL from this GPU, if all others say so.
+        gpu: an identity that no other GPU has; empty: stages are elsewhere.
+        problem: why a GPU here cannot be used; empty: it can, or there is none.
+    """
+
+    transport: Transport
+    gpu: str
+    problem: str
+
+
+def offered_transport(config: DualPipeConfig, device: torch.device, *, threads: bool) -> Offer:
+    """What this rank can do.
+
+    Args:
+        config: the pipeline's.
+        device: that of the stages.
+        threads: whether ranks share this process.
+
+    Raises:
+        ValueError: the configuration asks for what it cannot do.
+    """
+    offer = Offer(transport=config.transport, gpu="", problem="")
+    if config.transport in ("nccl", "copy"):
+        require_cuda(config.transport)
+        if device.type != "cuda":
+            raise ValueError(
+                f"transport={config.transport!r} is for stages on a GPU, and these are on "
+                f"{str(device)!r}; move them there before the pipeline is made, or choose "
+                f"transport='host'"
+            )
+    elif config.transport == "auto" and device.type == "cuda":
+        offer["gpu"] = str(torch.cuda.get_device_properties(device).uuid)
+        if not has_cuda():
+            offer["problem"] = (
+                "the extension was built without CUDA (python -m dualpipe_ext info shows what is "
+                "missing)"
+            )
+        elif threads:
+            offer["problem"] = "ranks are threads"
+        else:
+            require_cuda("nccl")
+    return offer
+
+
+def choose_transport(offers: Sequence[Offer]) -> tuple[Transport, str]:
+    """What the messages of all ranks travel over, and why not from GPU to GPU where it might.
+
+    Args:
+        offers: of each rank; they were asked for the same transport.
+    """
+    wanted = offers[0]["transport"]
+    if wanted != "auto":
+        return wanted, ""
+    gpus = [offer["gpu"] for offer in offers]
+    if not any(gpus) or len(gpus) == 1:
+        return "host", ""
+    for rank, offer in enumerate(offers):
+        if not offer["gpu"]:
+            return "host", f"the stages of rank {rank} are on the CPU"
+        if offer["problem"]:
+            return "host", offer["problem"]
+        if (first := gpus.index(offer["gpu"])) < rank:
+            return "host", f"ranks {first} and {rank} share a GPU, which not every NCCL can do"
+    return "nccl", ""
 
 
 def gpu_settings(
+    transport: Transport,
     config: DualPipeConfig,
     device: torch.device,
     ways: Sequence[_C.MessageWay],
     num_ways_of_others: Sequence[int] = (),
 ) -> GpuSettings | None:
-    """The settings for messages on the GPU, where the configuration asks for them.
+    """The settings for messages on the GPU, where they are to stay there.
 
     Args:
+        transport: the chosen one.
         config: the pipeline's.
         device: that of the stages.
         ways: all that the rank sends and receives by.
         num_ways_of_others: those of each other rank that shares this process and its hardware
             queues: all of them must decide alike.
-
-    Raises:
-        ValueError: it does, and the stages are elsewhere.
     """
-    if not on_gpu(config):
+    if transport == "host":
         return None
-    require_cuda(config.transport)
-    if device.type != "cuda":
-        raise ValueError(
-            f"transport={config.transport!r} is for stages on a GPU, and these are on "
-            f"{str(device)!r}; move them there before the pipeline is made, or choose "
-            f"transport='host'"
-        )
     # Beside those of its messages, a rank has a stream that computes and one that sums; a
     # communicator has two of NCCL's own, which wait for its messages.
-    streams_per_way = 3 if config.transport == "nccl" else 1
+    streams_per_way = 3 if transport == "nccl" else 1
     num_ways = [len(ways), *num_ways_of_others]
     num_streams = sum(streams_per_way * count + 2 for count in num_ways)
     queues_are_shared = num_streams > num_queues()
-    if queues_are_shared and num_ways_of_others and config.transport == "nccl":
+    if queues_are_shared and num_ways_of_others and transport == "nccl":
         warn_caller(
             f"{len(num_ways)} ranks that are threads have {num_streams} streams over NCCL, which "
             f"share {num_queues()} hardware queues: their messages may wait for each other until "
@@ -98,11 +163,10 @@ def gpu_settings(
     elif (problem := shared_queues(num_streams)) is not None:
         warn_caller(problem)
     index = torch.cuda.current_device() if device.index is None else device.index
-    by_copies = config.transport == "copy"
     return GpuSettings(
         ways=ways,
         device=index,
-        by_copies=by_copies,
+        by_copies=transport == "copy",
         queues_are_shared=queues_are_shared,
         max_ctas=config.nccl_max_ctas,
         dynamic_shapes=config.dynamic_shapes,

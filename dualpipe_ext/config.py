@@ -20,7 +20,7 @@ Balance = BalanceCriterion | Sequence[int]
 MemoryOptimization = Literal["none", "activation_checkpoint", "offload"]
 MirrorInit = Literal["broadcast", "check", "none"]
 OverlapStrategy = Literal["full", "none"]
-Transport = Literal["host", "nccl", "copy"]
+Transport = Literal["auto", "host", "nccl", "copy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,9 @@ class DualPipeConfig:
         transport: what messages between stages travel over: ``"host"``, the memory of the host
             and the process group's backend for it, whatever device the stages are on;
             ``"nccl"``, from GPU to GPU, for stages on CUDA; or ``"copy"``, the same by the copy
-            engines of GPUs on one node, which takes no processor from computation. The last two
-            have not run on a GPU yet.
+            engines of GPUs on one node, which takes no processor from computation. ``"auto"``:
+            ``"nccl"`` where all ranks are processes with stages on a GPU of their own, otherwise
+            ``"host"``; :attr:`Pipeline.transport` says which. None of them has run on a GPU yet.
         nccl_max_ctas: thread blocks that a message over NCCL may take from computation; 0: as many
             as NCCL likes.
         dynamic_shapes: from GPU to GPU, describe each message to its receiver. Needed where what a
@@ -84,7 +85,7 @@ class DualPipeConfig:
     mirror_init: MirrorInit = "broadcast"
     split_weight_gradients: bool = True
     use_overlapped: bool = True
-    transport: Transport = "host"
+    transport: Transport = "auto"
     nccl_max_ctas: int = 1
     dynamic_shapes: bool = False
     seed: int | None = None

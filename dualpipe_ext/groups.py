@@ -6,9 +6,13 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import cached_property
 from typing import Any, final
 
+import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 
 from dualpipe_ext import _C
 from dualpipe_ext._cuda import gpu_engine
@@ -19,6 +23,7 @@ __all__ = [
     "LoopbackGroup",
     "PipelineGroup",
     "has_group",
+    "host_group",
     "is_first_rank",
     "resolve_group",
 ]
@@ -26,6 +31,10 @@ __all__ = [
 FaultInjector = Callable[[int, int, _C.MessageKind, int, int], _C.Fault]
 
 _current = threading.local()
+_HOST_TIMEOUT = timedelta(minutes=30)  # as torch's
+_host_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class PipelineGroup(ABC):
@@ -139,14 +148,18 @@ class _ProcessGroup(PipelineGroup):
         self._group_ranks = [mapping.index(rank) for rank in range(self.size)]
         self._texts = _C.StoreExchange(group, self.rank)
 
+    @cached_property
+    def _host(self) -> dist.ProcessGroup:
+        return host_group(self._group)
+
     def make_engine(self, settings: EngineSettings) -> _C.Engine:
         peers = list(settings.peers)
         if settings.gpu is None:
             return _C.Engine.process_group(
-                self._group, self.rank, self._group_ranks, peers, settings.timeout
+                self._host, self.rank, self._group_ranks, peers, settings.timeout
             )
         return gpu_engine(
-            group=self._group,
+            group=self._host,
             rank=self.rank,
             group_ranks=self._group_ranks,
             peers=peers,
@@ -157,7 +170,7 @@ class _ProcessGroup(PipelineGroup):
         return self._texts.all_gather(text, timeout)
 
     def all_gather_floats(self, values: Sequence[float]) -> list[list[float]]:
-        gathered = _C.process_group_all_gather(self._group, values)
+        gathered = _C.process_group_all_gather(self._host, values)
         return [gathered[self._group_ranks[rank]] for rank in range(self.size)]
 
 
@@ -172,6 +185,27 @@ def _on_gpu(settings: EngineSettings) -> dict[str, Any]:
         "dynamic_shapes": settings.gpu.dynamic_shapes,
         "timeout_seconds": settings.timeout,
     }
+
+
+def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group for what is in host memory: itself, or one of gloo where it serves GPUs alone.
+
+    That one has the same ranks and is made once, by all of them together. Torch does not know it:
+    ``new_group()`` for some ranks names a group by how many groups each of them has, and hangs
+    where these numbers differ.
+    """
+    if _C.has_cpu_backend(group):
+        return group
+    found = _host_groups.get(group)
+    if found is None:
+        store = PrefixStore("dualpipe_ext/host", group.get_group_store())
+        found = dist.ProcessGroup(store, group.rank(), group.size())
+        kind = dist.ProcessGroup.BackendType.GLOO
+        gloo = dist.ProcessGroupGloo(store, group.rank(), group.size(), _HOST_TIMEOUT)
+        found._set_default_backend(kind)
+        found._register_backend(torch.device("cpu"), kind, gloo)
+        _host_groups[group] = found
+    return found
 
 
 def has_group(process_group: dist.ProcessGroup | PipelineGroup | None) -> bool:

@@ -21,7 +21,7 @@ from dualpipe_ext._local_stages import LocalStages
 from dualpipe_ext._plans import PlannedStep, StepPlanner
 from dualpipe_ext._step import Criterion, LossHooks, Step, microbatch_seed
 from dualpipe_ext._transport import EngineSettings
-from dualpipe_ext.config import DualPipeConfig
+from dualpipe_ext.config import DualPipeConfig, Transport
 from dualpipe_ext.gradients import clip_local_gradients, total_norm
 from dualpipe_ext.groups import PipelineGroup, resolve_group
 from dualpipe_ext.microbatches import Joined
@@ -78,11 +78,12 @@ class Pipeline(nn.Module):
         self.group = resolve_group(process_group, rank_mapping)
         self.rank = self.group.rank
         self.num_ranks = self.group.size
-        agree(
+        facts = agree(
             self.group,
             self.config.timeout,
             lambda: self._adopt(list(modules), schedule or self.config.schedule),
         )
+        self._local.settle_transport([each["offer"] for each in facts])
         self._hooks = LossHooks()
         local = self._local
         self._planner = StepPlanner(
@@ -120,6 +121,11 @@ class Pipeline(nn.Module):
     def is_mirrored(self) -> bool:
         """Whether every stage has two copies, on ranks r and P-1-r."""
         return self._local.mirrors is not None
+
+    @property
+    def transport(self) -> Transport:
+        """What messages travel over, ``"host"``, ``"nccl"`` or ``"copy"``: what was configured, or chosen."""
+        return self._local.transport
 
     @property
     def weight_split(self) -> WeightSplitReport:
@@ -369,7 +375,7 @@ class Pipeline(nn.Module):
     # Construction
 
     def _adopt(self, modules: list[nn.Module], schedule: str | Schedule) -> dict[str, Any]:
-        """Checks and takes the modules; returns what must be equal on all ranks."""
+        """Checks and takes the modules; returns what the other ranks must know."""
         self._local = LocalStages(modules, schedule, self.group, self.config)
         self.module = nn.ModuleList(self._local.modules)
         return self._local.describe() | {"batch_dim": self.batch_dim}

@@ -222,6 +222,11 @@ void bind_process_group(py::module_& module) {
              "is the rank in the group of the pipeline's rank r.");
 
   module.def(
+      "has_cpu_backend",
+      [](const py::object& group) { return has_cpu_backend(process_group(group)); },
+      py::arg("group"), "Whether a process group carries tensors of the host.");
+
+  module.def(
       "process_group_all_gather",
       [](const py::object& group, const std::vector<double>& values) {
         c10d::ProcessGroup& ranks = process_group(group);

@@ -136,10 +136,7 @@ c10::intrusive_ptr<c10d::Store> store_of(const c10d::ProcessGroup& group) {
 }
 
 c10::intrusive_ptr<c10d::Backend> cpu_backend(c10d::ProcessGroup& group) {
-  const std::vector<c10::Device> devices = group.getDeviceTypes();
-  const bool has_cpu = std::any_of(devices.begin(), devices.end(),
-                                   [](const c10::Device& device) { return device.is_cpu(); });
-  DUALPIPE_USER_CHECK(has_cpu, "the process group (", group.getBackendName(),
+  DUALPIPE_USER_CHECK(has_cpu_backend(group), "the process group (", group.getBackendName(),
                       ") has no backend for CPU tensors: make it with backend=\"gloo\" or "
                       "backend=\"cpu:gloo,cuda:nccl\"");
   return group.getBackend(c10::DeviceType::CPU);
@@ -165,6 +162,12 @@ ProcessGroupEnds process_group_ends(c10d::ProcessGroup& group, Rank rank,
 std::unique_ptr<StoreExchange> process_group_exchange(c10d::ProcessGroup& group, Rank rank) {
   auto keys = std::make_unique<C10dStore>("dualpipe_ext", store_of(group));
   return std::make_unique<StoreExchange>(std::move(keys), rank, group.getSize());
+}
+
+bool has_cpu_backend(const c10d::ProcessGroup& group) {
+  const std::vector<c10::Device> devices = group.getDeviceTypes();
+  return std::any_of(devices.begin(), devices.end(),
+                     [](const c10::Device& device) { return device.is_cpu(); });
 }
 
 std::vector<std::vector<double>> process_group_all_gather(c10d::ProcessGroup& group,

@@ -32,6 +32,8 @@ struct ProcessGroupEnds {
 [[nodiscard]] std::unique_ptr<StoreExchange> process_group_exchange(c10d::ProcessGroup& group,
                                                                     Rank rank);
 
+[[nodiscard]] bool has_cpu_backend(const c10d::ProcessGroup& group);
+
 // Every rank's numbers, by rank of the group. All ranks give equally many. Its tensors have no
 // Python object: gloo's threads let go of them when they like, and take no interpreter lock to do
 // so, which at the interpreter's end would abort the process.

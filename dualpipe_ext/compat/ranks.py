@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from dualpipe_ext import _C
 from dualpipe_ext._handshake import act_together, check_others
 from dualpipe_ext.checkpoint.ranks import Ranks
 from dualpipe_ext.groups import PipelineGroup, resolve_group
@@ -22,7 +23,6 @@ __all__ = [
     "TrainerRanks",
     "both_ends",
     "check_others_update",
-    "host_group",
     "rank_device",
     "through_together",
     "update_together",
@@ -63,9 +63,8 @@ class TrainerRanks:
         """
         if mesh is not None:
             process_group, replica_group = split_mesh(mesh, process_group, replica_group)
-        host = host_group(process_group)
-        replicas = None if replica_group is None else host_group(replica_group)
-        return cls(resolve_group(host, None), Replicas(replicas), host)
+        host = _host_group(process_group)
+        return cls(resolve_group(host, None), Replicas(replica_group), host)
 
     @property
     def number(self) -> int:
@@ -73,8 +72,8 @@ class TrainerRanks:
         return self.replicas.index * self.group.size + self.group.rank
 
 
-def host_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """A group for what is in host memory: one of gloo with the same ranks, where it is not that.
+def _host_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """A group that torch itself sends by what is in host memory: of gloo, where it serves GPUs alone.
 
     Raises:
         ValueError: there is no process group.
@@ -86,7 +85,7 @@ def host_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
         )
     group = process_group or dist.group.WORLD
     assert group is not None
-    if "gloo" in dist.get_backend(group):
+    if _C.has_cpu_backend(group):
         return group
     made: dist.ProcessGroup = dist.new_group(
         dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True

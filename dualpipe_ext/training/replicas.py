@@ -18,6 +18,7 @@ from dualpipe_ext._C import PipelineError, process_group_all_gather
 from dualpipe_ext._handshake import collect
 from dualpipe_ext.checkpoint.replicas import average_buffers, reaching_replicas
 from dualpipe_ext.gradients import main_grads
+from dualpipe_ext.groups import host_group
 from dualpipe_ext.pipeline import Pipeline
 
 __all__ = ["Replicas", "split_mesh"]
@@ -141,7 +142,7 @@ class Replicas:
         if self.group is None:
             return [values]
         with reaching_replicas():
-            return process_group_all_gather(self.group, values)
+            return process_group_all_gather(host_group(self.group), values)
 
     def sum_gradients(self, pipeline: Pipeline) -> None:
         """Sums gradients over all copies of each stage, those of mirrors and of replicas, in place.

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from outcomes import attempt
 from parity import Job, RankResult, own_batch, own_stages, run_rank
 from places import Place
@@ -265,6 +267,22 @@ def exact_weight_gradients(stages: list[nn.Module], job: Job) -> dict[int, dict[
 def run_jobs(rank: int, num_ranks: int, jobs: list[Job]) -> list[RankResult]:
     """Several jobs, one after the other."""
     return [run_rank(rank, num_ranks, job) for job in jobs]
+
+
+def over_nccl_alone(
+    rank: int, num_ranks: int, job: Job, folder: str
+) -> tuple[RankResult, str, list[str]]:
+    """The job over torch's own group of NCCL; what its messages travelled over, and warnings."""
+    dist.destroy_process_group()
+    backend = "gloo" if ON_CPU else "nccl"
+    dist.init_process_group(
+        backend, init_method=f"file://{folder}/ranks", rank=rank, world_size=num_ranks
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = run_rank(rank, num_ranks, job)
+        again = DualPipe(own_stages(job, rank), config=DualPipeConfig(mirror_init="none"))
+    return result, again.transport, sorted({str(warning.message) for warning in caught})
 
 
 def die_on_the_device(rank: int, num_ranks: int, transport: str, folder: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from faults import fail_at
 from mistakes import Call, make_mistake
 from models import squared_error
@@ -18,6 +19,8 @@ from parity import Job, own_batch, own_stages, run_rank
 from torch import nn
 
 from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline
+from dualpipe_ext.groups import host_group
+from dualpipe_ext.training.replicas import Replicas
 
 SEED = {"seed": 7}
 JOBS = {
@@ -50,16 +53,42 @@ def unequal_modules(rank: int, num_ranks: int) -> Outcome:
     return attempt(DualPipe, [nn.Linear(3, 3), nn.Linear(3 + rank, 3)])
 
 
-def mapped(rank: int, num_ranks: int, job: Job) -> tuple[int, torch.Tensor | None]:
-    """The job with the ranks of the group the other way round."""
-    place = num_ranks - 1 - rank
-    mapping = [num_ranks - 1 - r for r in range(num_ranks)]
-    pipeline = Pipeline(own_stages(job, place), job.schedule, rank_mapping=mapping)
+def run_in_place(place: int, job: Job, **group: Any) -> tuple[Pipeline, torch.Tensor | None]:
+    """A step of the job in one place of a pipeline, and its losses."""
+    pipeline = Pipeline(own_stages(job, place), job.schedule, **group)
     inputs, labels = own_batch(job.plan(), place, job.microbatches())
     loss, _ = pipeline.step(
         *inputs, num_chunks=job.num_chunks, criterion=squared_error, labels=labels
     )
+    return pipeline, loss
+
+
+def mapped(rank: int, num_ranks: int, job: Job) -> tuple[int, torch.Tensor | None]:
+    """The job with the ranks of the group the other way round."""
+    mapping = [num_ranks - 1 - r for r in range(num_ranks)]
+    pipeline, loss = run_in_place(num_ranks - 1 - rank, job, rank_mapping=mapping)
     return pipeline.rank, loss
+
+
+def over_group_of_gpus(rank: int, job: Job) -> dict[str, Any]:
+    """The job on two pipelines over a group that carries nothing of the host's, as one of NCCL.
+
+    Ranks have unequally many groups by then, as they do where first and last stages share weights.
+    """
+    if rank in (0, 3):
+        dist.new_group([0, 3], use_local_synchronization=True)
+    group, world = dist.new_group(backend="cuda:gloo"), dist.group.WORLD
+    assert world is not None
+    (first, losses), (second, again) = (
+        run_in_place(rank, job, process_group=group) for _ in range(2)
+    )
+    return {
+        "losses": [losses, again],
+        "norms": [float(pipeline.clip_grad_norm_(1.0)) for pipeline in (first, second)],
+        "replicas": Replicas(group).gather(float(rank)),
+        "is made once": host_group(group) is host_group(group) is not group,
+        "its own": host_group(world) is world,
+    }
 
 
 def everything(rank: int, num_ranks: int) -> dict[str, Any]:
@@ -70,6 +99,7 @@ def everything(rank: int, num_ranks: int) -> dict[str, Any]:
         found[f"fails in {place}"] = attempt(fail_at, rank, num_ranks, place, 2)
     found["unequal modules"] = unequal_modules(rank, num_ranks)
     found["mapped"] = mapped(rank, num_ranks, Job("bias", "dualpipev", num_ranks, 8))
+    found["group of GPUs"] = over_group_of_gpus(rank, Job("bias", "dualpipev", num_ranks, 8))
     found["wrong mapping"] = attempt(DualPipe, [nn.Tanh(), nn.ReLU()], rank_mapping=[0, 0, 1, 2])
     return found
 

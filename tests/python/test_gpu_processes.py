@@ -7,14 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_ranks import TRANSPORTS, a_stage_that_fails_once, die_on_the_device, gpu_job, run_jobs
-from parity import check_jobs
+from gpu_ranks import (
+    DEVICE,
+    ON_CPU,
+    TRANSPORTS,
+    a_stage_that_fails_once,
+    die_on_the_device,
+    gpu_job,
+    over_nccl_alone,
+    run_jobs,
+)
+from parity import Job, check_jobs, check_results, unsplit
 
 from dualpipe_ext.testing import run_ranks
 
-pytestmark = [pytest.mark.gpu, TRANSPORTS]
+pytestmark = pytest.mark.gpu
 
 
+@TRANSPORTS
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_parity(transport: str, num_ranks: int) -> None:
     jobs = [
@@ -27,6 +37,17 @@ def test_parity(transport: str, num_ranks: int) -> None:
     check_jobs(jobs, run_ranks(run_jobs, num_ranks, "processes", (jobs,), timeout=60.0))
 
 
+def test_the_process_group_of_nccl_alone(tmp_path: Path) -> None:
+    """A script that says no more, and ranks that share the GPU: messages go through the host."""
+    job = Job("attention", "dualpipe", 4, 8, device=DEVICE, sync="within")
+    found = run_ranks(over_nccl_alone, 4, "processes", (job, str(tmp_path)), timeout=60.0)
+    check_results(job, [result for result, _, _ in found], unsplit(job))
+    assert all(transport == "host" for _, transport, _ in found)
+    told = [[text for text in texts if "share a GPU" in text] for _, _, texts in found]
+    assert [len(texts) for texts in told] == [0 if ON_CPU else 1, 0, 0, 0], told
+
+
+@TRANSPORTS
 def test_a_failure_ends_all_ranks_and_the_next_step_works(transport: str) -> None:
     job = gpu_job(transport, "attention", num_ranks=2)
     for endings in run_ranks(a_stage_that_fails_once, 2, "processes", (job,), timeout=60.0):
@@ -34,6 +55,7 @@ def test_a_failure_ends_all_ranks_and_the_next_step_works(transport: str) -> Non
         assert "out of luck" in endings[1], endings
 
 
+@TRANSPORTS
 def test_a_rank_that_is_killed(transport: str, tmp_path: Path) -> None:
     """The others say so within seconds, and then end by themselves."""
     with pytest.raises(RuntimeError, match="rank 1 died with exit code -9"):

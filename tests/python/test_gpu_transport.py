@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from torch import nn
 
 from dualpipe_ext import _C, DualPipe, DualPipeConfig, _cuda
 from dualpipe_ext._cuda import shapes_digest, shared_queues
-from dualpipe_ext._transport import gpu_settings
+from dualpipe_ext._transport import Offer, choose_transport, gpu_settings, offered_transport
 from dualpipe_ext.testing import run_ranks
 
 CUDA = torch.device("cuda", 3)
+AUTO_ON_CPU = Offer(transport="auto", gpu="", problem="")
 
 
 def make_without_cuda(rank: int, num_ranks: int, transport: Any) -> str:
@@ -41,27 +43,78 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_C, "require_one_nccl", lambda: None, raising=False)
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were one."""
+    properties = SimpleNamespace(uuid="GPU-3")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
 @pytest.mark.parametrize("transport", ["nccl", "copy"])
 def test_stages_on_the_cpu_are_refused(transport: Any, with_cuda: None) -> None:
     config = DualPipeConfig(transport=transport)
     with pytest.raises(ValueError, match="for stages on a GPU, and these are on 'cpu'"):
-        gpu_settings(config, torch.device("cpu"), [])
+        offered_transport(config, torch.device("cpu"), threads=False)
+
+
+def test_a_rank_on_the_cpu_offers_no_gpu(with_cuda: None) -> None:
+    offer = offered_transport(DualPipeConfig(), torch.device("cpu"), threads=False)
+    assert offer == AUTO_ON_CPU
+    assert choose_transport([offer, offer]) == ("host", "")
+
+
+def test_ranks_with_a_gpu_each_choose_nccl(with_cuda: None, gpu: None) -> None:
+    offer = offered_transport(DualPipeConfig(), CUDA, threads=False)
+    assert offer == Offer(transport="auto", gpu="GPU-3", problem="")
+    assert choose_transport([offer, {**offer, "gpu": "GPU-4"}]) == ("nccl", "")
+    assert choose_transport([offer]) == ("host", "")  # there is nobody to send to
+
+
+def test_what_keeps_ranks_from_nccl_is_told(with_cuda: None, gpu: None) -> None:
+    offer = offered_transport(DualPipeConfig(), CUDA, threads=False)
+    other: Offer = {**offer, "gpu": "GPU-4"}
+    _, reason = choose_transport([offer, other, AUTO_ON_CPU])
+    assert reason == "the stages of rank 2 are on the CPU"
+    transport, reason = choose_transport([offer, other, offer])
+    assert transport == "host" and "ranks 0 and 2 share a GPU" in reason
+    in_threads = offered_transport(DualPipeConfig(), CUDA, threads=True)
+    assert choose_transport([in_threads, other]) == ("host", "ranks are threads")
+
+
+def test_a_gpu_that_a_build_without_cuda_cannot_use(
+    gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(_C, "gpu_engine", raising=False)
+    offer = offered_transport(DualPipeConfig(), CUDA, threads=False)
+    transport, reason = choose_transport([offer, {**offer, "gpu": "GPU-4"}])
+    assert transport == "host" and "built without CUDA" in reason
+
+
+def test_two_nccls_are_told_at_once(
+    with_cuda: None, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def require_one() -> None:
+        raise ValueError("two NCCLs")
+
+    monkeypatch.setattr(_C, "require_one_nccl", require_one, raising=False)
+    with pytest.raises(ValueError, match="two NCCLs"):
+        offered_transport(DualPipeConfig(), CUDA, threads=False)
 
 
 def test_the_host_is_asked_nothing() -> None:
-    assert gpu_settings(DualPipeConfig(), CUDA, []) is None
+    assert gpu_settings("host", DualPipeConfig(), CUDA, []) is None
 
 
 def test_settings_follow_the_configuration(
     with_cuda: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-    config = DualPipeConfig(transport="nccl", nccl_max_ctas=4, dynamic_shapes=True)
-    settings = gpu_settings(config, CUDA, [])
+    config = DualPipeConfig(nccl_max_ctas=4, dynamic_shapes=True)
+    settings = gpu_settings("nccl", config, CUDA, [])
     assert settings is not None
     assert (settings.device, settings.max_ctas, settings.dynamic_shapes) == (3, 4, True)
     assert not settings.by_copies
-    by_copies = gpu_settings(DualPipeConfig(transport="copy"), CUDA, [])
+    by_copies = gpu_settings("copy", config, CUDA, [])
     assert by_copies is not None and by_copies.by_copies
 
 
@@ -70,12 +123,12 @@ def test_threads_whose_streams_share_hardware_queues(
 ) -> None:
     monkeypatch.setenv(_cuda.QUEUES, "32")
     ways = _C.mirror_ways(0, 4) * 3
-    copies = DualPipeConfig(transport="copy")
-    few, many = (gpu_settings(copies, CUDA, ways, others) for others in ([12], [12, 3]))
+    config = DualPipeConfig()
+    few, many = (gpu_settings("copy", config, CUDA, ways, others) for others in ([12], [12, 3]))
     assert few is not None and not few.queues_are_shared
     assert many is not None and many.queues_are_shared
     with pytest.warns(UserWarning, match=r"3 ranks that are threads have 114 streams over NCCL"):
-        gpu_settings(DualPipeConfig(transport="nccl"), CUDA, ways, [12, 12])
+        gpu_settings("nccl", config, CUDA, ways, [12, 12])
 
 
 @pytest.mark.parametrize("chosen", [None, "1"])

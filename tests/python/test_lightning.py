@@ -150,6 +150,13 @@ def test_steps_leave_the_generator_as_it_was(pipeline: list[dict[str, Any]]) -> 
         assert len(set(found["numbers drawn"])) == 1, found["numbers drawn"]
 
 
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda:0", "cpu:gloo,cuda:nccl")])
+def test_ranks_on_gpus_exchange_what_is_on_the_host_too(device: str, backend: str) -> None:
+    strategy = dualpipe_ext.compat.DualPipeStrategy()
+    strategy.parallel_devices = [torch.device(device)]
+    assert strategy._get_process_group_backend() == backend
+
+
 def test_another_strategy_is_refused() -> None:
     trainer = make_trainer(Run(), [], devices=1)
     with pytest.raises(TypeError, match=r"use Trainer\(strategy=DualPipeStrategy\(\)"):

@@ -67,6 +67,19 @@ def test_mapped_ranks(found: list[dict[str, Any]]) -> None:
         assert loss is None or torch.equal(loss, torch.stack(losses))
 
 
+def test_a_group_of_gpus_alone(found: list[dict[str, Any]]) -> None:
+    """As torch.distributed.init_process_group("nccl") makes one."""
+    expected = torch.stack(unsplit(Job("bias", "dualpipev", 4, 8)).losses)
+    for rank, result in enumerate(each["group of GPUs"] for each in found):
+        for loss in result["losses"]:
+            assert (loss is None) == (rank != 0)
+            assert loss is None or torch.equal(loss, expected)
+        assert result["norms"] == found[0]["group of GPUs"]["norms"]
+        assert result["norms"][0] == result["norms"][1] > 0
+        assert result["replicas"] == [0.0, 1.0, 2.0, 3.0]
+        assert result["is made once"] and result["its own"]
+
+
 def test_a_wrong_mapping(found: list[dict[str, Any]]) -> None:
     for result in found:
         outcome = result["wrong mapping"]

@@ -41,7 +41,8 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
     Args:
         start_method: ``"popen"`` runs the script again for each further rank; ``"spawn"`` calls
             what the trainer was to do, and needs a module that can be pickled.
-        timeout: of the process group, which is one of gloo. ``DualPipeConfig`` has that of steps.
+        timeout: of the process group, which is one of gloo, with NCCL for ranks on GPUs.
+            ``DualPipeConfig`` has that of steps.
         num_stages: of each pipeline, which has as many ranks; left out, all ranks are one pipeline.
     """
 
@@ -53,7 +54,7 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         timeout: timedelta = timedelta(minutes=30),
         num_stages: int = 0,
     ) -> None:
-        super().__init__(process_group_backend="gloo", start_method=start_method, timeout=timeout)
+        super().__init__(start_method=start_method, timeout=timeout)
         self._num_stages = num_stages
         self._guard: RemovableHandle | None = None  # of the model while a rank has a part of it
 
@@ -80,6 +81,10 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         state = torch.get_rng_state()
         dist.broadcast(state, src=0)
         torch.set_rng_state(state)
+
+    def _get_process_group_backend(self) -> str:
+        """Where Lightning would take NCCL alone: ranks exchange what is in host memory, too."""
+        return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
 
     def make_ranks(self) -> TrainerRanks:
         """The ranks of this pipeline, and of those beside it; every rank calls it."""
