@@ -183,8 +183,9 @@ class Pipeline(nn.Module):
                 the first rank's labels belong to the last rank's inputs, and the other way round.
                 ``()`` for a criterion that takes outputs alone.
             return_outputs: also return the last stage's outputs, without their graph.
-            sync_gradients: sum the gradients of the two copies of each stage within the step,
-                hidden in its cool-down. Otherwise call :meth:`sync_gradients` before the optimizer.
+            sync_gradients: sum the gradients of the two copies of each stage within the step, each
+                part as soon as both copies have it. Otherwise call :meth:`sync_gradients` before
+                the optimizer.
 
         Returns:
             ``(loss, outputs)``. ``loss`` holds the losses of the micro-batches that leave on this

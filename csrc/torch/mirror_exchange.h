@@ -28,8 +28,9 @@ struct StageTensors {
 //
 // Over a transport of host memory each stage has a thread, so that one stage's wait never holds
 // back the other's sends. On a device finish() adds what has come, on the reduction stream: by then
-// the host has issued the step, which the device still computes, and the sums hide in its
-// cool-down. The compute stream waits for them, nobody else.
+// the host has issued the step, which the device still computes. The compute stream waits for the
+// sums, nobody else. One copy of a stage is done later than the other, in the same cool-down: its
+// half travels when all computation is over, and no memory is spent on receiving the other before.
 class MirrorExchange final : public GradientReducer {
  public:
   enum class Mode { kSumGradients, kCopy };

@@ -184,10 +184,7 @@ class BatchPipeline:
 
     def sync_gradients(self) -> None:
         """Sums gradients over all copies of each stage, after an accumulation; all ranks call it."""
-        if self.ranks.replicas.size == 1:
-            self.pipeline.sync_gradients()
-        else:
-            self.ranks.replicas.sum_gradients(self.pipeline)
+        self._side_by_side.sync_gradients()
 
     def _before(self, trains: bool) -> None:
         if self._has_drifted and not trains:

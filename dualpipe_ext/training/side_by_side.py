@@ -60,13 +60,36 @@ class StepsSideBySide:
 
         Args:
             step: is told whether the pipeline has to sum gradients over mirrors by itself.
-            sums_gradients: over all copies of each stage, when it is through.
+            sums_gradients: over all copies of each stage. All messages have arrived then, from GPU to
+                GPU as well: what failed does not become an update of parameters.
+
+        Raises:
+            PipelineError: a step failed, on any rank.
         """
-        is_alone = self._replicas.size == 1
-        made = self._replicas.together(lambda: step(sums_gradients and is_alone))
-        if sums_gradients and not is_alone:
-            self._replicas.sum_gradients(self._pipeline)
+        made = self._replicas.together(lambda: step(sums_gradients and self._is_alone))
+        if sums_gradients:
+            self._complete()
         return made
+
+    def sync_gradients(self) -> None:
+        """Sums gradients over all copies of each stage, after an accumulation.
+
+        Raises as :meth:`run` does.
+        """
+        if self._is_alone:
+            self._pipeline.sync_gradients()
+        self._complete()
+
+    @property
+    def _is_alone(self) -> bool:
+        return self._replicas.size == 1
+
+    def _complete(self) -> None:
+        """What is left to do until gradients are those of all copies."""
+        if self._pipeline.transport != "host":  # a message may fail after its step has returned
+            self._replicas.together(self._pipeline.synchronize)
+        if not self._is_alone:
+            self._replicas.sum_gradients(self._pipeline)
 
     def summarize(self, own: Report) -> Report:
         """The reports of all ranks of all replicas in one, but for the batches' fingerprints."""

@@ -15,13 +15,22 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from models import _random
 from outcomes import attempt
 from parity import Job, RankResult, own_batch, own_stages, run_rank
 from places import Place
 from process_ranks import Dying
 from torch import Tensor, nn
 
-from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline, StepStatistics, TraceEvent
+from dualpipe_ext import (
+    DualPipe,
+    DualPipeConfig,
+    Pipeline,
+    StepStatistics,
+    TraceEvent,
+    TrainingWrapper,
+    setup_dual_pipe,
+)
 from dualpipe_ext.adapters import Imbalance, get_model_adapter, report_imbalance
 
 ON_CPU = os.environ.get("GPU_CHECK_DEVICE") == "cpu"
@@ -283,6 +292,46 @@ def over_nccl_alone(
         result = run_rank(rank, num_ranks, job)
         again = DualPipe(own_stages(job, rank), config=DualPipeConfig(mirror_init="none"))
     return result, again.transport, sorted({str(warning.message) for warning in caught})
+
+
+def _whole_model() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """On the device, with its batch: the same numbers every time."""
+    with _random, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(8)))
+        x = torch.randn(16, 16)
+    return model.to(DEVICE), (x.to(DEVICE), x.sin().to(DEVICE))
+
+
+def trained(rank: int, num_ranks: int, transport: str) -> list[float]:
+    """The losses of four steps of a whole model."""
+    model, batch = _whole_model()
+    config = setup_dual_pipe(model, num_ranks, **over(transport))
+    wrapper = TrainingWrapper(
+        model,
+        config,
+        torch.optim.SGD,
+        optimizer_options={"lr": 0.5},
+        loss_fn=nn.functional.mse_loss,
+        max_grad_norm=0.1,
+    )
+    assert wrapper.pipeline.transport == transport
+    return [float(wrapper.train_step(batch)) for _ in range(4)]
+
+
+def trained_in_one_piece() -> list[float]:
+    """The same without a pipeline."""
+    model, (x, target) = _whole_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses = []
+    for _ in range(4):
+        loss = nn.functional.mse_loss(model(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
 
 
 def die_on_the_device(rank: int, num_ranks: int, transport: str, folder: str) -> None:

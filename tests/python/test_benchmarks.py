@@ -146,6 +146,31 @@ def test_the_report_says_what_is_missing(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "gpu_check.json").read_text())["steps"][0]["status"] == "0"
 
 
+def test_outcomes_name_the_tests_that_had_no_time(tmp_path: Path) -> None:
+    (tmp_path / "test_x.py").write_text(
+        "def test_fine(): pass\ndef test_bad(): assert 1 == 2\ndef test_late(): pass\n"
+    )
+    file = tmp_path / "outcomes"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "gpu_outcomes", "test_x.py"]
+    subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "GPU_CHECK_OUTCOMES": str(file),
+            "PYTHONPATH": str(ROOT / "benchmarks"),
+        },
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    found = {}
+    for line in file.read_text().splitlines():
+        entry = json.loads(line)
+        found[entry["test"].partition("::")[2]] = entry["outcome"]
+    assert found == {"test_fine": "passed", "test_bad": "failed", "test_late": "did not run"}
+
+
 def test_the_check_goes_on_after_a_step_that_fails(tmp_path: Path) -> None:
     """With no time left for anything: every step is reported, and none has run."""
     done = subprocess.run(

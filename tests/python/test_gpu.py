@@ -24,6 +24,8 @@ from gpu_ranks import (
     run_jobs,
     swapped,
     timed_step,
+    trained,
+    trained_in_one_piece,
 )
 from parity import Job, check_equal, check_job, check_jobs, run_job, unsplit
 from places import Place, place_of
@@ -163,4 +165,10 @@ def test_shapes_that_are_described_each_time(transport: str) -> None:
 
 
 def test_messages_in_host_memory(transport: str) -> None:
-    check_job(Job("attention", "dualpipe", 4, 8, device=DEVICE))
+    check_job(Job("attention", "dualpipe", 4, 8, device=DEVICE, config={"transport": "host"}))
+
+
+def test_a_whole_model_is_trained(transport: str) -> None:
+    expected = trained_in_one_piece()
+    for losses in run_ranks(trained, ranks_in_threads(transport), args=(transport,)):
+        assert losses == pytest.approx(expected, rel=1e-4)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from lightning_replicas import run_all
 from lightning_runs import WARNINGS, History, Run, check, run_in_one_process
+from replica_checks import check_failures, check_other_batches, check_refused, check_seeds
 
 from dualpipe_ext.testing import run_ranks
 
@@ -69,8 +70,7 @@ def test_an_unsplit_run_goes_on_with_its_checkpoint(
 
 
 def test_replicas_draw_other_random_numbers(replicas: list[dict[str, Any]]) -> None:
-    first, second, *others = [found["seed"] for found in replicas]
-    assert first == second and others[0] == others[1] != first
+    check_seeds(replicas)
 
 
 def test_statistics_are_those_of_all_copies(replicas: list[dict[str, Any]]) -> None:
@@ -84,27 +84,15 @@ def test_a_failure_is_told_to_all_replicas(replicas: list[dict[str, Any]]) -> No
         "unsaved": (0, "OSError", "No space left on device"),
         "not updated": (2, "RuntimeError", "out of luck"),
     }
-    for name, (place, error, text) in raised.items():
-        for rank, found in enumerate(replicas):
-            outcome = found[name]
-            assert outcome.error == (error if rank == place else "PipelineError"), outcome
-            assert outcome.seconds < 20
-            is_beside = rank // 2 != place // 2
-            assert (f"replica {place // 2} has failed" if is_beside else text) in outcome.text
+    check_failures(replicas, raised)
 
 
 def test_replicas_with_other_batches_are_refused(replicas: list[dict[str, Any]]) -> None:
-    for found in replicas:
-        for outcome in found["other batches"]:
-            assert outcome.is_a("ValueError"), outcome
-            assert "replica 1 was given another batch than replica 0" in outcome.text
-            assert outcome.seconds < 20
+    check_other_batches(replicas)
 
 
 @pytest.mark.parametrize("text", REFUSED)
 def test_what_cannot_be_done_is_refused_on_every_rank(
     text: str, replicas: list[dict[str, Any]]
 ) -> None:
-    for found in replicas:
-        assert found[text].is_a(REFUSED[text]), found[text]
-        assert text in found[text].text and found[text].seconds < 20
+    check_refused(replicas, text, REFUSED[text])

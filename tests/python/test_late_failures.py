@@ -1,0 +1,70 @@
+"""A message from GPU to GPU may fail when its step has returned: parameters must not be updated."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from unittest.mock import patch
+
+import pytest
+import torch
+from loops import make_batch, make_gpt, make_optimizer, token_loss
+from outcomes import Outcome, attempt
+
+from dualpipe_ext import Pipeline, PipelineError, TrainingWrapper, setup_dual_pipe
+from dualpipe_ext.testing import run_ranks
+
+Parameters = list[torch.Tensor]
+
+
+def fail_late(pipeline: Pipeline) -> None:
+    """What `synchronize` does on the rank that finds the failure, and so on the others."""
+    error = PipelineError("the message was lost")
+    pipeline.abandon_step(error)
+    raise error
+
+
+def train(rank: int, size: int) -> tuple[Outcome, list[Parameters]]:
+    """Three steps, the second of which fails late; the parameters after each."""
+    model = make_gpt()
+    wrapper = TrainingWrapper(
+        model,
+        setup_dual_pipe(model, num_stages=size),
+        optimizer=make_optimizer,
+        loss_fn=token_loss,
+        reduction="token",
+        shifts_labels=False,
+    )
+    pipeline, batch = wrapper.pipeline, make_batch(8, seed=0)
+    found: list[Parameters] = []
+
+    def step() -> None:
+        try:
+            wrapper.train_step(batch)
+        finally:
+            found.append([each.detach().clone() for each in pipeline.parameters()])
+
+    step()
+    fails = patch.object(pipeline, "synchronize", lambda: fail_late(pipeline))
+    with fails if rank == size - 1 else nullcontext():
+        outcome = attempt(step)
+    step()
+    return outcome, found
+
+
+@pytest.fixture
+def over_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if messages went from GPU to GPU."""
+    monkeypatch.setattr(Pipeline, "transport", "nccl")
+
+
+def test_what_fails_after_the_step_is_no_update(over_gpus: None) -> None:
+    for outcome, (first, failed, last) in run_ranks(train, 2, timeout=60):
+        assert outcome.is_a("PipelineError") and "the message was lost" in outcome.text, outcome
+        assert all(map(torch.equal, first, failed))
+        assert not any(map(torch.equal, failed, last))
+
+
+def test_messages_of_the_host_have_arrived_with_the_step() -> None:
+    """Nobody waits for them again."""
+    for outcome, _ in run_ranks(train, 2, timeout=60):
+        assert outcome.error == "", outcome
