@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,8 +17,6 @@ from dualpipe_ext._overlap import find_overlapped
 from dualpipe_ext._source import ScheduleSource
 from dualpipe_ext._transport import (
     GpuSettings,
-    Offer,
-    choose_transport,
     gpu_settings,
     offered_transport,
 )
@@ -42,12 +41,12 @@ class LocalStages:
         source: where the schedules of steps come from.
         num_stages: the stages of the whole model.
         stages: those of this rank, in the order of ``modules``.
-        device: that of the parameters.
+        device: that of their tensors.
         overlapped: the stages' own ``overlapped_forward_backward``, if they have one.
         weight_split: which weight gradients W computes.
         mirrors: the other copies of the stages; ``None``: there are none.
         offer: what the messages of this rank can travel over.
-        transport: what they do travel over, once :meth:`settle_transport` has chosen.
+        transport: what they do travel over, after :meth:`use_transport`.
         gpu: how messages travel from GPU to GPU; ``None``: in host memory.
 
     Raises:
@@ -70,31 +69,34 @@ class LocalStages:
         self.stages = self._layout.stages_of(self._rank)
         self.modules = place_partitions(modules, self.stages, self.num_stages)
         self._check()
-        self.device = _device_of(self.modules)
+        found = _device_of(self.modules)
+        self.device = found or torch.device("cpu")
         save_memory(self.modules, "none")  # what another pipeline did to them
         self.overlapped = find_overlapped(self.modules if config.use_overlapped else [])
         self.weight_split = self._split_weights()
         save_memory(self.modules, config.memory_optimization)
         self.mirrors = self._find_mirrors()
-        self.offer = offered_transport(config, self.device, threads=group.are_threads)
+        self.offer = offered_transport(config, found, threads=group.are_threads)
         self.transport: Transport = "host"
         self.gpu: GpuSettings | None = None
         self._warn_of_what_is_unusual()
 
-    def settle_transport(self, offers: Sequence[Offer]) -> None:
-        """Chooses what messages travel over, from what all ranks offer."""
-        self.transport, reason = choose_transport(offers)
-        if reason and self._rank == 0 and not self._group.are_threads:
+    def use_transport(self, transport: Transport, reason: str) -> None:
+        """Takes what all ranks have chosen, and on the first one says why it is no better."""
+        self.transport = transport
+        if reason and self._rank == 0:
             warn_caller(
                 f"messages between GPUs are staged through host memory: {reason}; "
                 f"DualPipeConfig(transport='host') says that this is meant"
             )
-        if self.transport == "host":
+        if transport == "host":
             return
+        if self.offer["is_anywhere"]:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         own_ways = self._ways_of(self._rank)
         others = [r for r in range(self._group.size) if r != self._rank]
         num_ways = [len(self._ways_of(r)) for r in others] if self._group.are_threads else []
-        self.gpu = gpu_settings(self.transport, self._config, self.device, own_ways, num_ways)
+        self.gpu = gpu_settings(transport, self._config, self.device, own_ways, num_ways)
 
     def peers(self) -> list[int]:
         """The ranks that this one exchanges messages with."""
@@ -188,6 +190,8 @@ class LocalStages:
             )
 
 
-def _device_of(modules: Sequence[nn.Module]) -> torch.device:
-    parameters = (parameter for module in modules for parameter in module.parameters())
-    return next((parameter.device for parameter in parameters), torch.device("cpu"))
+def _device_of(modules: Sequence[nn.Module]) -> torch.device | None:
+    """That of the parameters, or of the buffers where there are none; ``None``: there is no tensor."""
+    parameters = (parameter.device for module in modules for parameter in module.parameters())
+    buffers = (buffer.device for module in modules for buffer in module.buffers())
+    return next(chain(parameters, buffers), None)

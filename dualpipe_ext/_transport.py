@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
 from dualpipe_ext import _C
 from dualpipe_ext._advice import warn_caller
-from dualpipe_ext._cuda import has_cuda, num_queues, require_cuda, shared_queues
+from dualpipe_ext._cuda import num_queues, require_cuda, shared_queues
 from dualpipe_ext.config import DualPipeConfig, Transport
 
 __all__ = [
@@ -63,47 +64,46 @@ class Offer(TypedDict):
     """What messages of one rank could travel over, which it tells the others.
 
     Attributes:
-        transport: ``"auto"``: over NCCL from this GPU, if all others say so.
-        gpu: an identity that no other GPU has; empty: stages are elsewhere.
-        problem: why a GPU here cannot be used; empty: it can, or there is none.
+        transport: the configured one.
+        gpu: where ``"auto"`` might send from, named as NCCL tells GPUs apart; empty: from no GPU.
+        is_anywhere: whether stages have no tensor, so that they are where their inputs are.
+        problem: why NCCL cannot be used on that GPU; empty: it can.
     """
 
     transport: Transport
     gpu: str
+    is_anywhere: bool
     problem: str
 
 
-def offered_transport(config: DualPipeConfig, device: torch.device, *, threads: bool) -> Offer:
+def offered_transport(
+    config: DualPipeConfig, device: torch.device | None, *, threads: bool
+) -> Offer:
     """What this rank can do.
 
     Args:
         config: the pipeline's.
-        device: that of the stages.
+        device: that of the stages; ``None``: they have no tensor.
         threads: whether ranks share this process.
 
     Raises:
         ValueError: the configuration asks for what it cannot do.
     """
-    offer = Offer(transport=config.transport, gpu="", problem="")
+    offer = Offer(transport=config.transport, gpu="", is_anywhere=device is None, problem="")
     if config.transport in ("nccl", "copy"):
         require_cuda(config.transport)
-        if device.type != "cuda":
+        if device is not None and device.type != "cuda":
             raise ValueError(
                 f"transport={config.transport!r} is for stages on a GPU, and these are on "
                 f"{str(device)!r}; move them there before the pipeline is made, or choose "
                 f"transport='host'"
             )
-    elif config.transport == "auto" and device.type == "cuda":
-        offer["gpu"] = str(torch.cuda.get_device_properties(device).uuid)
-        if not has_cuda():
-            offer["problem"] = (
-                "the extension was built without CUDA (python -m dualpipe_ext info shows what is "
-                "missing)"
-            )
-        elif threads:
-            offer["problem"] = "ranks are threads"
-        else:
+    elif config.transport == "auto" and not threads and _has_gpu(device):
+        offer["gpu"] = _name_of_gpu(device or torch.device("cuda"))
+        try:
             require_cuda("nccl")
+        except ValueError as error:
+            offer["problem"] = str(error)
     return offer
 
 
@@ -117,16 +117,27 @@ def choose_transport(offers: Sequence[Offer]) -> tuple[Transport, str]:
     if wanted != "auto":
         return wanted, ""
     gpus = [offer["gpu"] for offer in offers]
-    if not any(gpus) or len(gpus) == 1:
+    is_any_on_gpu = any(o["gpu"] and not o["is_anywhere"] for o in offers)
+    if not is_any_on_gpu or len(gpus) == 1:
         return "host", ""
     for rank, offer in enumerate(offers):
         if not offer["gpu"]:
-            return "host", f"the stages of rank {rank} are on the CPU"
+            return "host", f"rank {rank} has its stages on the CPU"
         if offer["problem"]:
-            return "host", offer["problem"]
+            return "host", f"on rank {rank}, {offer['problem']}"
         if (first := gpus.index(offer["gpu"])) < rank:
             return "host", f"ranks {first} and {rank} share a GPU, which not every NCCL can do"
     return "nccl", ""
+
+
+def _has_gpu(device: torch.device | None) -> bool:
+    return torch.cuda.is_available() if device is None else device.type == "cuda"
+
+
+def _name_of_gpu(device: torch.device) -> str:
+    gpu: Any = torch.cuda.get_device_properties(device)
+    place = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}"
+    return f"{socket.gethostname()} {place}"
 
 
 def gpu_settings(

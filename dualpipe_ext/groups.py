@@ -7,7 +7,6 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import cached_property
 from typing import Any, final
 
 import torch
@@ -22,6 +21,7 @@ __all__ = [
     "FaultInjector",
     "LoopbackGroup",
     "PipelineGroup",
+    "group_at",
     "has_group",
     "host_group",
     "is_first_rank",
@@ -31,7 +31,7 @@ __all__ = [
 FaultInjector = Callable[[int, int, _C.MessageKind, int, int], _C.Fault]
 
 _current = threading.local()
-_HOST_TIMEOUT = timedelta(minutes=30)  # as torch's
+_HOST_TIMEOUT = timedelta(minutes=30)  # as torch's for gloo: a rank may take long to write a file
 _host_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = (
     weakref.WeakKeyDictionary()
 )
@@ -49,6 +49,10 @@ class PipelineGroup(ABC):
     rank: int
     size: int
     are_threads: bool = False
+
+    @abstractmethod
+    def connect(self, timeout: float) -> None:
+        """Before the first engine: the ranks find each other, all within ``timeout`` seconds."""
 
     @abstractmethod
     def make_engine(self, settings: EngineSettings) -> _C.Engine:
@@ -102,6 +106,9 @@ class LoopbackGroup(PipelineGroup):
         self._talk = hubs.hub(0)  # texts travel here; pipelines use the hubs behind it
         self._engines: list[weakref.ref[_C.Engine]] = []
 
+    def connect(self, timeout: float) -> None:
+        """Nothing to do: they share the hubs."""
+
     def make_engine(self, settings: EngineSettings) -> _C.Engine:
         """Makes this rank's engine on the next hub; every thread must, in the same order."""
         hub = self._hubs.hub(len(self._engines) + 1)
@@ -148,9 +155,12 @@ class _ProcessGroup(PipelineGroup):
         self._group_ranks = [mapping.index(rank) for rank in range(self.size)]
         self._texts = _C.StoreExchange(group, self.rank)
 
-    @cached_property
+    @property
     def _host(self) -> dist.ProcessGroup:
         return host_group(self._group)
+
+    def connect(self, timeout: float) -> None:
+        host_group(self._group, timeout)
 
     def make_engine(self, settings: EngineSettings) -> _C.Engine:
         peers = list(settings.peers)
@@ -187,25 +197,50 @@ def _on_gpu(settings: EngineSettings) -> dict[str, Any]:
     }
 
 
-def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+def host_group(group: dist.ProcessGroup, timeout: float | None = None) -> dist.ProcessGroup:
     """The group for what is in host memory: itself, or one of gloo where it serves GPUs alone.
 
-    That one has the same ranks and is made once, by all of them together. Torch does not know it:
-    ``new_group()`` for some ranks names a group by how many groups each of them has, and hangs
-    where these numbers differ.
+    That one has the same ranks and is made at the first call, by all of them together. It is no
+    ``torch.distributed.new_group()``, which names a group of some ranks alone by how many groups
+    each of them has, and hangs where these numbers differ. Torch's collectives take it where their
+    roots are ranks of the group (``group_src``, ``group_dst``).
+
+    Args:
+        group: of torch.
+        timeout: seconds that the others may take to come to the first call.
+
+    Raises:
+        PipelineError: they cannot be reached.
     """
     if _C.has_cpu_backend(group):
         return group
-    found = _host_groups.get(group)
-    if found is None:
-        store = PrefixStore("dualpipe_ext/host", group.get_group_store())
-        found = dist.ProcessGroup(store, group.rank(), group.size())
-        kind = dist.ProcessGroup.BackendType.GLOO
-        gloo = dist.ProcessGroupGloo(store, group.rank(), group.size(), _HOST_TIMEOUT)
-        found._set_default_backend(kind)
-        found._register_backend(torch.device("cpu"), kind, gloo)
-        _host_groups[group] = found
-    return found
+    if group not in _host_groups:
+        _host_groups[group] = _make_host_group(group, timeout or _HOST_TIMEOUT.total_seconds())
+    return _host_groups[group]
+
+
+def group_at(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """The group for tensors on a device."""
+    return host_group(group) if device.type == "cpu" else group
+
+
+def _make_host_group(group: dist.ProcessGroup, timeout: float) -> dist.ProcessGroup:
+    rank, size = group.rank(), group.size()
+    kind = dist.ProcessGroup.BackendType.GLOO
+    try:
+        known = PrefixStore("dualpipe_ext/hosts", group.get_group_store())
+        number = known.add(str(rank), 1)  # a group that is made again may have the first's store
+        store = PrefixStore(str(number), known)
+        gloo = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout))
+    except RuntimeError as error:
+        raise _C.PipelineError(
+            f"rank {rank} of the process group cannot reach the others over gloo: {error}"
+        ) from error
+    gloo._set_default_timeout(_HOST_TIMEOUT)  # of what is exchanged from now on
+    made = dist.ProcessGroup(store, rank, size)
+    made._set_default_backend(kind)
+    made._register_backend(torch.device("cpu"), kind, gloo)
+    return made
 
 
 def has_group(process_group: dist.ProcessGroup | PipelineGroup | None) -> bool:

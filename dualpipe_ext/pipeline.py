@@ -16,11 +16,11 @@ from dualpipe_ext._advice import warn_caller
 from dualpipe_ext._batch import check_num_chunks, cut_batch
 from dualpipe_ext._C import InternalError, PipelineError
 from dualpipe_ext._cuda import clock_by_gpu, shapes_digest
-from dualpipe_ext._handshake import agree
+from dualpipe_ext._handshake import agree, collect
 from dualpipe_ext._local_stages import LocalStages
 from dualpipe_ext._plans import PlannedStep, StepPlanner
 from dualpipe_ext._step import Criterion, LossHooks, Step, microbatch_seed
-from dualpipe_ext._transport import EngineSettings
+from dualpipe_ext._transport import EngineSettings, Offer, choose_transport
 from dualpipe_ext.config import DualPipeConfig, Transport
 from dualpipe_ext.gradients import clip_local_gradients, total_norm
 from dualpipe_ext.groups import PipelineGroup, resolve_group
@@ -83,7 +83,7 @@ class Pipeline(nn.Module):
             self.config.timeout,
             lambda: self._adopt(list(modules), schedule or self.config.schedule),
         )
-        self._local.settle_transport([each["offer"] for each in facts])
+        self._settle([each["offer"] for each in facts])
         self._hooks = LossHooks()
         local = self._local
         self._planner = StepPlanner(
@@ -124,7 +124,7 @@ class Pipeline(nn.Module):
 
     @property
     def transport(self) -> Transport:
-        """What messages travel over, ``"host"``, ``"nccl"`` or ``"copy"``: what was configured, or chosen."""
+        """What messages travel over: ``"host"``, ``"nccl"`` or ``"copy"``, never ``"auto"``."""
         return self._local.transport
 
     @property
@@ -380,6 +380,18 @@ class Pipeline(nn.Module):
         self._local = LocalStages(modules, schedule, self.group, self.config)
         self.module = nn.ModuleList(self._local.modules)
         return self._local.describe() | {"batch_dim": self.batch_dim}
+
+    def _settle(self, offers: Sequence[Offer]) -> None:
+        """Chooses what messages travel over, as all ranks do, and has the ranks find each other."""
+        transport, reason = choose_transport(offers)
+        if transport != "host" or reason:  # then there is something to fail at
+            collect(
+                self.group,
+                self.config.timeout,
+                lambda: self._local.use_transport(transport, reason),
+                "could not make its pipeline",
+            )
+        self.group.connect(self.config.timeout)
 
     # One step
 

@@ -70,9 +70,7 @@ def introduce(options: Options) -> None:
         f"{options.batch_tokens} bytes a step"
     )
     if torch.cuda.is_available():
-        print(
-            "this machine has GPUs; the transport over NCCL has not been tried on one yet: using the CPU"
-        )
+        print("this machine has GPUs; this example trains on its CPU")
     cores = os.cpu_count() or 1
     if world() is None and options.ranks > cores:
         print(

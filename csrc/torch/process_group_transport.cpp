@@ -136,9 +136,8 @@ c10::intrusive_ptr<c10d::Store> store_of(const c10d::ProcessGroup& group) {
 }
 
 c10::intrusive_ptr<c10d::Backend> cpu_backend(c10d::ProcessGroup& group) {
-  DUALPIPE_USER_CHECK(has_cpu_backend(group), "the process group (", group.getBackendName(),
-                      ") has no backend for CPU tensors: make it with backend=\"gloo\" or "
-                      "backend=\"cpu:gloo,cuda:nccl\"");
+  DUALPIPE_CHECK(has_cpu_backend(group), "the process group (", group.getBackendName(),
+                 ") has no backend for CPU tensors");
   return group.getBackend(c10::DeviceType::CPU);
 }
 

@@ -23,8 +23,7 @@ struct ProcessGroupEnds {
 
 // group_ranks: for each rank of the pipeline, its rank in the group. peers: see FramedOptions. All
 // ranks of a group make their pipelines in the same order: the n-th on one rank is connected to the
-// n-th on the others. Holds a reference to the group. UserError when the group has no backend for
-// CPU tensors.
+// n-th on the others. Holds a reference to the group, which has a backend for CPU tensors.
 [[nodiscard]] ProcessGroupEnds process_group_ends(c10d::ProcessGroup& group, Rank rank,
                                                   std::vector<int> group_ranks,
                                                   std::vector<Rank> peers);

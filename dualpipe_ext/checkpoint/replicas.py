@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dualpipe_ext._C import PipelineError
+from dualpipe_ext.groups import group_at, host_group
 
 __all__ = [
     "average_buffers",
@@ -45,7 +46,7 @@ def average_buffers(replicas: dist.ProcessGroup | None, buffers: Iterable[Tensor
     for buffer in (each for each in buffers if each.is_floating_point()):
         total = buffer.to(torch.float64, copy=True)
         with reaching_replicas():
-            dist.all_reduce(total, group=replicas)
+            dist.all_reduce(total, group=group_at(replicas, total.device))
         buffer.copy_(total / replicas.size())
 
 
@@ -55,7 +56,7 @@ def gather_from_replicas(replicas: dist.ProcessGroup | None, value: T) -> list[T
         return [value]
     gathered: list[T] = [value] * replicas.size()
     with reaching_replicas():
-        dist.all_gather_object(gathered, value, group=replicas)
+        dist.all_gather_object(gathered, value, group=host_group(replicas))
     return gathered
 
 

@@ -12,10 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dualpipe_ext import _C
 from dualpipe_ext._handshake import act_together, check_others
 from dualpipe_ext.checkpoint.ranks import Ranks
-from dualpipe_ext.groups import PipelineGroup, resolve_group
+from dualpipe_ext.groups import PipelineGroup, host_group, resolve_group
 from dualpipe_ext.pipeline import Pipeline
 from dualpipe_ext.training.replicas import Replicas, split_mesh
 
@@ -63,8 +62,8 @@ class TrainerRanks:
         """
         if mesh is not None:
             process_group, replica_group = split_mesh(mesh, process_group, replica_group)
-        host = _host_group(process_group)
-        return cls(resolve_group(host, None), Replicas(replica_group), host)
+        group = process_group or _default_group()
+        return cls(resolve_group(group, None), Replicas(replica_group), host_group(group))
 
     @property
     def number(self) -> int:
@@ -72,25 +71,15 @@ class TrainerRanks:
         return self.replicas.index * self.group.size + self.group.rank
 
 
-def _host_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """A group that torch itself sends by what is in host memory: of gloo, where it serves GPUs alone.
-
-    Raises:
-        ValueError: there is no process group.
-    """
+def _default_group() -> dist.ProcessGroup:
     if not dist.is_initialized():
         raise ValueError(
             "there is no process group, so there are no ranks to train on: start the script with "
             "torchrun --nproc-per-node, or call torch.distributed.init_process_group() first"
         )
-    group = process_group or dist.group.WORLD
+    group = dist.group.WORLD
     assert group is not None
-    if _C.has_cpu_backend(group):
-        return group
-    made: dist.ProcessGroup = dist.new_group(
-        dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True
-    )
-    return made
+    return group
 
 
 def rank_device(device: torch.device, rank: int) -> torch.device:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from itertools import chain
 from typing import TypeVar
 from zlib import crc32
@@ -18,7 +17,7 @@ from dualpipe_ext._C import PipelineError, process_group_all_gather
 from dualpipe_ext._handshake import collect
 from dualpipe_ext.checkpoint.replicas import average_buffers, reaching_replicas
 from dualpipe_ext.gradients import main_grads
-from dualpipe_ext.groups import host_group
+from dualpipe_ext.groups import group_at, host_group
 from dualpipe_ext.pipeline import Pipeline
 
 __all__ = ["Replicas", "split_mesh"]
@@ -69,7 +68,6 @@ class Replicas:
         self.group = group
         self.index = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
-        self._copies: dist.ProcessGroup | None = None
 
     def begin(self, pipeline: Pipeline) -> None:
         """Overwrites parameters and buffers with those of the first replica.
@@ -85,12 +83,11 @@ class Replicas:
         if self.group is None:
             return
         group = self.group
-        by_place = self.together(lambda: _by_place(group, pipeline))
-        self._copies = _all_copies(group, by_place, pipeline)
+        self.together(lambda: _check_places(group, pipeline))
         self._check_alike(pipeline)
         with reaching_replicas():
-            for _, tensor in _tensors(pipeline):
-                dist.broadcast(tensor.detach(), group=self.group, group_src=0)
+            for tensor in (each.detach() for _, each in _tensors(pipeline)):
+                dist.broadcast(tensor, group=group_at(group, tensor.device), group_src=0)
 
     def _check_alike(self, pipeline: Pipeline) -> None:
         """Raises, on all ranks, where replicas hold something else on some."""
@@ -145,24 +142,30 @@ class Replicas:
             return process_group_all_gather(host_group(self.group), values)
 
     def sum_gradients(self, pipeline: Pipeline) -> None:
-        """Sums gradients over all copies of each stage, those of mirrors and of replicas, in place.
+        """Sums gradients over all copies of each stage, those of replicas and of mirrors, in place.
 
-        All copies get the same bits. A gradient that is ``None`` on all of them stays so.
+        All copies get the same bits: each of two mirrors adds the sum over its own replicas, which
+        these have alike, and that of the other's. A gradient that is ``None`` on all of them stays
+        so.
 
         Raises:
             PipelineError: another rank cannot be reached.
         """
-        parameters = _in_order_of_stages(pipeline)
-        self._complete(parameters)
+        if self.group is not None:
+            self._sum_over_replicas(self.group, pipeline)
+        self.together(pipeline.sync_gradients)
+
+    def _sum_over_replicas(self, group: dist.ProcessGroup, pipeline: Pipeline) -> None:
+        parameters = list(pipeline.parameters())
+        _complete(parameters, group)
         grads = [p.grad for p in parameters if p.grad is not None] + main_grads(parameters)
         for bucket in _buckets(grads, pipeline.config.bucket_bytes):
             flat = torch.cat([grad.reshape(-1) for grad in bucket])
             with reaching_replicas():
-                dist.all_reduce(flat, group=self._copies)
+                dist.all_reduce(flat, group=group_at(group, flat.device))
             sizes = [grad.numel() for grad in bucket]
             for grad, total in zip(bucket, flat.split(sizes), strict=True):
                 grad.copy_(total.view_as(grad))
-        pipeline.resume_at(pipeline.num_steps)  # it needs no sum of its own any more
 
     def average_buffers(self, pipeline: Pipeline) -> None:
         """Gives all copies the mean of each floating-point buffer, such as a batch norm's statistics.
@@ -172,26 +175,24 @@ class Replicas:
         pipeline.sync_buffers()
         average_buffers(self.group, pipeline.buffers())
 
-    def _complete(self, parameters: Sequence[nn.Parameter]) -> None:
-        """A gradient that some copy has becomes one of all; zero where it was none."""
-        device = parameters[0].device if parameters else None  # the group may be of GPUs alone
-        has = torch.tensor(
-            [p.grad is not None for p in parameters], dtype=torch.int32, device=device
-        )
-        if has.numel():
-            with reaching_replicas():
-                dist.all_reduce(has, op=dist.ReduceOp.MAX, group=self._copies)
-        for parameter, anywhere in zip(parameters, has.tolist(), strict=True):
-            if anywhere and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+
+def _complete(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """A gradient that some replica has becomes one of all; zero where it was none."""
+    has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+    if has.numel():
+        with reaching_replicas():
+            dist.all_reduce(has, op=dist.ReduceOp.MAX, group=host_group(group))
+    for parameter, anywhere in zip(parameters, has.tolist(), strict=True):
+        if anywhere and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def _tensors(pipeline: Pipeline) -> list[tuple[str, Tensor]]:
     return [*pipeline.named_parameters(), *pipeline.named_buffers()]
 
 
-def _by_place(replicas: dist.ProcessGroup, pipeline: Pipeline) -> list[list[int]]:
-    """The replicas of each rank of this pipeline; raises where they are none."""
+def _check_places(replicas: dist.ProcessGroup, pipeline: Pipeline) -> None:
+    """Raises, on all ranks, where the groups of some are none of pipelines side by side."""
     told = collect(
         pipeline.group,
         pipeline.config.timeout,
@@ -212,27 +213,6 @@ def _by_place(replicas: dist.ProcessGroup, pipeline: Pipeline) -> list[list[int]
             f"{by_place}: torch numbers the ranks of a group in ascending order; choose pipelines "
             f"whose order is the same in each group, as init_device_mesh() does"
         )
-    return by_place
-
-
-def _all_copies(
-    replicas: dist.ProcessGroup, by_place: Sequence[Sequence[int]], pipeline: Pipeline
-) -> dist.ProcessGroup:
-    """All ranks that hold the same stages: those in the same place, and those of their mirrors."""
-    if not pipeline.is_mirrored:
-        return replicas
-    ranks = sorted([*by_place[pipeline.rank], *by_place[pipeline.num_ranks - 1 - pipeline.rank]])
-    timeout = timedelta(seconds=pipeline.config.timeout)
-    copies: dist.ProcessGroup = dist.new_group(
-        ranks, timeout=timeout, use_local_synchronization=True
-    )
-    return copies
-
-
-def _in_order_of_stages(pipeline: Pipeline) -> list[nn.Parameter]:
-    """The same on the rank that has the other copies, whose modules are the other way round."""
-    modules = dict(zip(pipeline.stages, pipeline.module, strict=True))
-    return list(dict.fromkeys(p for stage in sorted(modules) for p in modules[stage].parameters()))
 
 
 def _buckets(grads: Sequence[Tensor], bucket_bytes: int) -> Iterator[list[Tensor]]:

@@ -86,10 +86,10 @@ class StepsSideBySide:
 
     def _complete(self) -> None:
         """What is left to do until gradients are those of all copies."""
-        if self._pipeline.transport != "host":  # a message may fail after its step has returned
-            self._replicas.together(self._pipeline.synchronize)
         if not self._is_alone:
             self._replicas.sum_gradients(self._pipeline)
+        if self._pipeline.transport != "host":  # a message may fail after its step has returned
+            self._replicas.together(self._pipeline.synchronize)
 
     def summarize(self, own: Report) -> Report:
         """The reports of all ranks of all replicas in one, but for the batches' fingerprints."""

@@ -6,11 +6,16 @@ import dataclasses
 import os
 import signal
 import sys
+import time
+import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # names the backend "fake"
 from faults import fail_at
 from mistakes import Call, make_mistake
 from models import squared_error
@@ -18,7 +23,11 @@ from outcomes import Outcome, attempt
 from parity import Job, own_batch, own_stages, run_rank
 from torch import nn
 
+import dualpipe_ext.pipeline as pipeline_module
 from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline
+from dualpipe_ext._local_stages import LocalStages
+from dualpipe_ext.checkpoint.replicas import gather_from_replicas
+from dualpipe_ext.compat.ranks import TrainerRanks
 from dualpipe_ext.groups import host_group
 from dualpipe_ext.training.replicas import Replicas
 
@@ -82,13 +91,48 @@ def over_group_of_gpus(rank: int, job: Job) -> dict[str, Any]:
     (first, losses), (second, again) = (
         run_in_place(rank, job, process_group=group) for _ in range(2)
     )
+    gathered: list[Any] = [None] * 4
+    dist.all_gather_object(gathered, rank, group=TrainerRanks.of(group).host)
     return {
         "losses": [losses, again],
         "norms": [float(pipeline.clip_grad_norm_(1.0)) for pipeline in (first, second)],
         "replicas": Replicas(group).gather(float(rank)),
+        "objects": [gathered, gather_from_replicas(group, rank)],
         "is made once": host_group(group) is host_group(group) is not group,
         "its own": host_group(world) is world,
     }
+
+
+def over_groups_made_again(rank: int, num_ranks: int) -> list[float]:
+    """Sums over two groups, one after the other: the second has the name of the first.
+
+    Groups of torch's that connect nothing by themselves, as those of NCCL.
+    """
+    sums = []
+    for number in range(2):
+        group = dist.new_group([0, 1], backend="cuda:fake", use_local_synchronization=True)
+        time.sleep(0.3 * number * rank)  # who comes first finds what is left in the store
+        pipeline = Pipeline([nn.Linear(2, 2)], "1f1b", process_group=group)
+        sums.append(sum(x for (x,) in pipeline.group.all_gather_floats([float(rank)])))
+        dist.destroy_process_group(group)
+    return sums
+
+
+def fail_before_connecting(rank: int, num_ranks: int) -> None:
+    """Rank 0 fails at what it does with a transport that all have chosen."""
+    group = dist.new_group(backend="cuda:gloo")
+    with ExitStack() as changed:
+        changed.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        chosen = patch.object(pipeline_module, "choose_transport", lambda _: ("host", "no reason"))
+        changed.enter_context(chosen)
+        if rank == 0:
+            changed.enter_context(patch.object(LocalStages, "use_transport", _out_of_luck))
+        Pipeline([nn.Linear(2, 2)], "1f1b", process_group=group)
+
+
+def _out_of_luck(*_: object) -> None:
+    raise RuntimeError("out of luck")
 
 
 def everything(rank: int, num_ranks: int) -> dict[str, Any]:
@@ -100,13 +144,15 @@ def everything(rank: int, num_ranks: int) -> dict[str, Any]:
     found["unequal modules"] = unequal_modules(rank, num_ranks)
     found["mapped"] = mapped(rank, num_ranks, Job("bias", "dualpipev", num_ranks, 8))
     found["group of GPUs"] = over_group_of_gpus(rank, Job("bias", "dualpipev", num_ranks, 8))
+    found["fails before it connects"] = attempt(fail_before_connecting, rank, num_ranks)
     found["wrong mapping"] = attempt(DualPipe, [nn.Tanh(), nn.ReLU()], rank_mapping=[0, 0, 1, 2])
     return found
 
 
 def say(rank: int, num_ranks: int) -> None:
-    print(rank)
-    print(10 + rank, file=sys.stderr)
+    for file, number in ((sys.stdout, rank), (sys.stderr, 10 + rank)):
+        file.write(f"{number}\n")  # at once: the other rank writes to the same place
+        file.flush()
 
 
 class Dying(nn.Linear):

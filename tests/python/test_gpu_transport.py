@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +12,21 @@ import pytest
 import torch
 from torch import nn
 
-from dualpipe_ext import _C, DualPipe, DualPipeConfig, _cuda
+import dualpipe_ext.pipeline as pipeline_module
+from dualpipe_ext import _C, DualPipe, DualPipeConfig, Pipeline, _cuda, _local_stages
 from dualpipe_ext._cuda import shapes_digest, shared_queues
-from dualpipe_ext._transport import Offer, choose_transport, gpu_settings, offered_transport
+from dualpipe_ext._transport import (
+    EngineSettings,
+    Offer,
+    choose_transport,
+    gpu_settings,
+    offered_transport,
+)
+from dualpipe_ext.groups import LoopbackGroup
 from dualpipe_ext.testing import run_ranks
 
 CUDA = torch.device("cuda", 3)
-AUTO_ON_CPU = Offer(transport="auto", gpu="", problem="")
+ON_CPU = Offer(transport="auto", gpu="", is_anywhere=False, problem="")
 
 
 def make_without_cuda(rank: int, num_ranks: int, transport: Any) -> str:
@@ -46,8 +56,15 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were one."""
-    properties = SimpleNamespace(uuid="GPU-3")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    place = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: place)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(socket, "gethostname", lambda: "node1")
+
+
+def other(offer: Offer) -> Offer:
+    """The same of another node's GPU."""
+    return {**offer, "gpu": offer["gpu"].replace("node1", "node2")}
 
 
 @pytest.mark.parametrize("transport", ["nccl", "copy"])
@@ -57,28 +74,40 @@ def test_stages_on_the_cpu_are_refused(transport: Any, with_cuda: None) -> None:
         offered_transport(config, torch.device("cpu"), threads=False)
 
 
-def test_a_rank_on_the_cpu_offers_no_gpu(with_cuda: None) -> None:
+def test_a_rank_on_the_cpu_offers_no_gpu(with_cuda: None, gpu: None) -> None:
     offer = offered_transport(DualPipeConfig(), torch.device("cpu"), threads=False)
-    assert offer == AUTO_ON_CPU
+    assert offer == ON_CPU
     assert choose_transport([offer, offer]) == ("host", "")
 
 
 def test_ranks_with_a_gpu_each_choose_nccl(with_cuda: None, gpu: None) -> None:
     offer = offered_transport(DualPipeConfig(), CUDA, threads=False)
-    assert offer == Offer(transport="auto", gpu="GPU-3", problem="")
-    assert choose_transport([offer, {**offer, "gpu": "GPU-4"}]) == ("nccl", "")
+    assert offer == {**ON_CPU, "gpu": "node1 0000:3b:00"}
+    assert choose_transport([offer, other(offer)]) == ("nccl", "")
     assert choose_transport([offer]) == ("host", "")  # there is nobody to send to
 
 
 def test_what_keeps_ranks_from_nccl_is_told(with_cuda: None, gpu: None) -> None:
     offer = offered_transport(DualPipeConfig(), CUDA, threads=False)
-    other: Offer = {**offer, "gpu": "GPU-4"}
-    _, reason = choose_transport([offer, other, AUTO_ON_CPU])
-    assert reason == "the stages of rank 2 are on the CPU"
-    transport, reason = choose_transport([offer, other, offer])
+    _, reason = choose_transport([offer, other(offer), ON_CPU])
+    assert reason == "rank 2 has its stages on the CPU"
+    transport, reason = choose_transport([offer, other(offer), offer])
     assert transport == "host" and "ranks 0 and 2 share a GPU" in reason
-    in_threads = offered_transport(DualPipeConfig(), CUDA, threads=True)
-    assert choose_transport([in_threads, other]) == ("host", "ranks are threads")
+
+
+def test_threads_use_the_host(with_cuda: None, gpu: None) -> None:
+    offer = offered_transport(DualPipeConfig(), CUDA, threads=True)
+    assert choose_transport([offer, other(offer)]) == ("host", "")
+
+
+def test_stages_without_tensors_are_where_the_others_are(with_cuda: None, gpu: None) -> None:
+    empty = offered_transport(DualPipeConfig(), None, threads=False)
+    filled = offered_transport(DualPipeConfig(), CUDA, threads=False)
+    assert choose_transport([empty, other(filled)]) == ("nccl", "")
+    assert choose_transport([empty, other(empty)]) == ("host", "")
+    assert choose_transport([empty, ON_CPU]) == ("host", "")
+    asked = offered_transport(DualPipeConfig(transport="copy"), None, threads=False)
+    assert choose_transport([asked, asked]) == ("copy", "")
 
 
 def test_a_gpu_that_a_build_without_cuda_cannot_use(
@@ -86,19 +115,50 @@ def test_a_gpu_that_a_build_without_cuda_cannot_use(
 ) -> None:
     monkeypatch.delattr(_C, "gpu_engine", raising=False)
     offer = offered_transport(DualPipeConfig(), CUDA, threads=False)
-    transport, reason = choose_transport([offer, {**offer, "gpu": "GPU-4"}])
-    assert transport == "host" and "built without CUDA" in reason
+    transport, reason = choose_transport([offer, other(offer)])
+    assert transport == "host" and "on rank 0" in reason and "built without" in reason
 
 
-def test_two_nccls_are_told_at_once(
+def test_a_process_with_two_nccls_uses_the_host(
     with_cuda: None, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def require_one() -> None:
         raise ValueError("two NCCLs")
 
     monkeypatch.setattr(_C, "require_one_nccl", require_one, raising=False)
+    offer = offered_transport(DualPipeConfig(), CUDA, threads=False)
+    assert choose_transport([offer, other(offer)]) == ("host", "on rank 0, two NCCLs")
     with pytest.raises(ValueError, match="two NCCLs"):
-        offered_transport(DualPipeConfig(), CUDA, threads=False)
+        offered_transport(DualPipeConfig(transport="nccl"), CUDA, threads=False)
+
+
+def make_without_tensors(rank: int, num_ranks: int) -> str:
+    """What a pipeline whose second stage has no tensor says of its transport."""
+    return Pipeline([nn.Tanh() if rank else nn.Linear(2, 2)], "1f1b").transport
+
+
+def test_a_pipeline_takes_what_was_chosen(with_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its engine is the host's, as there is no GPU, but is to be made as one over NCCL."""
+    made: dict[int, EngineSettings] = {}
+    make_engine = LoopbackGroup.make_engine
+
+    def note(group: LoopbackGroup, settings: EngineSettings) -> _C.Engine:
+        made[group.rank] = settings
+        return make_engine(group, replace(settings, gpu=None))
+
+    def offer(config: Any, device: torch.device | None, *, threads: bool) -> Offer:
+        return {**ON_CPU, "gpu": f"GPU of {device}", "is_anywhere": device is None}
+
+    monkeypatch.setattr(LoopbackGroup, "make_engine", note)
+    monkeypatch.setattr(_local_stages, "offered_transport", offer)
+    monkeypatch.setattr(pipeline_module, "clock_by_gpu", lambda engine, device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setenv(_cuda.QUEUES, "32")
+    assert run_ranks(make_without_tensors, 2) == ["nccl", "nccl"]
+    for rank in range(2):
+        gpu = made[rank].gpu
+        assert gpu is not None and not gpu.by_copies
+        assert (gpu.device, len(gpu.ways)) == (3, 2)
 
 
 def test_the_host_is_asked_nothing() -> None:

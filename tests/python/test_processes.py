@@ -16,7 +16,14 @@ import torch
 from faults import check_failure
 from mistakes import check_mistake
 from parity import Job, check_results, unsplit
-from process_ranks import JOBS, MISTAKES, PLACES, die_in_a_step, everything
+from process_ranks import (
+    JOBS,
+    MISTAKES,
+    PLACES,
+    die_in_a_step,
+    everything,
+    over_groups_made_again,
+)
 
 from dualpipe_ext.testing import run_ranks
 
@@ -77,7 +84,20 @@ def test_a_group_of_gpus_alone(found: list[dict[str, Any]]) -> None:
         assert result["norms"] == found[0]["group of GPUs"]["norms"]
         assert result["norms"][0] == result["norms"][1] > 0
         assert result["replicas"] == [0.0, 1.0, 2.0, 3.0]
+        assert result["objects"] == [[0, 1, 2, 3]] * 2
         assert result["is made once"] and result["its own"]
+
+
+def test_groups_of_gpus_that_are_made_again() -> None:
+    """What the first left in the store is not taken for the second's."""
+    sums = run_ranks(over_groups_made_again, 2, "processes", timeout=60.0)
+    assert sums == [[1.0, 1.0]] * 2
+
+
+def test_a_rank_that_fails_before_ranks_connect(found: list[dict[str, Any]]) -> None:
+    for rank, outcome in enumerate(each["fails before it connects"] for each in found):
+        assert outcome.is_a("RuntimeError" if rank == 0 else "PipelineError"), outcome
+        assert "out of luck" in outcome.text and outcome.seconds < 10
 
 
 def test_a_wrong_mapping(found: list[dict[str, Any]]) -> None:

@@ -24,6 +24,7 @@ from dualpipe_ext.compat.lightning.optimizer_states import load_whole_state, sav
 from dualpipe_ext.compat.lightning.refusals import refuse_num_stages, refuse_settings
 from dualpipe_ext.compat.ranks import TrainerRanks, through_together, update_together
 from dualpipe_ext.compat.whole import refuse_shards, update_model
+from dualpipe_ext.groups import host_group
 from dualpipe_ext.training.optimizers import refuse_closures
 
 __all__ = ["DualPipeStrategy"]
@@ -78,8 +79,10 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         with isolate_rng() if is_script else nullcontext():  # DDP goes back to the seed
             super().setup_environment()
         module.trainer._accelerator_connector.use_distributed_sampler = False
+        world = dist.group.WORLD
+        assert world is not None
         state = torch.get_rng_state()
-        dist.broadcast(state, src=0)
+        dist.broadcast(state, group=host_group(world), group_src=0)
         torch.set_rng_state(state)
 
     def _get_process_group_backend(self) -> str:
