@@ -67,17 +67,26 @@ class Turns:
     def __init__(self, folder: str) -> None:
         self._queue = os.open(Path(folder, "queue"), os.O_RDWR | os.O_CREAT)
         self._machine = os.open(Path(folder, "machine"), os.O_RDWR | os.O_CREAT)
+        self._is_alone = False
 
     @contextmanager
-    def taken(self, *, alone: bool) -> Iterator[None]:
-        # The queue keeps others from starting before the one who waits for all to end.
-        fcntl.flock(self._queue, fcntl.LOCK_EX)
-        fcntl.flock(self._machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        fcntl.flock(self._queue, fcntl.LOCK_UN)
+    def taken(self, *, alone: bool, next_alone: bool) -> Iterator[None]:
+        """A turn. Tests alone that follow one another share one: others wait for all of them once."""
+        if not self._is_alone:
+            # The queue keeps others from starting before the one who waits for all to end.
+            fcntl.flock(self._queue, fcntl.LOCK_EX)
+            fcntl.flock(self._machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            fcntl.flock(self._queue, fcntl.LOCK_UN)
         try:
             yield
         finally:
-            fcntl.flock(self._machine, fcntl.LOCK_UN)
+            self._is_alone = alone and next_alone
+            if not self._is_alone:
+                fcntl.flock(self._machine, fcntl.LOCK_UN)
+
+
+def measures(item: pytest.Item | None) -> bool:
+    return item is not None and item.get_closest_marker("measures") is not None
 
 
 _watcher = pytest.StashKey[Watcher]()
@@ -135,13 +144,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 # Outside of everything else of a test: nobody's time limit or fixture counts the waiting.
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+def pytest_runtest_protocol(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, object, object]:
     turns = item.config.stash.get(_turns, None)
     if turns is None:
         return (yield)
     watcher = item.config.stash[_watcher]
     watcher.send(f"start 900 {item.nodeid} waited more than 900 s for its turn")
-    with turns.taken(alone=item.get_closest_marker("measures") is not None):
+    with turns.taken(alone=measures(item), next_alone=measures(nextitem)):
         watcher.send("stop")
         return (yield)
 
