@@ -9,8 +9,10 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from dualpipe_ext import (
     StepStatistics,
     TraceEvent,
     TrainingWrapper,
+    _transport,
     setup_dual_pipe,
 )
 from dualpipe_ext.adapters import Imbalance, get_model_adapter, report_imbalance
@@ -278,16 +281,28 @@ def run_jobs(rank: int, num_ranks: int, jobs: list[Job]) -> list[RankResult]:
     return [run_rank(rank, num_ranks, job) for job in jobs]
 
 
-def over_nccl_alone(
-    rank: int, num_ranks: int, job: Job, folder: str
-) -> tuple[RankResult, str, list[str]]:
-    """The job over torch's own group of NCCL; what its messages travelled over, and warnings."""
+def _meet_again(rank: int, num_ranks: int, folder: str, backend: str) -> None:
     dist.destroy_process_group()
-    backend = "gloo" if ON_CPU else "nccl"
     dist.init_process_group(
         backend, init_method=f"file://{folder}/ranks", rank=rank, world_size=num_ranks
     )
-    with warnings.catch_warnings(record=True) as caught:
+
+
+def over_nccl_alone(
+    rank: int, num_ranks: int, job: Job, folder: str, have_own_gpus: bool
+) -> tuple[RankResult, str, list[str]]:
+    """The job over torch's own group of NCCL; what its messages travelled over, and warnings.
+
+    Args:
+        rank: of this process.
+        num_ranks: how many there are.
+        job: what to run.
+        folder: for the ranks to meet.
+        have_own_gpus: whether ranks say that each has another GPU.
+    """
+    _meet_again(rank, num_ranks, folder, "gloo" if ON_CPU else "nccl")
+    own = patch.object(_transport, "_name_of_gpu", lambda device: f"GPU {rank}")
+    with own if have_own_gpus else nullcontext(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = run_rank(rank, num_ranks, job)
         again = DualPipe(own_stages(job, rank), config=DualPipeConfig(mirror_init="none"))
@@ -303,20 +318,38 @@ def _whole_model() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     return model.to(DEVICE), (x.to(DEVICE), x.sin().to(DEVICE))
 
 
-def trained(rank: int, num_ranks: int, transport: str) -> list[float]:
-    """The losses of four steps of a whole model."""
+def trained(rank: int, num_ranks: int, transport: str, **groups: Any) -> list[float]:
+    """The losses of four steps of a whole model; over replicas, each has its part of the rows."""
     model, batch = _whole_model()
-    config = setup_dual_pipe(model, num_ranks, **over(transport))
+    replicas = groups.get("replica_group")
+    size, index = (1, 0) if replicas is None else (replicas.size(), replicas.rank())
+    own = tuple(tensor.chunk(size)[index] for tensor in batch)
     wrapper = TrainingWrapper(
         model,
-        config,
+        setup_dual_pipe(model, num_ranks // size, **over(transport)),
         torch.optim.SGD,
         optimizer_options={"lr": 0.5},
         loss_fn=nn.functional.mse_loss,
         max_grad_norm=0.1,
+        **groups,
     )
     assert wrapper.pipeline.transport == transport
-    return [float(wrapper.train_step(batch)) for _ in range(4)]
+    return [float(wrapper.train_step(own)) for _ in range(4)]
+
+
+def trained_side_by_side(rank: int, num_ranks: int, transport: str, folder: str) -> list[float]:
+    """The same over two pipelines, whose ranks meet over groups of NCCL alone, if over NCCL at all."""
+    _meet_again(rank, num_ranks, folder, "nccl" if transport == "nccl" else "gloo")
+    size = num_ranks // 2
+    pipelines = [dist.new_group(range(first, first + size)) for first in (0, size)]
+    replicas = [dist.new_group([place, place + size]) for place in range(size)]
+    return trained(
+        rank,
+        num_ranks,
+        transport,
+        process_group=pipelines[rank // size],
+        replica_group=replicas[rank % size],
+    )
 
 
 def trained_in_one_piece() -> list[float]:

@@ -9,13 +9,14 @@ import pytest
 import torch
 from gpu_ranks import (
     DEVICE,
-    ON_CPU,
     TRANSPORTS,
     a_stage_that_fails_once,
     die_on_the_device,
     gpu_job,
     over_nccl_alone,
     run_jobs,
+    trained_in_one_piece,
+    trained_side_by_side,
 )
 from parity import Job, check_jobs, check_results, unsplit
 
@@ -37,14 +38,25 @@ def test_parity(transport: str, num_ranks: int) -> None:
     check_jobs(jobs, run_ranks(run_jobs, num_ranks, "processes", (jobs,), timeout=60.0))
 
 
-def test_the_process_group_of_nccl_alone(tmp_path: Path) -> None:
-    """A script that says no more, and ranks that share the GPU: messages go through the host."""
+@TRANSPORTS
+def test_a_script_that_says_nccl_and_no_more(transport: str, tmp_path: Path) -> None:
+    """Its messages go over NCCL where ranks have a GPU each, as they say here, and else by the host."""
+    expected = transport if transport == "nccl" else "host"
     job = Job("attention", "dualpipe", 4, 8, device=DEVICE, sync="within")
-    found = run_ranks(over_nccl_alone, 4, "processes", (job, str(tmp_path)), timeout=60.0)
+    args = (job, str(tmp_path), expected == "nccl")
+    found = run_ranks(over_nccl_alone, 4, "processes", args, timeout=60.0)
     check_results(job, [result for result, _, _ in found], unsplit(job))
-    assert all(transport == "host" for _, transport, _ in found)
+    assert [chosen for _, chosen, _ in found] == [expected] * 4
     told = [[text for text in texts if "share a GPU" in text] for _, _, texts in found]
-    assert [len(texts) for texts in told] == [0 if ON_CPU else 1, 0, 0, 0], told
+    assert [len(texts) for texts in told] == [int(transport == "copy"), 0, 0, 0], told
+
+
+@TRANSPORTS
+def test_pipelines_side_by_side(transport: str, tmp_path: Path) -> None:
+    expected = trained_in_one_piece()
+    args = (transport, str(tmp_path))
+    for losses in run_ranks(trained_side_by_side, 4, "processes", args, timeout=60.0):
+        assert losses == pytest.approx(expected, rel=1e-4)
 
 
 @TRANSPORTS
