@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -22,6 +24,8 @@ __all__ = [
     "gpu_settings",
     "offered_transport",
 ]
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # hosts may have one name
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class Offer(TypedDict):
 
     Attributes:
         transport: the configured one.
-        gpu: where ``"auto"`` might send from, named as NCCL tells GPUs apart; empty: from no GPU.
+        gpu: where ``"auto"`` might send from: the host as NCCL tells it from others, and the place on
+            its bus; empty: from no GPU.
         is_anywhere: whether stages have no tensor, so that they are where their inputs are.
         problem: why NCCL cannot be used on that GPU; empty: it can.
     """
@@ -99,10 +104,10 @@ def offered_transport(
                 f"transport='host'"
             )
     elif config.transport == "auto" and not threads and _has_gpu(device):
-        offer["gpu"] = _name_of_gpu(device or torch.device("cuda"))
         try:
             require_cuda("nccl")
-        except ValueError as error:
+            offer["gpu"] = _name_of_gpu(device or torch.device("cuda"))
+        except (ValueError, RuntimeError) as error:
             offer["problem"] = str(error)
     return offer
 
@@ -117,14 +122,14 @@ def choose_transport(offers: Sequence[Offer]) -> tuple[Transport, str]:
     if wanted != "auto":
         return wanted, ""
     gpus = [offer["gpu"] for offer in offers]
-    is_any_on_gpu = any(o["gpu"] and not o["is_anywhere"] for o in offers)
+    is_any_on_gpu = any((o["gpu"] or o["problem"]) and not o["is_anywhere"] for o in offers)
     if not is_any_on_gpu or len(gpus) == 1:
         return "host", ""
     for rank, offer in enumerate(offers):
-        if not offer["gpu"]:
-            return "host", f"rank {rank} has its stages on the CPU"
         if offer["problem"]:
             return "host", f"on rank {rank}, {offer['problem']}"
+        if not offer["gpu"]:
+            return "host", f"rank {rank} has its stages on the CPU"
         if (first := gpus.index(offer["gpu"])) < rank:
             return "host", f"ranks {first} and {rank} share a GPU, which not every NCCL can do"
     return "nccl", ""
@@ -137,7 +142,12 @@ def _has_gpu(device: torch.device | None) -> bool:
 def _name_of_gpu(device: torch.device) -> str:
     gpu: Any = torch.cuda.get_device_properties(device)
     place = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}"
-    return f"{socket.gethostname()} {place}"
+    return f"{os.environ.get('NCCL_HOSTID') or _name_of_host()} {place}"
+
+
+def _name_of_host() -> str:
+    boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
+    return f"{socket.gethostname()} {boot}".strip()
 
 
 def gpu_settings(

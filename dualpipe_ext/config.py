@@ -60,7 +60,7 @@ class DualPipeConfig:
             ``"nccl"``, from GPU to GPU, for stages on CUDA; or ``"copy"``, the same by the copy
             engines of GPUs on one node, which takes no processor from computation. ``"auto"``:
             ``"nccl"`` where all ranks are processes with stages on a GPU of their own, otherwise
-            ``"host"``; :attr:`Pipeline.transport` says which. No stage has run on a GPU yet.
+            ``"host"``; :attr:`Pipeline.transport` says which. None of the three has run on a GPU yet.
         nccl_max_ctas: thread blocks that a message over NCCL may take from computation; 0: as many
             as NCCL likes.
         dynamic_shapes: from GPU to GPU, describe each message to its receiver. Needed where what a

@@ -6,24 +6,20 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, final
 
-import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
 
 from dualpipe_ext import _C
 from dualpipe_ext._cuda import gpu_engine
 from dualpipe_ext._transport import EngineSettings
+from dualpipe_ext.host_groups import host_group
 
 __all__ = [
     "FaultInjector",
     "LoopbackGroup",
     "PipelineGroup",
-    "group_at",
     "has_group",
-    "host_group",
     "is_first_rank",
     "resolve_group",
 ]
@@ -31,10 +27,6 @@ __all__ = [
 FaultInjector = Callable[[int, int, _C.MessageKind, int, int], _C.Fault]
 
 _current = threading.local()
-_HOST_TIMEOUT = timedelta(minutes=30)  # as torch's for gloo: a rank may take long to write a file
-_host_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 class PipelineGroup(ABC):
@@ -155,10 +147,6 @@ class _ProcessGroup(PipelineGroup):
         self._group_ranks = [mapping.index(rank) for rank in range(self.size)]
         self._texts = _C.StoreExchange(group, self.rank)
 
-    @property
-    def _host(self) -> dist.ProcessGroup:
-        return host_group(self._group)
-
     def connect(self, timeout: float) -> None:
         host_group(self._group, timeout)
 
@@ -166,10 +154,10 @@ class _ProcessGroup(PipelineGroup):
         peers = list(settings.peers)
         if settings.gpu is None:
             return _C.Engine.process_group(
-                self._host, self.rank, self._group_ranks, peers, settings.timeout
+                host_group(self._group), self.rank, self._group_ranks, peers, settings.timeout
             )
         return gpu_engine(
-            group=self._host,
+            group=host_group(self._group),
             rank=self.rank,
             group_ranks=self._group_ranks,
             peers=peers,
@@ -180,7 +168,7 @@ class _ProcessGroup(PipelineGroup):
         return self._texts.all_gather(text, timeout)
 
     def all_gather_floats(self, values: Sequence[float]) -> list[list[float]]:
-        gathered = _C.process_group_all_gather(self._host, values)
+        gathered = _C.process_group_all_gather(host_group(self._group), values)
         return [gathered[self._group_ranks[rank]] for rank in range(self.size)]
 
 
@@ -195,52 +183,6 @@ def _on_gpu(settings: EngineSettings) -> dict[str, Any]:
         "dynamic_shapes": settings.gpu.dynamic_shapes,
         "timeout_seconds": settings.timeout,
     }
-
-
-def host_group(group: dist.ProcessGroup, timeout: float | None = None) -> dist.ProcessGroup:
-    """The group for what is in host memory: itself, or one of gloo where it serves GPUs alone.
-
-    That one has the same ranks and is made at the first call, by all of them together. It is no
-    ``torch.distributed.new_group()``, which names a group of some ranks alone by how many groups
-    each of them has, and hangs where these numbers differ. Torch's collectives take it where their
-    roots are ranks of the group (``group_src``, ``group_dst``).
-
-    Args:
-        group: of torch.
-        timeout: seconds that the others may take to come to the first call.
-
-    Raises:
-        PipelineError: they cannot be reached.
-    """
-    if _C.has_cpu_backend(group):
-        return group
-    if group not in _host_groups:
-        _host_groups[group] = _make_host_group(group, timeout or _HOST_TIMEOUT.total_seconds())
-    return _host_groups[group]
-
-
-def group_at(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
-    """The group for tensors on a device."""
-    return host_group(group) if device.type == "cpu" else group
-
-
-def _make_host_group(group: dist.ProcessGroup, timeout: float) -> dist.ProcessGroup:
-    rank, size = group.rank(), group.size()
-    kind = dist.ProcessGroup.BackendType.GLOO
-    try:
-        known = PrefixStore("dualpipe_ext/hosts", group.get_group_store())
-        number = known.add(str(rank), 1)  # a group that is made again may have the first's store
-        store = PrefixStore(str(number), known)
-        gloo = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout))
-    except RuntimeError as error:
-        raise _C.PipelineError(
-            f"rank {rank} of the process group cannot reach the others over gloo: {error}"
-        ) from error
-    gloo._set_default_timeout(_HOST_TIMEOUT)  # of what is exchanged from now on
-    made = dist.ProcessGroup(store, rank, size)
-    made._set_default_backend(kind)
-    made._register_backend(torch.device("cpu"), kind, gloo)
-    return made
 
 
 def has_group(process_group: dist.ProcessGroup | PipelineGroup | None) -> bool:

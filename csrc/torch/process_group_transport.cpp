@@ -135,6 +135,11 @@ c10::intrusive_ptr<c10d::Store> store_of(const c10d::ProcessGroup& group) {
                            [&] { return store->clone(); });
 }
 
+// What is counted for each rank starts anew where an earlier group with the same store had fewer.
+std::string prefix_of(const c10d::ProcessGroup& group) {
+  return cat("dualpipe_ext/ranks of ", group.getSize());
+}
+
 c10::intrusive_ptr<c10d::Backend> cpu_backend(c10d::ProcessGroup& group) {
   DUALPIPE_CHECK(has_cpu_backend(group), "the process group (", group.getBackendName(),
                  ") has no backend for CPU tensors");
@@ -149,9 +154,9 @@ ProcessGroupEnds process_group_ends(c10d::ProcessGroup& group, Rank rank,
   auto backend = cpu_backend(group);
   never_preempt(kGlooLoop);
   const auto store = store_of(group);
-  C10dStore counters("dualpipe_ext", store);
+  C10dStore counters(prefix_of(group), store);
   const std::int64_t instance = counters.add(cat("pipelines/", rank), 1) - 1;
-  auto keys = std::make_unique<C10dStore>(cat("dualpipe_ext/pipeline/", instance), store);
+  auto keys = std::make_unique<C10dStore>(cat(prefix_of(group), "/pipeline/", instance), store);
   auto link = std::make_unique<BackendLink>(std::move(backend), std::move(group_ranks));
   FramedOptions options{rank, num_ranks, std::move(peers), static_cast<std::uint32_t>(instance)};
   return {framed_transport(std::move(link), std::move(options)),
@@ -159,7 +164,7 @@ ProcessGroupEnds process_group_ends(c10d::ProcessGroup& group, Rank rank,
 }
 
 std::unique_ptr<StoreExchange> process_group_exchange(c10d::ProcessGroup& group, Rank rank) {
-  auto keys = std::make_unique<C10dStore>("dualpipe_ext", store_of(group));
+  auto keys = std::make_unique<C10dStore>(prefix_of(group), store_of(group));
   return std::make_unique<StoreExchange>(std::move(keys), rank, group.getSize());
 }
 

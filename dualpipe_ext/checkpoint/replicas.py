@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -11,14 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dualpipe_ext._C import PipelineError
-from dualpipe_ext.groups import group_at, host_group
+from dualpipe_ext.host_groups import group_at, host_group, reaching
 
 __all__ = [
     "average_buffers",
     "gather_from_replicas",
     "on_all_replicas",
     "on_first_replica",
-    "reaching_replicas",
     "replica_of",
 ]
 
@@ -30,22 +28,13 @@ def replica_of(replicas: dist.ProcessGroup | None) -> int:
     return 0 if replicas is None else dist.get_rank(replicas)
 
 
-@contextmanager
-def reaching_replicas() -> Iterator[None]:
-    """Around collectives of torch, whose errors say no more than that."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PipelineError(f"a rank of another replica cannot be reached: {error}") from error
-
-
 def average_buffers(replicas: dist.ProcessGroup | None, buffers: Iterable[Tensor]) -> None:
     """Gives all replicas the mean of each floating-point buffer, as their mirrors have it."""
     if replicas is None:
         return
     for buffer in (each for each in buffers if each.is_floating_point()):
         total = buffer.to(torch.float64, copy=True)
-        with reaching_replicas():
+        with reaching("another replica"):
             dist.all_reduce(total, group=group_at(replicas, total.device))
         buffer.copy_(total / replicas.size())
 
@@ -55,7 +44,7 @@ def gather_from_replicas(replicas: dist.ProcessGroup | None, value: T) -> list[T
     if replicas is None:
         return [value]
     gathered: list[T] = [value] * replicas.size()
-    with reaching_replicas():
+    with reaching("another replica"):
         dist.all_gather_object(gathered, value, group=host_group(replicas))
     return gathered
 

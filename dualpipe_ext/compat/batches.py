@@ -164,6 +164,7 @@ class BatchPipeline:
             self._check,
         )
         outputs = self.ranks.replicas.together(lambda: self._steps.infer(part, autocast))
+        self._side_by_side.settle()
         self._side_by_side.summarize(Report(0.0, part.fingerprint))
         return outputs
 

@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dualpipe_ext._handshake import act_together, check_others
 from dualpipe_ext.checkpoint.ranks import Ranks
-from dualpipe_ext.groups import PipelineGroup, host_group, resolve_group
+from dualpipe_ext.groups import PipelineGroup, resolve_group
+from dualpipe_ext.host_groups import host_group, reaching
 from dualpipe_ext.pipeline import Pipeline
 from dualpipe_ext.training.replicas import Replicas, split_mesh
 
@@ -134,7 +135,8 @@ def both_ends(own: Any, pipeline: Pipeline, group: dist.ProcessGroup) -> Tensor:
     parts = []
     for end in (pipeline.num_ranks - 1, 0):  # the first rows leave on the last rank
         box = [_first(own).cpu() if pipeline.rank == end else torch.empty(0)]
-        dist.broadcast_object_list(box, group=group, group_src=end)
+        with reaching(f"rank {end}"):
+            dist.broadcast_object_list(box, group=group, group_src=end)
         parts.append(box[0])
     return torch.cat(parts)
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from dualpipe_ext.adapters.partition import Partition
 from dualpipe_ext.compat.ranks import TrainerRanks
+from dualpipe_ext.host_groups import reaching
 from dualpipe_ext.pipeline import Pipeline
 
 __all__ = [
@@ -50,7 +51,8 @@ def update_model(model: nn.Module, pipeline: Pipeline, ranks: TrainerRanks) -> N
         for name in names:
             value = values[name]
             sent = value.detach().cpu().contiguous()
-            dist.broadcast(sent, group=ranks.host, group_src=stage)
+            with reaching(f"rank {stage}"):
+                dist.broadcast(sent, group=ranks.host, group_src=stage)
             if stage not in pipeline.stages:
                 value.copy_(sent)
 
@@ -64,7 +66,8 @@ def whole_state(
     kept = {i for i, p in enumerate(_parameters(optimizer)) if id(p) in first_copy}
     own = {i: on_host(s) for i, s in optimizer.state_dict()["state"].items() if i in kept}
     states: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
-    dist.gather_object(own, states, group=group, group_dst=0)
+    with reaching("another rank"):
+        dist.gather_object(own, states, group=group, group_dst=0)
     merged = {i: state for part in states or [] for i, state in part.items()}
 
     def complete(_: Optimizer, found: dict[str, Any]) -> dict[str, Any]:

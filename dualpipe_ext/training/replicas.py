@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import TypeVar
 from zlib import crc32
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dualpipe_ext._C import PipelineError, process_group_all_gather
 from dualpipe_ext._handshake import collect
-from dualpipe_ext.checkpoint.replicas import average_buffers, reaching_replicas
-from dualpipe_ext.gradients import main_grads
-from dualpipe_ext.groups import group_at, host_group
+from dualpipe_ext.checkpoint.replicas import average_buffers
+from dualpipe_ext.host_groups import group_at, host_group, reaching
 from dualpipe_ext.pipeline import Pipeline
+from dualpipe_ext.training.gradient_sums import find_gradients, make_buckets
 
 __all__ = ["Replicas", "split_mesh"]
 
@@ -85,7 +84,7 @@ class Replicas:
         group = self.group
         self.together(lambda: _check_places(group, pipeline))
         self._check_alike(pipeline)
-        with reaching_replicas():
+        with reaching("another replica"):
             for tensor in (each.detach() for _, each in _tensors(pipeline)):
                 dist.broadcast(tensor, group=group_at(group, tensor.device), group_src=0)
 
@@ -138,7 +137,7 @@ class Replicas:
     def _exchange(self, values: list[float]) -> list[list[float]]:
         if self.group is None:
             return [values]
-        with reaching_replicas():
+        with reaching("another replica"):
             return process_group_all_gather(host_group(self.group), values)
 
     def sum_gradients(self, pipeline: Pipeline) -> None:
@@ -149,23 +148,24 @@ class Replicas:
         so.
 
         Raises:
-            PipelineError: another rank cannot be reached.
+            Exception: what a rank raised, once all others of all replicas know of it.
+            PipelineError: another rank has failed, or cannot be reached.
         """
-        if self.group is not None:
-            self._sum_over_replicas(self.group, pipeline)
+        try:
+            if self.group is not None:
+                self._sum_over_replicas(self.group, pipeline)
+        except BaseException as error:  # the ranks of this pipeline sum over other replicas
+            pipeline.abandon_step(error)
+            raise
         self.together(pipeline.sync_gradients)
 
     def _sum_over_replicas(self, group: dist.ProcessGroup, pipeline: Pipeline) -> None:
-        parameters = list(pipeline.parameters())
-        _complete(parameters, group)
-        grads = [p.grad for p in parameters if p.grad is not None] + main_grads(parameters)
-        for bucket in _buckets(grads, pipeline.config.bucket_bytes):
-            flat = torch.cat([grad.reshape(-1) for grad in bucket])
-            with reaching_replicas():
-                dist.all_reduce(flat, group=group_at(group, flat.device))
-            sizes = [grad.numel() for grad in bucket]
-            for grad, total in zip(bucket, flat.split(sizes), strict=True):
-                grad.copy_(total.view_as(grad))
+        """What may fail on one rank alone has no collective in it, where others would wait."""
+        parameters, num_bytes = list(pipeline.parameters()), pipeline.config.bucket_bytes
+        found = find_gradients(parameters, group)
+        buckets = self.together(lambda: make_buckets(parameters, found, num_bytes))
+        for bucket in buckets:
+            bucket.sum(group)
 
     def average_buffers(self, pipeline: Pipeline) -> None:
         """Gives all copies the mean of each floating-point buffer, such as a batch norm's statistics.
@@ -174,17 +174,6 @@ class Replicas:
         """
         pipeline.sync_buffers()
         average_buffers(self.group, pipeline.buffers())
-
-
-def _complete(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """A gradient that some replica has becomes one of all; zero where it was none."""
-    has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
-    if has.numel():
-        with reaching_replicas():
-            dist.all_reduce(has, op=dist.ReduceOp.MAX, group=host_group(group))
-    for parameter, anywhere in zip(parameters, has.tolist(), strict=True):
-        if anywhere and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
 
 
 def _tensors(pipeline: Pipeline) -> list[tuple[str, Tensor]]:
@@ -213,18 +202,3 @@ def _check_places(replicas: dist.ProcessGroup, pipeline: Pipeline) -> None:
             f"{by_place}: torch numbers the ranks of a group in ascending order; choose pipelines "
             f"whose order is the same in each group, as init_device_mesh() does"
         )
-
-
-def _buckets(grads: Sequence[Tensor], bucket_bytes: int) -> Iterator[list[Tensor]]:
-    """Consecutive gradients of one type and device, of about so many bytes together."""
-    bucket: list[Tensor] = []
-    size = 0
-    for grad in grads:
-        is_alike = not bucket or (bucket[0].dtype, bucket[0].device) == (grad.dtype, grad.device)
-        if bucket and (size >= bucket_bytes or not is_alike):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(grad)
-        size += grad.numel() * grad.element_size()
-    if bucket:
-        yield bucket

@@ -84,12 +84,20 @@ class StepsSideBySide:
     def _is_alone(self) -> bool:
         return self._replicas.size == 1
 
+    def settle(self) -> None:
+        """Returns when all messages have arrived: from GPU to GPU, they may when a step is over.
+
+        Raises:
+            PipelineError: a step failed, on any rank.
+        """
+        if self._pipeline.transport != "host":
+            self._replicas.together(self._pipeline.synchronize)
+
     def _complete(self) -> None:
         """What is left to do until gradients are those of all copies."""
         if not self._is_alone:
             self._replicas.sum_gradients(self._pipeline)
-        if self._pipeline.transport != "host":  # a message may fail after its step has returned
-            self._replicas.together(self._pipeline.synchronize)
+        self.settle()
 
     def summarize(self, own: Report) -> Report:
         """The reports of all ranks of all replicas in one, but for the batches' fingerprints."""

@@ -279,6 +279,7 @@ class TrainingWrapper:
                 loss += self._run(part, part.total or 1) * self._loss.share(part.total)
                 units += part.total
                 mark = (31.0 * mark + part.fingerprint) % 2.0**40
+        self._side_by_side.settle()
         report = self._side_by_side.summarize(Report(loss, mark))
         total = int(sum(self._replicas.gather(units)))
         if total == 0:
@@ -304,6 +305,7 @@ class TrainingWrapper:
         self.pipeline.sync_buffers()
         with evaluating(self._stages):
             own = self._steps.infer(part, self._options.autocast)
+        self._side_by_side.settle()
         outputs = join_ends(self.pipeline, own, self.config.timeout)
         return first_rows(outputs, part.total, self._options.batch_dim)
 

@@ -28,7 +28,7 @@ from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline
 from dualpipe_ext._local_stages import LocalStages
 from dualpipe_ext.checkpoint.replicas import gather_from_replicas
 from dualpipe_ext.compat.ranks import TrainerRanks
-from dualpipe_ext.groups import host_group
+from dualpipe_ext.host_groups import host_group
 from dualpipe_ext.training.replicas import Replicas
 
 SEED = {"seed": 7}
@@ -116,6 +116,16 @@ def over_groups_made_again(rank: int, num_ranks: int) -> list[float]:
         sums.append(sum(x for (x,) in pipeline.group.all_gather_floats([float(rank)])))
         dist.destroy_process_group(group)
     return sums
+
+
+def gather_from_the_dead(rank: int, num_ranks: int, folder: str) -> None:
+    """Over a group of GPUs alone; rank 1 is killed when all are connected."""
+    group = dist.new_group(backend="cuda:gloo")
+    gather_from_replicas(group, rank)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    outcome = attempt(gather_from_replicas, group, rank)
+    Path(folder, str(rank)).write_text(f"{outcome.error}: {outcome.text}")
 
 
 def fail_before_connecting(rank: int, num_ranks: int) -> None:

@@ -6,8 +6,10 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader, TensorDataset
 
+import dualpipe_ext.training.replicas
 from dualpipe_ext import DualPipeConfig, TrainingWrapper, setup_dual_pipe
 from dualpipe_ext.adapters import Partition
 from dualpipe_ext.training import ReplicaBatchSampler, collate_rows
@@ -88,7 +91,7 @@ def train(rank: int, size: int, folder: Path) -> dict[str, Any]:
     found["wrong mesh"] = attempt(split_mesh, other_mesh)
     before = [parameter.detach().clone() for parameter in wrapper.pipeline.parameters()]
     found["failures"] = [
-        fail(wrapper, rank, how) for how in ("batch", "stage", "different", "update")
+        fail(wrapper, rank, how) for how in ("batch", "stage", "different", "sum", "update")
     ]
     wrong = {"reduction": "median"} if rank == 1 else {}
     found["failures"].append(attempt(make, mesh=mesh, **wrong))
@@ -235,27 +238,28 @@ def die(rank: int, size: int, folder: Path) -> None:
     (folder / str(rank)).write_text(f"{outcome.error}: {outcome.seconds}: {outcome.text}")
 
 
+def raise_error(*_: object) -> None:
+    raise RuntimeError("out of luck")
+
+
 def fail(wrapper: TrainingWrapper, rank: int, how: str) -> Outcome:
     """Something goes wrong on rank 1 alone, which is in the first replica."""
     text, labels = make_batch(8, seed=2)
-    handle = None
     if rank == 1 and how == "batch":
         text = text[:3]
     if rank == 1 and how == "different":
         text = text.flip(0)
-    if rank == 1 and how in ("stage", "update"):
-
-        def raise_error(*_: object) -> None:
-            raise RuntimeError("out of luck")
-
-        if how == "stage":
-            handle = wrapper.pipeline.module[0].register_forward_pre_hook(raise_error)
-        else:
-            handle = wrapper.optimizer.register_step_pre_hook(raise_error)
-    outcome = attempt(wrapper.train_step, (text, labels), update=how == "update")
-    if handle is not None:
-        handle.remove()
-    return outcome
+    with ExitStack() as changed:
+        if rank == 1 and how == "stage":
+            stage = wrapper.pipeline.module[0]
+            changed.callback(stage.register_forward_pre_hook(raise_error).remove)
+        if rank == 1 and how == "update":
+            changed.callback(wrapper.optimizer.register_step_pre_hook(raise_error).remove)
+        if rank == 1 and how == "sum":
+            changed.enter_context(
+                patch.object(dualpipe_ext.training.replicas, "make_buckets", raise_error)
+            )
+        return attempt(wrapper.train_step, (text, labels), update=how in ("sum", "update"))
 
 
 def train_unsplit() -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import dualpipe_ext.pipeline as pipeline_module
-from dualpipe_ext import _C, DualPipe, DualPipeConfig, Pipeline, _cuda, _local_stages
+from dualpipe_ext import _C, DualPipe, DualPipeConfig, Pipeline, _cuda, _local_stages, _transport
 from dualpipe_ext._cuda import shapes_digest, shared_queues
 from dualpipe_ext._transport import (
     EngineSettings,
@@ -59,7 +59,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     place = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: place)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(socket, "gethostname", lambda: "node1")
+    monkeypatch.setenv("NCCL_HOSTID", "node1")
 
 
 def other(offer: Offer) -> Offer:
@@ -93,6 +93,33 @@ def test_what_keeps_ranks_from_nccl_is_told(with_cuda: None, gpu: None) -> None:
     assert reason == "rank 2 has its stages on the CPU"
     transport, reason = choose_transport([offer, other(offer), offer])
     assert transport == "host" and "ranks 0 and 2 share a GPU" in reason
+
+
+def test_hosts_of_one_name_are_told_apart_by_their_boot(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(_transport, "BOOT_ID", tmp_path / "boot_id")
+    before = _transport._name_of_host()
+    (tmp_path / "boot_id").write_text("b007\n")
+    assert _transport._name_of_host() == f"{before} b007"
+
+
+def test_a_device_that_cannot_be_asked_is_a_reason(
+    with_cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a forked process. Without tensors on a GPU it is none."""
+
+    def cannot(device: torch.device) -> None:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cannot)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    empty, filled = (
+        offered_transport(DualPipeConfig(), device, threads=False) for device in (None, CUDA)
+    )
+    assert choose_transport([ON_CPU, empty]) == ("host", "")
+    transport, reason = choose_transport([filled, empty])
+    assert transport == "host" and "on rank 0, Cannot re-initialize" in reason
 
 
 def test_threads_use_the_host(with_cuda: None, gpu: None) -> None:

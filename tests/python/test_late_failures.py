@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -12,6 +14,8 @@ from outcomes import Outcome, attempt
 
 from dualpipe_ext import Pipeline, PipelineError, TrainingWrapper, setup_dual_pipe
 from dualpipe_ext.testing import run_ranks
+from dualpipe_ext.training.replicas import Replicas
+from dualpipe_ext.training.side_by_side import StepsSideBySide
 
 Parameters = list[torch.Tensor]
 
@@ -68,3 +72,29 @@ def test_messages_of_the_host_have_arrived_with_the_step() -> None:
     """Nobody waits for them again."""
     for outcome, _ in run_ranks(train, 2, timeout=60):
         assert outcome.error == "", outcome
+
+
+class Calls:
+    """A pipeline that notes what it is told."""
+
+    def __init__(self, transport: str) -> None:
+        self.transport = transport
+        self.made: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        return lambda: self.made.append(name)
+
+
+@pytest.mark.parametrize(("transport", "settled"), [("copy", ["synchronize"]), ("host", [])])
+def test_gradients_are_settled_when_they_are_summed(transport: str, settled: list[str]) -> None:
+    """Within the step and after an accumulation; and so is what is looked at between updates."""
+    pipeline: Any = Calls(transport)
+    steps = StepsSideBySide(pipeline, Replicas(None))
+    assert steps.run(lambda sums: sums, sums_gradients=True)
+    assert pipeline.made == settled
+    assert not steps.run(lambda sums: sums, sums_gradients=False)
+    assert pipeline.made == settled
+    steps.sync_gradients()
+    assert pipeline.made == [*settled, "sync_gradients", *settled]
+    steps.settle()
+    assert pipeline.made == [*settled, "sync_gradients", *settled, *settled]

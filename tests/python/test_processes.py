@@ -22,6 +22,7 @@ from process_ranks import (
     PLACES,
     die_in_a_step,
     everything,
+    gather_from_the_dead,
     over_groups_made_again,
 )
 
@@ -92,6 +93,14 @@ def test_groups_of_gpus_that_are_made_again() -> None:
     """What the first left in the store is not taken for the second's."""
     sums = run_ranks(over_groups_made_again, 2, "processes", timeout=60.0)
     assert sums == [[1.0, 1.0]] * 2
+
+
+def test_a_killed_rank_of_a_group_of_gpus(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="rank 1 died with exit code -9"):
+        run_ranks(gather_from_the_dead, 2, "processes", (str(tmp_path),), timeout=60.0)
+    told = (tmp_path / "0").read_text()
+    assert told.startswith("PipelineError: cannot reach another replica: "), told
+    assert "world group map" not in told
 
 
 def test_a_rank_that_fails_before_ranks_connect(found: list[dict[str, Any]]) -> None:

@@ -88,21 +88,22 @@ def test_a_killed_rank_is_told_in_all_replicas(tmp_path: Path) -> None:
 def test_a_failure_is_one_of_all_replicas(found: list[dict[str, Any]]) -> None:
     """Each with its own words, within seconds; training goes on."""
     for rank, result in enumerate(found):
-        batch, stage, different, update, construction = result["failures"]
+        batch, stage, different, summed, update, construction = result["failures"]
         assert batch.is_a("ValueError" if rank == 1 else "PipelineError"), (rank, batch)
         assert stage.is_a("PipelineError"), (rank, stage)
         assert different.is_a("ValueError" if rank < PIPELINE else "PipelineError"), (
             rank,
             different,
         )
-        assert update.error == ("RuntimeError" if rank == 1 else "PipelineError"), (rank, update)
+        for outcome in (summed, update):
+            assert outcome.error == ("RuntimeError" if rank == 1 else "PipelineError"), outcome
         assert construction.is_a("ValueError" if rank == 1 else "PipelineError"), construction
         if rank < PIPELINE:
             assert "reduction='median'" in construction.text
             assert "found [3, 8]" in batch.text and "out of luck" in stage.text
-            assert "out of luck" in update.text
+            assert "out of luck" in summed.text and "out of luck" in update.text
         else:
-            for outcome in (stage, different, update, construction):
+            for outcome in (stage, different, summed, update, construction):
                 assert "replica 0 has failed" in outcome.text
         assert max(outcome.seconds for outcome in result["failures"]) < 10.0
         assert result["evaluated again"] == result["evaluated"]

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dualpipe_ext.compat.whole import on_host, own_copy
+from dualpipe_ext.host_groups import reaching
 from dualpipe_ext.pipeline import Pipeline
 
 __all__ = ["load_whole_state", "save_whole_state"]
@@ -40,7 +41,8 @@ def save_whole_state(
         if id(p) in kept and index in own["state"]
     }
     parts: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
-    dist.gather_object(part, parts, group=group, group_dst=0)
+    with reaching("another rank"):
+        dist.gather_object(part, parts, group=group, group_dst=0)
     states = {name: state for found in parts or [part] for name, state in found.items()}
     members = _members(optimizer, model, group)
     order = _order(members)
@@ -99,7 +101,8 @@ def _members(optimizer: Optimizer, model: nn.Module, group: dist.ProcessGroup) -
     names = _names(model)
     own = [[names[id(p)] for p in options["params"]] for options in optimizer.param_groups]
     ranks: list[Any] = [None] * group.size()
-    dist.all_gather_object(ranks, own, group=group)
+    with reaching("another rank"):
+        dist.all_gather_object(ranks, own, group=group)
     order = {name: i for i, name in enumerate(names.values())}
     return [
         sorted(set().union(*listed), key=order.__getitem__) for listed in zip(*ranks, strict=True)

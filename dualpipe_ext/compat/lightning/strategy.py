@@ -24,7 +24,7 @@ from dualpipe_ext.compat.lightning.optimizer_states import load_whole_state, sav
 from dualpipe_ext.compat.lightning.refusals import refuse_num_stages, refuse_settings
 from dualpipe_ext.compat.ranks import TrainerRanks, through_together, update_together
 from dualpipe_ext.compat.whole import refuse_shards, update_model
-from dualpipe_ext.groups import host_group
+from dualpipe_ext.host_groups import host_group, reaching
 from dualpipe_ext.training.optimizers import refuse_closures
 
 __all__ = ["DualPipeStrategy"]
@@ -82,7 +82,8 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         world = dist.group.WORLD
         assert world is not None
         state = torch.get_rng_state()
-        dist.broadcast(state, group=host_group(world), group_src=0)
+        with reaching("the first rank"):
+            dist.broadcast(state, group=host_group(world), group_src=0)
         torch.set_rng_state(state)
 
     def _get_process_group_backend(self) -> str:
