@@ -17,7 +17,7 @@ from dualpipe_ext._build.plan import BuildPlan
 from dualpipe_ext._build.progress import Progress
 from dualpipe_ext._build.runner import run_ninja
 
-WAIT_NOTICE_S = 2.0
+WAIT_NOTICE_S, WAIT_INTERVAL_S = 2.0, 30.0
 
 
 def ensure_built(plan: BuildPlan, cache: Cache | None = None, *, force: bool = False) -> Path:
@@ -41,13 +41,17 @@ def ensure_built(plan: BuildPlan, cache: Cache | None = None, *, force: bool = F
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock; says so where another process has it for long."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=WAIT_NOTICE_S)
-    except Timeout:
-        Progress().line("waiting for another process that compiles the C++ core")
-        lock.acquire()
+    """Holds the lock; says now and then that another process has it for long."""
+    lock, progress, patience = FileLock(path), Progress(), WAIT_NOTICE_S
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=patience)
+        except Timeout:
+            progress.line(
+                f"waiting for another process that compiles the C++ core "
+                f"({progress.elapsed_s:.0f} s)"
+            )
+            patience = WAIT_INTERVAL_S
     try:
         yield
     finally:
@@ -60,9 +64,10 @@ def _build(plan: BuildPlan, cache: Cache, *, force: bool) -> Path:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     compiler = toolchain.require_compiler()
+    num_files = len(plan.sources.compiled(cuda=plan.cuda_home is not None))
     progress.line(
         f"compiling the C++ core for torch {plan.facts['torch']}; this happens once "
-        f"({len(plan.sources.compiled(cuda=plan.cuda_home is not None))} files, a minute or two)"
+        f"({num_files} files, two to five minutes on two cores)"
     )
     stage(plan, work)
     (work / "build.ninja").write_text(ninja_text(plan, compiler.command))
