@@ -79,14 +79,14 @@ def mapped(rank: int, num_ranks: int, job: Job) -> tuple[int, torch.Tensor | Non
     return pipeline.rank, loss
 
 
-def over_group_of_gpus(rank: int, job: Job) -> dict[str, Any]:
+def over_group_of_gpus(rank: int, group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
     """The job on two pipelines over a group that carries nothing of the host's, as one of NCCL.
 
     Ranks have unequally many groups by then, as they do where first and last stages share weights.
     """
     if rank in (0, 3):
         dist.new_group([0, 3], use_local_synchronization=True)
-    group, world = dist.new_group(backend="cuda:gloo"), dist.group.WORLD
+    world = dist.group.WORLD
     assert world is not None
     (first, losses), (second, again) = (
         run_in_place(rank, job, process_group=group) for _ in range(2)
@@ -128,9 +128,8 @@ def gather_from_the_dead(rank: int, num_ranks: int, folder: str) -> None:
     Path(folder, str(rank)).write_text(f"{outcome.error}: {outcome.text}")
 
 
-def fail_before_connecting(rank: int, num_ranks: int) -> None:
+def fail_before_connecting(rank: int, group: dist.ProcessGroup) -> None:
     """Rank 0 fails at what it does with a transport that all have chosen."""
-    group = dist.new_group(backend="cuda:gloo")
     with ExitStack() as changed:
         changed.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
@@ -153,8 +152,9 @@ def everything(rank: int, num_ranks: int) -> dict[str, Any]:
         found[f"fails in {place}"] = attempt(fail_at, rank, num_ranks, place, 2)
     found["unequal modules"] = unequal_modules(rank, num_ranks)
     found["mapped"] = mapped(rank, num_ranks, Job("bias", "dualpipev", num_ranks, 8))
-    found["group of GPUs"] = over_group_of_gpus(rank, Job("bias", "dualpipev", num_ranks, 8))
-    found["fails before it connects"] = attempt(fail_before_connecting, rank, num_ranks)
+    first, second = (dist.new_group(backend="cuda:gloo") for _ in range(2))
+    found["group of GPUs"] = over_group_of_gpus(rank, first, Job("bias", "dualpipev", num_ranks, 8))
+    found["fails before it connects"] = attempt(fail_before_connecting, rank, second)
     found["wrong mapping"] = attempt(DualPipe, [nn.Tanh(), nn.ReLU()], rank_mapping=[0, 0, 1, 2])
     return found
 
