@@ -15,11 +15,7 @@ from dualpipe_ext._memory import save_memory
 from dualpipe_ext._mirrors import MirroredStages, describe_stage
 from dualpipe_ext._overlap import find_overlapped
 from dualpipe_ext._source import ScheduleSource
-from dualpipe_ext._transport import (
-    GpuSettings,
-    gpu_settings,
-    offered_transport,
-)
+from dualpipe_ext._transport import GpuSettings, gpu_settings, offered_transport
 from dualpipe_ext.adapters.placing import place_partitions, split_of
 from dualpipe_ext.config import DualPipeConfig, Transport
 from dualpipe_ext.groups import PipelineGroup

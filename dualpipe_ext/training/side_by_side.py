@@ -85,7 +85,7 @@ class StepsSideBySide:
         return self._replicas.size == 1
 
     def settle(self) -> None:
-        """Returns when all messages have arrived: from GPU to GPU, they may when a step is over.
+        """Returns when all messages have arrived; from GPU to GPU, a step does not wait for them.
 
         Raises:
             PipelineError: a step failed, on any rank.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -27,10 +27,9 @@ def fail_late(pipeline: Pipeline) -> None:
     raise error
 
 
-def train(rank: int, size: int) -> tuple[Outcome, list[Parameters]]:
-    """Three steps, the second of which fails late; the parameters after each."""
+def make(size: int) -> TrainingWrapper:
     model = make_gpt()
-    wrapper = TrainingWrapper(
+    return TrainingWrapper(
         model,
         setup_dual_pipe(model, num_stages=size),
         optimizer=make_optimizer,
@@ -38,6 +37,25 @@ def train(rank: int, size: int) -> tuple[Outcome, list[Parameters]]:
         reduction="token",
         shifts_labels=False,
     )
+
+
+def failing_late(pipeline: Pipeline) -> AbstractContextManager[Any]:
+    """On the last rank, what was issued in here has failed."""
+    if pipeline.rank < pipeline.num_ranks - 1:
+        return nullcontext()
+    return patch.object(pipeline, "synchronize", lambda: fail_late(pipeline))
+
+
+def look(rank: int, size: int) -> list[Outcome]:
+    """What comes of evaluating and predicting."""
+    wrapper, batch = make(size), make_batch(8, seed=0)
+    with failing_late(wrapper.pipeline):
+        return [attempt(wrapper.evaluate, batch), attempt(wrapper.predict, batch)]
+
+
+def train(rank: int, size: int) -> tuple[Outcome, list[Parameters]]:
+    """Three steps, the second of which fails late; the parameters after each."""
+    wrapper = make(size)
     pipeline, batch = wrapper.pipeline, make_batch(8, seed=0)
     found: list[Parameters] = []
 
@@ -48,8 +66,7 @@ def train(rank: int, size: int) -> tuple[Outcome, list[Parameters]]:
             found.append([each.detach().clone() for each in pipeline.parameters()])
 
     step()
-    fails = patch.object(pipeline, "synchronize", lambda: fail_late(pipeline))
-    with fails if rank == size - 1 else nullcontext():
+    with failing_late(pipeline):
         outcome = attempt(step)
     step()
     return outcome, found
@@ -66,6 +83,12 @@ def test_what_fails_after_the_step_is_no_update(over_gpus: None) -> None:
         assert outcome.is_a("PipelineError") and "the message was lost" in outcome.text, outcome
         assert all(map(torch.equal, first, failed))
         assert not any(map(torch.equal, failed, last))
+
+
+def test_what_fails_late_is_no_result(over_gpus: None) -> None:
+    for outcomes in run_ranks(look, 2, timeout=60):
+        for outcome in outcomes:
+            assert outcome.is_a("PipelineError") and "the message was lost" in outcome.text, outcome
 
 
 def test_messages_of_the_host_have_arrived_with_the_step() -> None:

@@ -2,13 +2,13 @@
 
 #include <condition_variable>
 #include <cstddef>
-#include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 
 namespace simulated {
 
-// A socket that closes itself, or none. Null-like where `file` is negative.
+// A socket that closes itself; none where `file` is negative.
 class Socket {
  public:
   explicit Socket(int file = -1) : file_(file) {}
