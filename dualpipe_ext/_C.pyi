@@ -508,7 +508,6 @@ class Engine:
         copy: bool,
         together: bool,
         device: str,
-        on_threads: bool,
     ) -> MirrorExchange: ...
     def run(
         self,

@@ -23,8 +23,6 @@ class MirroredStages:
     the lower stage, so that it travels and counts once.
     """
 
-    DEVICES_OF_THREADS = ("cpu",)  # elsewhere sums are work of the device's
-
     def __init__(
         self,
         rank: int,
@@ -131,7 +129,6 @@ class MirroredStages:
             copy=copy,
             together=self._tied,
             device=str(self._device),
-            on_threads=self._device.type in self.DEVICES_OF_THREADS,
         )
 
     def _tensors(self, with_buffers: bool) -> list[tuple[int, list[Tensor]]]:

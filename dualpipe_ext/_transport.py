@@ -169,11 +169,11 @@ def gpu_settings(
     """
     if transport == "host":
         return None
-    # Beside those of its messages, a rank has a stream that computes and one that sums; a
+    # Beside those of its messages, a rank has a stream that computes and two that sum; a
     # communicator has two of NCCL's own, which wait for its messages.
     streams_per_way = 3 if transport == "nccl" else 1
     num_ways = [len(ways), *num_ways_of_others]
-    num_streams = sum(streams_per_way * count + 2 for count in num_ways)
+    num_streams = sum(streams_per_way * count + 3 for count in num_ways)
     queues_are_shared = num_streams > num_queues()
     if queues_are_shared and num_ways_of_others and transport == "nccl":
         warn_caller(

@@ -85,10 +85,11 @@ void exchange(Engine& engine, MirrorExchange& reducer, const std::vector<int>& s
 std::unique_ptr<MirrorExchange> mirror_exchange(Engine& engine, int num_ranks,
                                                 const std::vector<std::pair<int, Tensors>>& stages,
                                                 std::size_t bucket_bytes, bool copy, bool together,
-                                                const std::string& device, bool on_threads) {
+                                                const std::string& device) {
   std::vector<StageTensors> tensors;
   for (const auto& [stage, list] : stages) tensors.push_back({Stage(stage), list});
   using Mode = MirrorExchange::Mode;
+  const at::Device messages = message_device(engine, device);
   return std::make_unique<MirrorExchange>(
       engine.transport(), engine.device(), std::move(tensors),
       MirrorExchange::Options{.rank = engine.rank(),
@@ -96,8 +97,8 @@ std::unique_ptr<MirrorExchange> mirror_exchange(Engine& engine, int num_ranks,
                               .bucket_bytes = bucket_bytes,
                               .mode = copy ? Mode::kCopy : Mode::kSumGradients,
                               .together = together,
-                              .on_threads = on_threads,
-                              .message_device = message_device(engine, device)});
+                              .message_device = messages,
+                              .on_threads = messages.type() == at::Device(device).type()});
 }
 
 const Trace& trace_of(Engine& engine) {
@@ -158,7 +159,7 @@ void bind_engine(py::module_& module) {
       .def("fail", &Engine::fail, py::arg("text"), py::call_guard<py::gil_scoped_release>())
       .def("mirror_exchange", &mirror_exchange, py::arg("num_ranks"), py::arg("stages"),
            py::arg("bucket_bytes"), py::arg("copy"), py::arg("together"), py::arg("device"),
-           py::arg("on_threads"), py::keep_alive<0, 1>())
+           py::keep_alive<0, 1>())
       .def_property_readonly("num_steps", &Engine::num_steps)
       .def_property_readonly("failure", &Engine::failure,
                              "What this rank last told the others; empty: nothing yet.")

@@ -1,5 +1,6 @@
 #include "comm/device_transport.h"
 
+#include <array>
 #include <deque>
 #include <map>
 #include <mutex>
@@ -78,7 +79,7 @@ class DeviceTransport final : public Transport {
  private:
   struct Pools {
     DevicePool compute;
-    DevicePool reduction;
+    std::array<DevicePool, Device::kNumReductions> reductions;
   };
 
   void meet(std::int64_t step);
@@ -200,8 +201,11 @@ void DeviceTransport::meet(std::int64_t step) {
     link_ = made;
   }
   failure_.throw_if_set();  // an abort before it was there
-  pools_.emplace(Pools{DevicePool(device_, device_->compute(), made->allocator()),
-                       DevicePool(device_, device_->reduction(), made->allocator())});
+  const auto read_by = [&](Stream& stream) {
+    return DevicePool(device_, stream, made->allocator());
+  };
+  pools_.emplace(Pools{read_by(device_->compute()),
+                       {read_by(device_->reduction(0)), read_by(device_->reduction(1))}});
   made->connect(ways_.named(), invitations, options_.timeout);
 }
 
@@ -273,7 +277,8 @@ Arrival DeviceTransport::take(std::size_t way, const IncomingPtr& incoming) {
 
 void DeviceTransport::issue(std::size_t way, Incoming& incoming) {
   wait_for_room(way);
-  DevicePool& pool = is_mirror(incoming.id.kind) ? pools_->reduction : pools_->compute;
+  const MessageKind kind = incoming.id.kind;
+  DevicePool& pool = is_mirror(kind) ? pools_->reductions[reduction_of(kind)] : pools_->compute;
   DevicePool::Lease lease = pool.acquire(packed_bytes(incoming.layout));
   incoming.arrival.message = unpack(incoming.layout, lease.data, lease.owner);
   incoming.arrival.message.on_device = true;

@@ -27,7 +27,7 @@ struct DeviceTransportOptions {
 // A way has a stream of its own, so that nothing waits for what it does not need and order within a
 // way, which the verifier proves, is all that the link asks for. A send starts after its event; its
 // tensors are kept until it has left. A receive goes into pooled memory that is filled when the
-// readers before are through: the compute stream, the reduction stream for mirrors. The host waits
+// readers before are through: the compute stream, a reduction stream for mirrors. The host waits
 // for a peer in begin_step alone (for the link in the first one and after a failure, and to agree
 // on the shapes), and for layouts that it does not know: those of first steps, and always those of
 // mirrors, where gradients may come and go.

@@ -20,6 +20,10 @@ inline constexpr int kNumMessageKinds = 4;
 [[nodiscard]] constexpr bool is_mirror(MessageKind kind) {
   return kind == MessageKind::kMirrorLow || kind == MessageKind::kMirrorHigh;
 }
+// Which of a device's reduction streams reads such messages.
+[[nodiscard]] constexpr std::size_t reduction_of(MessageKind kind) {
+  return kind == MessageKind::kMirrorLow ? 0 : 1;
+}
 
 // One way for one kind of message between a rank and another one.
 struct MessageWay {

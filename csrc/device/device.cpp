@@ -13,8 +13,8 @@ class HostDevice final : public Device {
  public:
   void begin() override {}
   Stream& compute() override { return work_; }
-  Stream& reduction() override { return work_; }
-  void reduce(const std::function<void()>& work) override { work(); }
+  Stream& reduction(std::size_t) override { return work_; }
+  void reduce(std::size_t, const std::function<void()>& work) override { work(); }
   std::unique_ptr<Stream> new_stream() override { return std::make_unique<HostWork>(); }
   std::shared_ptr<Allocator> allocator() override { return host_allocator(); }
 

@@ -58,10 +58,11 @@ class Device {
   // A step begins on this thread: what it computes on now is the compute stream.
   virtual void begin() = 0;
   [[nodiscard]] virtual Stream& compute() = 0;
-  // Beside the compute stream: for sums of gradients.
-  [[nodiscard]] virtual Stream& reduction() = 0;
-  // Calls work(); what it computes, it computes on the reduction stream.
-  virtual void reduce(const std::function<void()>& work) = 0;
+  // Beside the compute stream, and each other: for sums of gradients.
+  static constexpr std::size_t kNumReductions = 2;
+  [[nodiscard]] virtual Stream& reduction(std::size_t number) = 0;
+  // Calls work(); what it computes, it computes on that reduction stream.
+  virtual void reduce(std::size_t number, const std::function<void()>& work) = 0;
   // A stream for messages, ahead of computation where the device lets one be.
   [[nodiscard]] virtual std::unique_ptr<Stream> new_stream() = 0;
   // Memory that streams may use.

@@ -7,6 +7,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <atomic>
 #include <functional>
 #include <mutex>
@@ -195,14 +196,16 @@ class CudaDevice final : public Device {
         events_(std::make_shared<EventPool>(index, cudaEventDisableTiming)),
         allocator_(std::make_shared<CudaAllocator>(index)),
         compute_(events_, index),
-        reduction_(events_, index, CudaStream::Priority::kLowest) {}
+        reductions_{CudaStream(events_, index, CudaStream::Priority::kLowest),
+                    CudaStream(events_, index, CudaStream::Priority::kLowest)} {}
 
   void begin() override { compute_.begin(); }
   Stream& compute() override { return compute_; }
-  Stream& reduction() override { return reduction_; }
-  void reduce(const std::function<void()>& work) override {
-    const c10::cuda::CUDAStreamGuard guard(c10::cuda::getStreamFromExternal(
-        static_cast<cudaStream_t>(reduction_.handle()), static_cast<c10::DeviceIndex>(index_)));
+  Stream& reduction(std::size_t number) override { return reductions_.at(number); }
+  void reduce(std::size_t number, const std::function<void()>& work) override {
+    const c10::cuda::CUDAStreamGuard guard(
+        c10::cuda::getStreamFromExternal(static_cast<cudaStream_t>(reductions_.at(number).handle()),
+                                         static_cast<c10::DeviceIndex>(index_)));
     work();
   }
   std::unique_ptr<Stream> new_stream() override {
@@ -215,7 +218,7 @@ class CudaDevice final : public Device {
   const std::shared_ptr<EventPool> events_;
   const std::shared_ptr<Allocator> allocator_;
   ComputeStream compute_;
-  CudaStream reduction_;
+  std::array<CudaStream, kNumReductions> reductions_;
 };
 
 }  // namespace

@@ -40,8 +40,8 @@ bool is_final(const Tensors& bucket, const PendingWeights& pending) {
   });
 }
 
-// Buckets on a device whose sends are ahead of their sums: a receive is issued by complete(), and a
-// channel takes some hundreds of sends before it waits for the receives of the other side.
+// Buckets that are sent before the sums ask for those of the mirror: a channel between devices
+// takes some hundreds of messages before it waits for the other side.
 constexpr std::size_t kAhead = 128;
 
 Rank mirror_of(Rank rank, int num_ranks) { return Rank(num_ranks - 1 - rank.value()); }
@@ -56,18 +56,20 @@ MirrorExchange::MirrorExchange(Transport& transport, Device& device,
       mirror_(mirror_of(options.rank, options.num_ranks)) {
   for (StageTensors& stage : stages) {
     std::reverse(stage.tensors.begin(), stage.tensors.end());
-    stages_[stage.stage].buckets = make_buckets(stage.tensors, options_.bucket_bytes);
+    StageState& state = stages_[stage.stage];
+    state.stage = stage.stage;
+    state.buckets = make_buckets(stage.tensors, options_.bucket_bytes);
   }
 }
 
 void MirrorExchange::advance(Stage stage, const PendingWeights& pending) {
   if (options_.together) return;
   StageState& state = stages_.at(stage);
-  std::size_t num_final = state.num_begun;
+  std::size_t num_final = state.num_launched;
   while (num_final < state.buckets.size() && is_final(state.buckets[num_final], pending)) {
     ++num_final;
   }
-  launch(stage, state, num_final);
+  launch(state, num_final);
 }
 
 void MirrorExchange::start(Stage stage) {
@@ -77,92 +79,100 @@ void MirrorExchange::start(Stage stage) {
   if (options_.together && !all_started) return;
   for (auto& [id, state] : stages_) {
     if (!options_.together && id != stage) continue;
-    launch(id, state, state.buckets.size());
-    if (options_.on_threads) {
-      complete_on_thread(id, state);
-    } else if (state.num_begun < state.buckets.size()) {
-      device_.reduction().wait(device_.compute().record());  // for those that complete() begins
-    }
+    if (state.buckets.empty()) continue;
+    launch(state, state.buckets.size());
+    if (options_.on_threads) enqueue(state, [this, &state] { complete(state); });
   }
 }
 
-// Begins what has not begun of the first buckets.
-void MirrorExchange::launch(Stage stage, StageState& state, std::size_t num_buckets) {
-  if (!options_.on_threads) num_buckets = std::min(num_buckets, kAhead);
-  if (num_buckets <= state.num_begun) return;
-  const std::size_t first = std::exchange(state.num_begun, num_buckets);
-  const auto begin_all = [this, stage, &state, first, num_buckets] {
-    const c10::NoGradGuard no_grad;
-    for (std::size_t i = first; i < num_buckets; ++i) begin(stage, state, i);
-  };
-  if (options_.on_threads) {
-    if (state.thread == nullptr) state.thread = std::make_unique<HostStream>("dualpipe mirror");
-    state.thread->enqueue(begin_all);
-  } else {
-    device_.reduction().wait(device_.compute().record());
-    device_.reduce(begin_all);
-  }
+// Lets the first buckets begin, which are final where the compute stream is now.
+void MirrorExchange::launch(StageState& state, std::size_t num_buckets) {
+  if (num_buckets <= state.num_launched) return;
+  state.num_launched = num_buckets;
+  enqueue(state, [this, &state, num_buckets, final = device_.compute().record()] {
+    reduction_stream(state).wait(final);
+    begin(state, std::min(num_buckets, kAhead));
+  });
 }
 
-void MirrorExchange::complete_on_thread(Stage stage, StageState& state) {
-  if (state.thread == nullptr) return;  // no bucket
-  state.thread->enqueue([this, stage, &state] { complete(stage, state); });
+void MirrorExchange::enqueue(StageState& state, std::function<void()> task) {
+  if (!options_.on_threads) return run(state, task);
+  if (state.thread == nullptr) state.thread = std::make_unique<HostStream>("dualpipe mirror");
+  state.thread->enqueue([this, &state, task = std::move(task)] { run(state, task); });
+}
+
+void MirrorExchange::run(StageState& state, const std::function<void()>& task) {
+  const c10::NoGradGuard no_grad;
+  device_.reduce(reduction_of(kind_of(state.stage)), task);
 }
 
 void MirrorExchange::finish() {
   for (auto& [stage, state] : stages_) {
-    if (state.thread != nullptr) {
-      state.thread->synchronize();
-    } else if (state.started) {
-      device_.reduce([&, id = stage] { complete(id, stages_.at(id)); });
+    if (state.thread != nullptr) state.thread->synchronize();
+    if (!options_.on_threads && state.num_launched > 0) {
+      run(state, [this, &state = state] { complete(state); });
     }
-    state.started = false;
-    state.num_begun = 0;
   }
-  device_.compute().wait(device_.reduction().record());
-  hand_over_adopted();
+  hold_back_computation();
+  for (auto& [stage, state] : stages_) forget(state);
 }
 
 void MirrorExchange::cancel() noexcept {
+  for (auto& [stage, state] : stages_) state.thread.reset();
   try {
-    device_.compute().wait(device_.reduction().record());  // gradients are the caller's again
+    hold_back_computation();
   } catch (const std::exception&) {
     // The device is broken.
   }
-  for (auto& [stage, state] : stages_) {
-    state.thread.reset();
-    state.started = false;
-    state.num_begun = 0;
-    state.incoming.clear();
-    state.left.clear();
+  for (auto& [stage, state] : stages_) forget(state);
+}
+
+// Gradients are the compute stream's again, those as well whose memory is a reduction stream's.
+void MirrorExchange::hold_back_computation() {
+  for (const auto& [stage, state] : stages_) {
+    device_.compute().wait(reduction_stream(state).record());
+    for (const at::Tensor& tensor : state.adopted) {
+      const c10::impl::VirtualGuardImpl streams(tensor.device().type());
+      tensor.record_stream(streams.getStream(tensor.device()));
+    }
   }
-  adopted_.clear();
 }
 
-void MirrorExchange::begin(Stage stage, StageState& state, std::size_t bucket) {
-  const MessageId id = message(stage, bucket);
-  if (receives()) state.incoming.push_back(transport_.receive(mirror_, id));
-  if (!sends()) return;
-  Message own = outgoing(state.buckets[bucket]);
-  state.left.push_back(transport_.send(mirror_, id, std::move(own), device_.reduction().record()));
+void MirrorExchange::forget(StageState& state) {
+  state.started = false;
+  state.num_launched = 0;
+  state.num_begun = 0;
+  state.incoming.clear();
+  state.left.clear();
+  state.adopted.clear();
 }
 
-void MirrorExchange::complete(Stage stage, StageState& state) {
-  const c10::NoGradGuard no_grad;
+void MirrorExchange::begin(StageState& state, std::size_t num_buckets) {
+  for (; state.num_begun < num_buckets; ++state.num_begun) {
+    const MessageId id{.kind = kind_of(state.stage),
+                       .stage = state.stage,
+                       .microbatch = Microbatch(static_cast<std::int32_t>(state.num_begun))};
+    if (receives()) state.incoming.push_back(transport_.receive(mirror_, id));
+    if (!sends()) continue;
+    Message own = outgoing(state.buckets[state.num_begun]);
+    state.left.push_back(
+        transport_.send(mirror_, id, std::move(own), reduction_stream(state).record()));
+  }
+}
+
+void MirrorExchange::complete(StageState& state) {
   Message before;  // lent until the next one has been asked for, which then takes other memory
   for (std::size_t i = 0; i < state.buckets.size(); ++i) {
-    if (state.num_begun < state.buckets.size()) begin(stage, state, state.num_begun++);
+    begin(state, std::min(state.buckets.size(), kAhead + i + 1));
     // Its memory is free when the reduction stream is through with what it was given before. Were
     // that the wait for the own send, both mirrors would wait for each other.
     Arrival arrival = receives() ? state.incoming[i]->wait() : Arrival{};
-    if (sends()) device_.reduction().wait(state.left[i]);
+    if (sends()) reduction_stream(state).wait(state.left[i]);
     if (!receives()) continue;
-    device_.reduction().wait(arrival.ready);
-    apply(stage, state.buckets[i], tensors_of(arrival.message, options_.message_device, false));
+    reduction_stream(state).wait(arrival.ready);
+    apply(state, state.buckets[i], tensors_of(arrival.message, options_.message_device, false));
     before = std::move(arrival.message);
   }
-  state.incoming.clear();
-  state.left.clear();
 }
 
 Message MirrorExchange::outgoing(const Tensors& bucket) const {
@@ -170,19 +180,20 @@ Message MirrorExchange::outgoing(const Tensors& bucket) const {
   return message_of(gradients ? gradients_of(bucket) : bucket, options_.message_device);
 }
 
-void MirrorExchange::apply(Stage stage, const Tensors& bucket, const Tensors& theirs) {
-  DUALPIPE_CHECK(bucket.size() == theirs.size(), "stage ", stage, ": a bucket of ", bucket.size(),
-                 " tensors met one of ", theirs.size());
+void MirrorExchange::apply(StageState& state, const Tensors& bucket, const Tensors& theirs) {
+  DUALPIPE_CHECK(bucket.size() == theirs.size(), "stage ", state.stage, ": a bucket of ",
+                 bucket.size(), " tensors met one of ", theirs.size());
   for (std::size_t i = 0; i < bucket.size(); ++i) {
     if (options_.mode == Mode::kSumGradients) {
-      add_gradient(bucket[i], theirs[i]);
+      add_gradient(state, bucket[i], theirs[i]);
     } else {
       at::Tensor(bucket[i]).copy_(theirs[i]);
     }
   }
 }
 
-void MirrorExchange::add_gradient(const at::Tensor& parameter, const at::Tensor& theirs) {
+void MirrorExchange::add_gradient(StageState& state, const at::Tensor& parameter,
+                                  const at::Tensor& theirs) {
   if (!theirs.defined()) return;
   at::Tensor& mine = parameter.mutable_grad();
   if (mine.defined()) {
@@ -190,23 +201,16 @@ void MirrorExchange::add_gradient(const at::Tensor& parameter, const at::Tensor&
     return;
   }
   mine = theirs.clone().to(parameter.device());
-  if (!options_.on_threads && !mine.is_cpu()) adopted_.push_back(mine);
+  if (!mine.is_cpu()) state.adopted.push_back(mine);
 }
 
-// Their memory is the reduction stream's, and the compute stream uses it from now on.
-void MirrorExchange::hand_over_adopted() {
-  for (const at::Tensor& tensor : adopted_) {
-    const c10::impl::VirtualGuardImpl streams(tensor.device().type());
-    tensor.record_stream(streams.getStream(tensor.device()));
-  }
-  adopted_.clear();
-}
-
-MessageId MirrorExchange::message(Stage stage, std::size_t bucket) const {
+MessageKind MirrorExchange::kind_of(Stage stage) const {
   const bool low = 2 * stage.value() < options_.num_ranks;
-  return {.kind = low ? MessageKind::kMirrorLow : MessageKind::kMirrorHigh,
-          .stage = stage,
-          .microbatch = Microbatch(static_cast<std::int32_t>(bucket))};
+  return low ? MessageKind::kMirrorLow : MessageKind::kMirrorHigh;
+}
+
+Stream& MirrorExchange::reduction_stream(const StageState& state) const {
+  return device_.reduction(reduction_of(kind_of(state.stage)));
 }
 
 bool MirrorExchange::sends() const {

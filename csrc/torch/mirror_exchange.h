@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <vector>
@@ -26,11 +27,12 @@ struct StageTensors {
 // soon as they are final. together: the stages share parameters, so none is final before all have
 // been started.
 //
-// Over a transport of host memory each stage has a thread, so that one stage's wait never holds
-// back the other's sends. On a device finish() adds what has come, on the reduction stream: by then
-// the host has issued the step, which the device still computes. The compute stream waits for the
-// sums, nobody else. One copy of a stage is done later than the other, in the same cool-down: its
-// half travels when all computation is over, and no memory is spent on receiving the other before.
+// Each stage has a thread, and on a device a reduction stream: nothing waits for the other stage,
+// nor for the thread that steps, which may be at the rest of the cool-down in a stage's own code or
+// far ahead of its device. Both copies of a stage are done at the same point of the schedule, so
+// that what is done early is summed behind the computation of the other. The compute stream waits
+// for the sums at the end of the step. Tensors of a device whose messages go by way of the host are
+// copied and summed by the thread that steps, in the order of its own stream.
 class MirrorExchange final : public GradientReducer {
  public:
   enum class Mode { kSumGradients, kCopy };
@@ -41,8 +43,8 @@ class MirrorExchange final : public GradientReducer {
     std::size_t bucket_bytes;
     Mode mode;
     bool together = false;
-    bool on_threads = true;                // false: on the device's reduction stream
     at::Device message_device = at::kCPU;  // whose memory the transport carries
+    bool on_threads = true;  // the tensors are the Device's; false: some other's, unknown to it
   };
 
   MirrorExchange(Transport& transport, Device& device, std::vector<StageTensors> stages,
@@ -55,24 +57,32 @@ class MirrorExchange final : public GradientReducer {
 
  private:
   struct StageState {
+    Stage stage;
     std::vector<Tensors> buckets;
-    std::unique_ptr<HostStream> thread;
+    // Of the thread that steps:
     bool started = false;
-    std::size_t num_begun = 0;  // buckets, in order
-    // Of buckets, between begin() and complete():
-    std::vector<std::unique_ptr<PendingReceive>> incoming;
+    std::size_t num_launched = 0;  // buckets, in order
+    // Of the stage's own thread, until it is through:
+    std::size_t num_begun = 0;
+    std::vector<std::unique_ptr<PendingReceive>> incoming;  // of buckets that have begun
     std::vector<EventPtr> left;
+    Tensors adopted;  // gradients made on the reduction stream
+
+    std::unique_ptr<HostStream> thread;  // last: what it runs uses what is above
   };
 
-  void launch(Stage stage, StageState& state, std::size_t num_buckets);
-  void complete_on_thread(Stage stage, StageState& state);
-  void begin(Stage stage, StageState& state, std::size_t bucket);
-  void complete(Stage stage, StageState& state);
-  void apply(Stage stage, const Tensors& bucket, const Tensors& theirs);
-  void add_gradient(const at::Tensor& parameter, const at::Tensor& theirs);
-  void hand_over_adopted();
+  void launch(StageState& state, std::size_t num_buckets);
+  void enqueue(StageState& state, std::function<void()> task);
+  void run(StageState& state, const std::function<void()>& task);
+  void begin(StageState& state, std::size_t num_buckets);
+  void complete(StageState& state);
+  void apply(StageState& state, const Tensors& bucket, const Tensors& theirs);
+  void add_gradient(StageState& state, const at::Tensor& parameter, const at::Tensor& theirs);
+  void hold_back_computation();
+  void forget(StageState& state);
   [[nodiscard]] Message outgoing(const Tensors& bucket) const;
-  [[nodiscard]] MessageId message(Stage stage, std::size_t bucket) const;
+  [[nodiscard]] MessageKind kind_of(Stage stage) const;
+  [[nodiscard]] Stream& reduction_stream(const StageState& state) const;
   [[nodiscard]] bool sends() const;
   [[nodiscard]] bool receives() const;
 
@@ -81,7 +91,6 @@ class MirrorExchange final : public GradientReducer {
   const Options options_;
   const Rank mirror_;
   std::map<Stage, StageState> stages_;
-  Tensors adopted_;  // gradients made on the reduction stream
 };
 
 // The ways that the exchanges of a rank take.

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_mirrors import summed_while_the_device_is_busy, summed_while_the_host_is_busy
 from gpu_ranks import (
     DEVICE,
+    ON_CPU,
     TRANSPORTS,
     a_stage_that_fails_once,
     die_on_the_device,
@@ -57,6 +59,13 @@ def test_pipelines_side_by_side(transport: str, tmp_path: Path) -> None:
     args = (transport, str(tmp_path))
     for losses in run_ranks(trained_side_by_side, 4, "processes", args, timeout=60.0):
         assert losses == pytest.approx(expected, rel=1e-4)
+
+
+@TRANSPORTS
+def test_a_stage_is_summed_while_another_is_computed(transport: str) -> None:
+    see = [summed_while_the_host_is_busy] + [summed_while_the_device_is_busy] * (not ON_CPU)
+    for each in see:
+        assert run_ranks(each, 2, "processes", (transport,), timeout=60.0) == [True, True]
 
 
 @TRANSPORTS

@@ -214,7 +214,7 @@ def test_threads_whose_streams_share_hardware_queues(
     few, many = (gpu_settings("copy", config, CUDA, ways, others) for others in ([12], [12, 3]))
     assert few is not None and not few.queues_are_shared
     assert many is not None and many.queues_are_shared
-    with pytest.warns(UserWarning, match=r"3 ranks that are threads have 114 streams over NCCL"):
+    with pytest.warns(UserWarning, match=r"3 ranks that are threads have 117 streams over NCCL"):
         gpu_settings("nccl", config, CUDA, ways, [12, 12])
 
 

@@ -13,18 +13,10 @@ from parity import Job, gradients_of, own_batch, own_stages, run_job, run_unspli
 from torch import Tensor, nn
 
 from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline
-from dualpipe_ext._mirrors import MirroredStages
 from dualpipe_ext.testing import run_ranks
 
 State = dict[str, Tensor]
 LEARNING_RATE, NUM_STEPS = 1e-2, 50
-
-
-@pytest.fixture(params=["on threads", "as on a device"])
-def way_to_sum(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs a test twice: on a device sums are made by the thread that steps."""
-    if request.param == "as on a device":
-        monkeypatch.setattr(MirroredStages, "DEVICES_OF_THREADS", ())
 
 
 def optimizer_for(module: nn.Module) -> torch.optim.AdamW:
@@ -129,7 +121,6 @@ def test_training_without_mirrors(schedule: str) -> None:
                 torch.testing.assert_close(value, states[stage][key], rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.usefixtures("way_to_sum")
 @pytest.mark.parametrize(("name", "num_ranks"), [("tied", 2), ("tied", 4), ("odd", 8)])
 def test_a_sum_within_the_step_has_the_bits_of_one_after_it(name: str, num_ranks: int) -> None:
     after = run_job(Job(name, "dualpipe", num_ranks, 2 * num_ranks, sync="after"))
@@ -266,7 +257,6 @@ def test_none_leaves_copies_as_they_are() -> None:
     assert run_ranks(rank_fn, 2) == [0.0, 1.0]
 
 
-@pytest.mark.usefixtures("way_to_sum")
 def test_a_gradient_that_one_copy_lacks() -> None:
     def rank_fn(rank: int, num_ranks: int) -> list[Any]:
         stages = [nn.Linear(2, 2), nn.Linear(2, 2)]
@@ -302,7 +292,6 @@ def test_accumulation_over_steps_then_one_sum() -> None:
                 torch.testing.assert_close(own[name], expected, rtol=1e-11, atol=1e-15)
 
 
-@pytest.mark.usefixtures("way_to_sum")
 def test_sums_of_main_grad() -> None:
     """Gradients that are kept in main_grad are summed and clipped there."""
     case = Case("bias", CASES["bias"].stage, CASES["bias"].microbatch, squared_error)

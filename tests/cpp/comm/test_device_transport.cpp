@@ -108,34 +108,37 @@ TEST_P(DeviceTransport, NothingWaitsForTheDevice) {
   });
 }
 
-TEST_P(DeviceTransport, MirrorsAreReadByTheReductionStreamAlone) {
-  DeviceRanks ranks(GetParam(), 2);
-  ranks.connect();
-  std::latch summed(2);
-  run_ranks(2, [&](int rank) {
-    Transport& transport = *ranks.transports[static_cast<std::size_t>(rank)];
-    FakeDevice& device = *ranks.devices[static_cast<std::size_t>(rank)];
-    // The compute stream is busy all the while, and the sums do not mind.
-    device.compute().launch([&] { summed.wait(); });
-    const MessageId id{MessageKind::kMirrorLow, Stage(0), Microbatch(0)};
-    for (std::int64_t step = 1; step <= 4; ++step) {
-      const Layout layout{bytes_spec(64 * (1 + step % 2))};  // gradients may come and go
-      transport.begin_step(shaped_step(step, rank, 1));
-      auto receive = transport.receive(Rank(1 - rank), id);
-      const EventPtr left = transport.send(Rank(1 - rank), id, make_message(layout, 5), nullptr);
-      Arrival arrival = receive->wait();
-      device.reduction().wait(arrival.ready);
-      std::atomic<bool> is_right{false};
-      device.reduction().launch(
-          [&, message = arrival.message] { is_right = has_pattern(message, layout, 5); });
-      device.reduction().wait(left);
-      device.reduction().record()->synchronize();
-      EXPECT_TRUE(is_right);
-      transport.end_step();
-    }
-    summed.count_down();
-    device.compute().record()->synchronize();
-  });
+TEST_P(DeviceTransport, MirrorsAreReadByTheirReductionStreamAlone) {
+  for (const MessageKind kind : {MessageKind::kMirrorLow, MessageKind::kMirrorHigh}) {
+    DeviceRanks ranks(GetParam(), 2);
+    ranks.connect();
+    std::latch summed(2);
+    run_ranks(2, [&](int rank) {
+      Transport& transport = *ranks.transports[static_cast<std::size_t>(rank)];
+      FakeDevice& device = *ranks.devices[static_cast<std::size_t>(rank)];
+      // All others are busy all the while, and the sums do not mind.
+      FakeStream& own = device.reduction(reduction_of(kind));
+      FakeStream& other = device.reduction(1 - reduction_of(kind));
+      for (FakeStream* busy : {&device.compute(), &other}) busy->launch([&] { summed.wait(); });
+      const MessageId id{kind, Stage(0), Microbatch(0)};
+      for (std::int64_t step = 1; step <= 4; ++step) {
+        const Layout layout{bytes_spec(64 * (1 + step % 2))};  // gradients may come and go
+        transport.begin_step(shaped_step(step, rank, 1));
+        auto receive = transport.receive(Rank(1 - rank), id);
+        const EventPtr left = transport.send(Rank(1 - rank), id, make_message(layout, 5), nullptr);
+        Arrival arrival = receive->wait();
+        own.wait(arrival.ready);
+        std::atomic<bool> is_right{false};
+        own.launch([&, message = arrival.message] { is_right = has_pattern(message, layout, 5); });
+        own.wait(left);
+        own.record()->synchronize();
+        EXPECT_TRUE(is_right);
+        transport.end_step();
+      }
+      summed.count_down();
+      for (FakeStream* busy : {&device.compute(), &other}) busy->record()->synchronize();
+    });
+  }
 }
 
 TEST_P(DeviceTransport, DescribesMessagesInTheFirstStepOfAKindAlone) {

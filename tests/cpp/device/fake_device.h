@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <functional>
 #include <memory>
@@ -39,8 +40,10 @@ class FakeDevice final : public Device {
   explicit FakeDevice(FakeQueue message_queue = nullptr);
   void begin() override {}
   [[nodiscard]] FakeStream& compute() override { return compute_; }
-  [[nodiscard]] FakeStream& reduction() override { return reduction_; }
-  void reduce(const std::function<void()>& work) override { work(); }
+  [[nodiscard]] FakeStream& reduction(std::size_t number) override {
+    return reductions_.at(number);
+  }
+  void reduce(std::size_t, const std::function<void()>& work) override { work(); }
   [[nodiscard]] std::unique_ptr<Stream> new_stream() override {
     return std::make_unique<FakeStream>(message_queue_ ? message_queue_ : fake_queue());
   }
@@ -53,7 +56,7 @@ class FakeDevice final : public Device {
   std::shared_ptr<std::atomic<int>> num_allocations_ = std::make_shared<std::atomic<int>>(0);
   std::shared_ptr<Allocator> allocator_;
   FakeStream compute_;
-  FakeStream reduction_;
+  std::array<FakeStream, kNumReductions> reductions_;
 };
 
 // The clock of a device's compute stream.

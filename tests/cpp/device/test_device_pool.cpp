@@ -37,7 +37,7 @@ TEST(DevicePool, ABufferIsFreeWhenWhoeverHadItHasReadIt) {
 
 TEST(DevicePool, OnlyItsReaderIsWaitedFor) {
   const auto device = std::make_shared<FakeDevice>();
-  DevicePool pool(device, device->reduction(), device->allocator());
+  DevicePool pool(device, device->reduction(0), device->allocator());
   std::latch may_compute(1);
   device->compute().launch([&] { may_compute.wait(); });
   pool.acquire(1000).owner.reset();

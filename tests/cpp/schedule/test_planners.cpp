@@ -121,6 +121,16 @@ TEST(DualPipe, MirroredRanksDoTheSameWithTheOtherHalf) {
   }
 }
 
+// So the gradients of the upper one are summed while the lower one is computed.
+TEST(DualPipe, EndsWithTheLowerStageOfEachRank) {
+  for (const int p : {2, 4, 8}) {
+    const Schedule schedule = plan("dualpipe", {p, 2 * p, 0});
+    for (int r = 0; r < p; ++r) {
+      EXPECT_EQ(schedule.row(Rank(r)).back().stage(), Stage(std::min(r, p - 1 - r)));
+    }
+  }
+}
+
 TEST(DualPipeV, HoldsOneMicrobatchMoreThanStagesEverywhere) {
   for (int p = 1; p <= 8; ++p) {
     const Schedule schedule = plan("dualpipev", {p, 4 * p, 0});
