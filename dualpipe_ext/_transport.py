@@ -37,6 +37,8 @@ class GpuSettings:
         device: the index of its GPU.
         by_copies: by copy engines, not over NCCL.
         queues_are_shared: whether streams of this process share hardware queues.
+        reductions_may_wait: whether sums of gradients may wait for other ranks within a step, as
+            their streams share no queue with computation.
         max_ctas: thread blocks that a message over NCCL may take; 0: as NCCL likes.
         dynamic_shapes: whether each message is described to its receiver.
     """
@@ -45,6 +47,7 @@ class GpuSettings:
     device: int
     by_copies: bool
     queues_are_shared: bool
+    reductions_may_wait: bool
     max_ctas: int
     dynamic_shapes: bool
 
@@ -169,11 +172,13 @@ def gpu_settings(
     """
     if transport == "host":
         return None
-    # Beside those of its messages, a rank has a stream that computes and two that sum; a
-    # communicator has two of NCCL's own, which wait for its messages.
+    # Beside those of its messages, a rank has a stream that computes and two that sum, or one where
+    # sums may not wait; a communicator has two of NCCL's own, which wait for its messages.
+    reductions_may_wait = not num_ways_of_others and len(ways) + 3 <= num_queues()
+    num_others = 3 if reductions_may_wait else 2
     streams_per_way = 3 if transport == "nccl" else 1
     num_ways = [len(ways), *num_ways_of_others]
-    num_streams = sum(streams_per_way * count + 3 for count in num_ways)
+    num_streams = sum(streams_per_way * count + num_others for count in num_ways)
     queues_are_shared = num_streams > num_queues()
     if queues_are_shared and num_ways_of_others and transport == "nccl":
         warn_caller(
@@ -189,6 +194,7 @@ def gpu_settings(
         device=index,
         by_copies=transport == "copy",
         queues_are_shared=queues_are_shared,
+        reductions_may_wait=reductions_may_wait,
         max_ctas=config.nccl_max_ctas,
         dynamic_shapes=config.dynamic_shapes,
     )

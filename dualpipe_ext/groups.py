@@ -179,6 +179,7 @@ def _on_gpu(settings: EngineSettings) -> dict[str, Any]:
         "device": settings.gpu.device,
         "by_copies": settings.gpu.by_copies,
         "queues_are_shared": settings.gpu.queues_are_shared,
+        "reductions_may_wait": settings.gpu.reductions_may_wait,
         "max_ctas": settings.gpu.max_ctas,
         "dynamic_shapes": settings.gpu.dynamic_shapes,
         "timeout_seconds": settings.timeout,

@@ -25,6 +25,7 @@ struct GpuOptions {
   int device;
   bool by_copies;          // and not over NCCL
   bool queues_are_shared;  // copies alone
+  bool reductions_may_wait;
   int max_ctas;
 };
 
@@ -44,7 +45,7 @@ LinkMaker link_maker(const GpuOptions& gpu, const std::shared_ptr<Device>& devic
 EngineHolder engine_over(std::unique_ptr<HostTransport> host, std::unique_ptr<ControlPlane> control,
                          DeviceTransportOptions options, const GpuOptions& gpu) {
   const Rank rank = options.rank;
-  const std::shared_ptr<Device> device = cuda_device(gpu.device);
+  const std::shared_ptr<Device> device = cuda_device(gpu.device, gpu.reductions_may_wait);
   Watchdog::Options watchdog;
   watchdog.timeout = options.timeout;
   watchdog.interrupted = &InterruptScope::interrupted;
@@ -56,8 +57,8 @@ EngineHolder engine_over(std::unique_ptr<HostTransport> host, std::unique_ptr<Co
 
 EngineHolder process_engine(c10d::ProcessGroup& group, int rank, std::vector<int> group_ranks,
                             const std::vector<int>& peers, std::vector<MessageWay> ways, int device,
-                            bool by_copies, bool queues_are_shared, int max_ctas,
-                            bool dynamic_shapes, double timeout_seconds) {
+                            bool by_copies, bool queues_are_shared, bool reductions_may_wait,
+                            int max_ctas, bool dynamic_shapes, double timeout_seconds) {
   std::vector<Rank> peer_ranks;
   for (const int peer : peers) peer_ranks.emplace_back(peer);
   const py::gil_scoped_release unlocked;
@@ -68,20 +69,20 @@ EngineHolder process_engine(c10d::ProcessGroup& group, int rank, std::vector<int
                       .ways = std::move(ways),
                       .timeout = milliseconds_of(timeout_seconds),
                       .dynamic_shapes = dynamic_shapes},
-                     {device, by_copies, queues_are_shared, max_ctas});
+                     {device, by_copies, queues_are_shared, reductions_may_wait, max_ctas});
 }
 
 EngineHolder thread_engine(const std::shared_ptr<LoopbackHub>& hub, int rank,
                            std::vector<MessageWay> ways, int device, bool by_copies,
-                           bool queues_are_shared, int max_ctas, bool dynamic_shapes,
-                           double timeout_seconds) {
+                           bool queues_are_shared, bool reductions_may_wait, int max_ctas,
+                           bool dynamic_shapes, double timeout_seconds) {
   const py::gil_scoped_release unlocked;
   return engine_over(hub->transport(Rank(rank)), hub->control_plane(Rank(rank)),
                      {.rank = Rank(rank),
                       .ways = std::move(ways),
                       .timeout = milliseconds_of(timeout_seconds),
                       .dynamic_shapes = dynamic_shapes},
-                     {device, by_copies, queues_are_shared, max_ctas});
+                     {device, by_copies, queues_are_shared, reductions_may_wait, max_ctas});
 }
 
 void bind_cuda(py::module_& module) {
@@ -95,13 +96,13 @@ void bind_cuda(py::module_& module) {
       "Its stages are on this GPU, whose clock is asked for.");
   module.def("gpu_engine", &process_engine, py::arg("group"), py::arg("rank"),
              py::arg("group_ranks"), py::arg("peers"), py::arg("ways"), py::arg("device"),
-             py::arg("by_copies"), py::arg("queues_are_shared"), py::arg("max_ctas"),
-             py::arg("dynamic_shapes"), py::arg("timeout_seconds"),
+             py::arg("by_copies"), py::arg("queues_are_shared"), py::arg("reductions_may_wait"),
+             py::arg("max_ctas"), py::arg("dynamic_shapes"), py::arg("timeout_seconds"),
              "An engine whose messages stay on the GPU.");
   module.def("gpu_thread_engine", &thread_engine, py::arg("hub"), py::arg("rank"), py::arg("ways"),
              py::arg("device"), py::arg("by_copies"), py::arg("queues_are_shared"),
-             py::arg("max_ctas"), py::arg("dynamic_shapes"), py::arg("timeout_seconds"),
-             "The same for ranks that are threads of one process.");
+             py::arg("reductions_may_wait"), py::arg("max_ctas"), py::arg("dynamic_shapes"),
+             py::arg("timeout_seconds"), "The same for ranks that are threads of one process.");
 }
 
 const PartOfModule part(&bind_cuda);

@@ -98,7 +98,8 @@ std::unique_ptr<MirrorExchange> mirror_exchange(Engine& engine, int num_ranks,
                               .mode = copy ? Mode::kCopy : Mode::kSumGradients,
                               .together = together,
                               .message_device = messages,
-                              .on_threads = messages.type() == at::Device(device).type()});
+                              .on_threads = messages.type() == at::Device(device).type() &&
+                                            engine.device().reductions_may_wait()});
 }
 
 const Trace& trace_of(Engine& engine) {

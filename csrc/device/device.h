@@ -58,11 +58,14 @@ class Device {
   // A step begins on this thread: what it computes on now is the compute stream.
   virtual void begin() = 0;
   [[nodiscard]] virtual Stream& compute() = 0;
-  // Beside the compute stream, and each other: for sums of gradients.
+  // Beside the compute stream: for sums of gradients. Beside each other where they may wait.
   static constexpr std::size_t kNumReductions = 2;
   [[nodiscard]] virtual Stream& reduction(std::size_t number) = 0;
   // Calls work(); what it computes, it computes on that reduction stream.
   virtual void reduce(std::size_t number, const std::function<void()>& work) = 0;
+  // Whether a reduction stream may wait for another rank while computation is still to be issued:
+  // in a shared hardware queue it would hold that back, of whichever rank.
+  [[nodiscard]] virtual bool reductions_may_wait() const { return true; }
   // A stream for messages, ahead of computation where the device lets one be.
   [[nodiscard]] virtual std::unique_ptr<Stream> new_stream() = 0;
   // Memory that streams may use.

@@ -7,9 +7,9 @@
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
-#include <array>
 #include <atomic>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -191,34 +191,47 @@ class CudaStopwatch final : public Stopwatch {
 
 class CudaDevice final : public Device {
  public:
-  explicit CudaDevice(int index)
+  CudaDevice(int index, bool reductions_may_wait)
       : index_(index),
+        reductions_may_wait_(reductions_may_wait),
         events_(std::make_shared<EventPool>(index, cudaEventDisableTiming)),
         allocator_(std::make_shared<CudaAllocator>(index)),
         compute_(events_, index),
-        reductions_{CudaStream(events_, index, CudaStream::Priority::kLowest),
-                    CudaStream(events_, index, CudaStream::Priority::kLowest)} {}
+        reductions_(make_reductions()) {}
 
   void begin() override { compute_.begin(); }
   Stream& compute() override { return compute_; }
-  Stream& reduction(std::size_t number) override { return reductions_.at(number); }
+  Stream& reduction(std::size_t number) override {
+    return *reductions_[number % reductions_.size()];
+  }
   void reduce(std::size_t number, const std::function<void()>& work) override {
     const c10::cuda::CUDAStreamGuard guard(
-        c10::cuda::getStreamFromExternal(static_cast<cudaStream_t>(reductions_.at(number).handle()),
+        c10::cuda::getStreamFromExternal(static_cast<cudaStream_t>(reduction(number).handle()),
                                          static_cast<c10::DeviceIndex>(index_)));
     work();
   }
+  [[nodiscard]] bool reductions_may_wait() const override { return reductions_may_wait_; }
   std::unique_ptr<Stream> new_stream() override {
     return std::make_unique<CudaStream>(events_, index_, CudaStream::Priority::kHighest);
   }
   std::shared_ptr<Allocator> allocator() override { return allocator_; }
 
  private:
+  // One for all where they may not wait, so that as few as possible share a queue with computation.
+  [[nodiscard]] std::vector<std::unique_ptr<CudaStream>> make_reductions() const {
+    std::vector<std::unique_ptr<CudaStream>> made(reductions_may_wait_ ? kNumReductions : 1);
+    for (auto& stream : made) {
+      stream = std::make_unique<CudaStream>(events_, index_, CudaStream::Priority::kLowest);
+    }
+    return made;
+  }
+
   const int index_;
+  const bool reductions_may_wait_;
   const std::shared_ptr<EventPool> events_;
   const std::shared_ptr<Allocator> allocator_;
   ComputeStream compute_;
-  std::array<CudaStream, kNumReductions> reductions_;
+  std::vector<std::unique_ptr<CudaStream>> reductions_;
 };
 
 }  // namespace
@@ -230,6 +243,8 @@ StopwatchMaker cuda_stopwatches(int index) {
   };
 }
 
-std::shared_ptr<Device> cuda_device(int index) { return std::make_shared<CudaDevice>(index); }
+std::shared_ptr<Device> cuda_device(int index, bool reductions_may_wait) {
+  return std::make_shared<CudaDevice>(index, reductions_may_wait);
+}
 
 }  // namespace dualpipe

@@ -31,8 +31,10 @@ struct StageTensors {
 // nor for the thread that steps, which may be at the rest of the cool-down in a stage's own code or
 // far ahead of its device. Both copies of a stage are done at the same point of the schedule, so
 // that what is done early is summed behind the computation of the other. The compute stream waits
-// for the sums at the end of the step. Tensors of a device whose messages go by way of the host are
-// copied and summed by the thread that steps, in the order of its own stream.
+// for the sums at the end of the step. Until then the gradients of a stage that was started are the
+// exchange's: nobody may replace them. Without threads the one that steps does all, and sums at the
+// end of the step: where a reduction stream may not wait before (Device::reductions_may_wait), and
+// where messages of a device go by way of the host, in the order of the caller's stream.
 class MirrorExchange final : public GradientReducer {
  public:
   enum class Mode { kSumGradients, kCopy };
@@ -44,7 +46,7 @@ class MirrorExchange final : public GradientReducer {
     Mode mode;
     bool together = false;
     at::Device message_device = at::kCPU;  // whose memory the transport carries
-    bool on_threads = true;  // the tensors are the Device's; false: some other's, unknown to it
+    bool on_threads = true;
   };
 
   MirrorExchange(Transport& transport, Device& device, std::vector<StageTensors> stages,

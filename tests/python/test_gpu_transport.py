@@ -202,7 +202,11 @@ def test_settings_follow_the_configuration(
     assert (settings.device, settings.max_ctas, settings.dynamic_shapes) == (3, 4, True)
     assert not settings.by_copies
     by_copies = gpu_settings("copy", config, CUDA, [])
-    assert by_copies is not None and by_copies.by_copies
+    assert by_copies is not None and by_copies.by_copies and by_copies.reductions_may_wait
+    monkeypatch.setenv(_cuda.QUEUES, "1")
+    with pytest.warns(UserWarning, match="2 streams share 1 hardware queues"):
+        shared = gpu_settings("copy", config, CUDA, [])
+    assert shared is not None and not shared.reductions_may_wait
 
 
 def test_threads_whose_streams_share_hardware_queues(
@@ -213,8 +217,9 @@ def test_threads_whose_streams_share_hardware_queues(
     config = DualPipeConfig()
     few, many = (gpu_settings("copy", config, CUDA, ways, others) for others in ([12], [12, 3]))
     assert few is not None and not few.queues_are_shared
+    assert not few.reductions_may_wait  # for the other rank's computation
     assert many is not None and many.queues_are_shared
-    with pytest.warns(UserWarning, match=r"3 ranks that are threads have 117 streams over NCCL"):
+    with pytest.warns(UserWarning, match=r"3 ranks that are threads have 114 streams over NCCL"):
         gpu_settings("nccl", config, CUDA, ways, [12, 12])
 
 
