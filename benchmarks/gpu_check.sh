@@ -120,10 +120,12 @@ fi
 export GPU_CHECK_TRANSPORTS=${transports[*]}
 
 few=() p2p=() short=() upstream=() gemm=() activations=()
+mirrors=(--ranks 2 --stage-ms 2 --gradient-mib 512)
 if [[ $device == cpu ]]; then
   few=(--repeats 1)
   p2p=("${few[@]}" --mib 1) short=("${few[@]}" --chunks 8 --ranks 4)
   upstream=("${few[@]}" --chunks 8) gemm=("${few[@]}" --size 64 --products 6)
+  mirrors=("${few[@]}" --chunks 8 --gradient-mib 1)
   activations=(--ranks 2 --chunks 4 --activation-mib 32 --message-kib 64) transports=(host)
 fi
 peer=()
@@ -140,6 +142,7 @@ if [[ $device == cuda ]]; then tests tests_device 60 tests/python/test_gpu_devic
 around=("${of_processes[@]}")
 bench 60 bench_host_time "${few[@]}" "${peer[@]}"
 bench 60 bench_activations "${activations[@]}"
+bench 45 bench_mirrors "${mirrors[@]}"
 if ((${#peer[@]})); then
   around=(env CUDA_MODULE_LOADING=EAGER "${of_processes[@]}")
   bench 60 bench_overlap_upstream "${upstream[@]}" "${peer[@]}"
