@@ -107,6 +107,55 @@ void carries_all_dtypes(const Factory& factory) {
   transfer(transports, {layout});
 }
 
+// Swaps a message with the other rank; sizes change and may be none, as those of gradients. Returns
+// whether it has come as it was sent.
+bool swap(Transport& transport, Rank peer, MessageKind kind, int number) {
+  const Layout layout{bytes_spec(static_cast<std::uint64_t>(number % 3) * 4096)};
+  const MessageId id{kind, Stage(1), Microbatch(number)};
+  const auto seed = static_cast<unsigned>(kNumMessageKinds * number + static_cast<int>(kind));
+  auto receive = transport.receive(peer, id);
+  transport.send(peer, id, make_message(layout, seed), nullptr);
+  return has_pattern(receive->wait().message, layout, seed);
+}
+
+// Each kind of message from a thread of its own, as the sums of gradients and the steps are.
+void carries_for_several_threads(const Factory& factory) {
+  auto transports = factory(2);
+  for (std::int64_t step = 1; step <= 3; ++step) {
+    run_ranks(2, [&](int rank) {
+      Transport& transport = *transports[static_cast<std::size_t>(rank)];
+      transport.begin_step(step_info(step));
+      run_ranks(kNumMessageKinds, [&](int kind) {
+        for (int i = 0; i < 40; ++i) {
+          EXPECT_TRUE(swap(transport, Rank(1 - rank), static_cast<MessageKind>(kind), i));
+        }
+      });
+      transport.end_step();
+    });
+  }
+}
+
+void abort_ends_all_threads(const Factory& factory) {
+  auto transports = factory(2);
+  run_ranks(2, [&](int rank) {
+    Transport& transport = *transports[static_cast<std::size_t>(rank)];
+    transport.begin_step(step_info());
+    run_ranks(kNumMessageKinds + 1, [&](int number) {
+      if (number == kNumMessageKinds) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(30));
+        transport.abort({Rank(rank), 1, "the end"});
+        return;
+      }
+      const auto swap_on = [&] {
+        for (int i = 0;; ++i) {
+          (void)swap(transport, Rank(1 - rank), static_cast<MessageKind>(number), i);
+        }
+      };
+      EXPECT_THROW(swap_on(), PipelineError);
+    });
+  });
+}
+
 void follows_changing_layouts(const Factory& factory) {
   auto transports = factory(2);
   for (unsigned step = 0; step < 6; ++step) {  // sizes: stable, growing, shrinking, back
@@ -278,6 +327,8 @@ const std::vector<Check>& checks() {
       {"PostsAheadAndBothWays", posts_ahead_and_both_ways},
       {"CarriesNoneAndEmpty", carries_none_and_empty},
       {"CarriesAllDtypes", carries_all_dtypes},
+      {"CarriesForSeveralThreads", carries_for_several_threads},
+      {"AbortEndsAllThreads", abort_ends_all_threads},
       {"FollowsChangingLayouts", follows_changing_layouts},
       {"CarriesLargeMessages", carries_large_messages},
       {"CarriesManyTensors", carries_many_tensors},
