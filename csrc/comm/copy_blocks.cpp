@@ -22,7 +22,7 @@ CopyBlocks::~CopyBlocks() {
 }
 
 void* CopyBlocks::allocate(std::size_t num_bytes) {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(growing_);
   const std::size_t wanted = round_up(num_bytes, kAlignment);
   if (wanted > kBlockBytes / 2) return new_block(round_up(wanted, kBlockBytes));
   if (open_ == nullptr || num_taken_ + wanted > kBlockBytes) {
@@ -34,9 +34,14 @@ void* CopyBlocks::allocate(std::size_t num_bytes) {
 
 std::byte* CopyBlocks::new_block(std::size_t num_bytes) {
   std::byte* const data = calls_->allocate(num_bytes);
-  const auto added = blocks_.emplace(data, Block{num_bytes, {}}).first;
-  added->second.handle = calls_->export_block(data);
+  put(data, {num_bytes, {}});  // so that it is freed, whatever comes
+  put(data, {num_bytes, calls_->export_block(data)});
   return data;
+}
+
+void CopyBlocks::put(std::byte* data, const Block& block) {
+  const std::lock_guard lock(mutex_);
+  blocks_.insert_or_assign(data, block);
 }
 
 CopyBlocks::Place CopyBlocks::find(const std::byte* data) const {

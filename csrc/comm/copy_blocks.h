@@ -36,12 +36,14 @@ class CopyBlocks final : public Allocator {
     BlockHandle handle;
   };
   [[nodiscard]] std::byte* new_block(std::size_t num_bytes);
+  void put(std::byte* data, const Block& block);
 
   const std::shared_ptr<CopyCalls> calls_;
-  mutable std::mutex mutex_;
-  std::map<std::byte*, Block> blocks_;
+  std::mutex growing_;         // one thread allocates; the driver may be slow
   std::byte* open_ = nullptr;  // the block that small pieces come from
   std::size_t num_taken_ = 0;  // of its bytes
+  mutable std::mutex mutex_;   // held for no call: find() is asked while links are locked
+  std::map<std::byte*, Block> blocks_;
 };
 
 }  // namespace dualpipe
