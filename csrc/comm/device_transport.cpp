@@ -1,6 +1,5 @@
 #include "comm/device_transport.h"
 
-#include <array>
 #include <deque>
 #include <map>
 #include <mutex>
@@ -79,7 +78,7 @@ class DeviceTransport final : public Transport {
  private:
   struct Pools {
     DevicePool compute;
-    std::array<DevicePool, Device::kNumReductions> reductions;
+    std::map<const Stream*, DevicePool> reductions;
   };
 
   void meet(std::int64_t step);
@@ -89,6 +88,7 @@ class DeviceTransport final : public Transport {
   [[nodiscard]] WayLayouts& layouts_of_way(std::size_t way) { return layouts_->ways[way]; }
   void describe(std::size_t way, Rank to, const MessageId& id, const Layout& layout);
   void issue(std::size_t way, Incoming& incoming);
+  [[nodiscard]] DevicePool& pool_of(MessageKind kind);
   void wait_for_room(std::size_t way);
   [[nodiscard]] std::optional<std::string> overdue() const;
   template <typename Call>
@@ -204,8 +204,11 @@ void DeviceTransport::meet(std::int64_t step) {
   const auto read_by = [&](Stream& stream) {
     return DevicePool(device_, stream, made->allocator());
   };
-  pools_.emplace(Pools{read_by(device_->compute()),
-                       {read_by(device_->reduction(0)), read_by(device_->reduction(1))}});
+  pools_.emplace(Pools{read_by(device_->compute()), {}});
+  for (std::size_t number = 0; number < Device::kNumReductions; ++number) {
+    Stream& reduction = device_->reduction(number);
+    pools_->reductions.try_emplace(&reduction, read_by(reduction));
+  }
   made->connect(ways_.named(), invitations, options_.timeout);
 }
 
@@ -277,9 +280,7 @@ Arrival DeviceTransport::take(std::size_t way, const IncomingPtr& incoming) {
 
 void DeviceTransport::issue(std::size_t way, Incoming& incoming) {
   wait_for_room(way);
-  const MessageKind kind = incoming.id.kind;
-  DevicePool& pool = is_mirror(kind) ? pools_->reductions[reduction_of(kind)] : pools_->compute;
-  DevicePool::Lease lease = pool.acquire(packed_bytes(incoming.layout));
+  DevicePool::Lease lease = pool_of(incoming.id.kind).acquire(packed_bytes(incoming.layout));
   incoming.arrival.message = unpack(incoming.layout, lease.data, lease.owner);
   incoming.arrival.message.on_device = true;
   incoming.issued = true;
@@ -287,6 +288,12 @@ void DeviceTransport::issue(std::size_t way, Incoming& incoming) {
   if (pieces.empty()) return;
   incoming.arrival.ready = link_->transfer(way, pieces, lease.free);
   in_flight_.add(way, incoming.id, incoming.arrival.ready, nullptr);
+}
+
+// Memory belongs to the stream that reads it.
+DevicePool& DeviceTransport::pool_of(MessageKind kind) {
+  if (!is_mirror(kind)) return pools_->compute;
+  return pools_->reductions.at(&device_->reduction(reduction_of(kind)));
 }
 
 void DeviceTransport::wait_for_room(std::size_t way) {

@@ -58,7 +58,7 @@ class Device {
   // A step begins on this thread: what it computes on now is the compute stream.
   virtual void begin() = 0;
   [[nodiscard]] virtual Stream& compute() = 0;
-  // Beside the compute stream: for sums of gradients. Beside each other where they may wait.
+  // Beside the compute stream: for sums of gradients. Several numbers may be one stream.
   static constexpr std::size_t kNumReductions = 2;
   [[nodiscard]] virtual Stream& reduction(std::size_t number) = 0;
   // Calls work(); what it computes, it computes on that reduction stream.

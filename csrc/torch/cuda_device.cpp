@@ -202,7 +202,7 @@ class CudaDevice final : public Device {
   void begin() override { compute_.begin(); }
   Stream& compute() override { return compute_; }
   Stream& reduction(std::size_t number) override {
-    return *reductions_[number % reductions_.size()];
+    return reductions_may_wait_ ? *reductions_.at(number) : *reductions_.front();
   }
   void reduce(std::size_t number, const std::function<void()>& work) override {
     const c10::cuda::CUDAStreamGuard guard(
