@@ -89,7 +89,6 @@ std::unique_ptr<MirrorExchange> mirror_exchange(Engine& engine, int num_ranks,
   std::vector<StageTensors> tensors;
   for (const auto& [stage, list] : stages) tensors.push_back({Stage(stage), list});
   using Mode = MirrorExchange::Mode;
-  const at::Device messages = message_device(engine, device);
   return std::make_unique<MirrorExchange>(
       engine.transport(), engine.device(), std::move(tensors),
       MirrorExchange::Options{.rank = engine.rank(),
@@ -97,9 +96,7 @@ std::unique_ptr<MirrorExchange> mirror_exchange(Engine& engine, int num_ranks,
                               .bucket_bytes = bucket_bytes,
                               .mode = copy ? Mode::kCopy : Mode::kSumGradients,
                               .together = together,
-                              .message_device = messages,
-                              .on_threads = messages.type() == at::Device(device).type() &&
-                                            engine.device().reductions_may_wait()});
+                              .message_device = message_device(engine, device)});
 }
 
 const Trace& trace_of(Engine& engine) {

@@ -95,4 +95,9 @@ void HostStream::synchronize() {
   if (state_->error) std::rethrow_exception(std::exchange(state_->error, nullptr));
 }
 
+void HostStream::throw_if_failed() const {
+  const std::lock_guard lock(state_->mutex);
+  if (state_->error) std::rethrow_exception(state_->error);
+}
+
 }  // namespace dualpipe

@@ -21,6 +21,9 @@ class HostStream {
   // Blocks until all tasks so far are done; rethrows the first error since the last call.
   void synchronize();
 
+  // Throws what synchronize() will rethrow, if a task has thrown yet. The stream stays stopped.
+  void throw_if_failed() const;
+
  private:
   struct State;
   std::unique_ptr<State> state_;

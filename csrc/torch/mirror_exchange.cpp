@@ -40,8 +40,9 @@ bool is_final(const Tensors& bucket, const PendingWeights& pending) {
   });
 }
 
-// Buckets that are sent before the sums ask for those of the mirror: a channel between devices
-// takes some hundreds of messages before it waits for the other side.
+// Buckets that are under way before the sums ask for those of the mirror: a channel between devices
+// takes some hundreds of messages before it waits for the other side, and on the host each one is
+// a copy.
 constexpr std::size_t kAhead = 128;
 
 Rank mirror_of(Rank rank, int num_ranks) { return Rank(num_ranks - 1 - rank.value()); }
@@ -53,8 +54,12 @@ MirrorExchange::MirrorExchange(Transport& transport, Device& device,
     : transport_(transport),
       device_(device),
       options_(options),
-      mirror_(mirror_of(options.rank, options.num_ranks)) {
+      mirror_(mirror_of(options.rank, options.num_ranks)),
+      on_threads_(device.reductions_may_wait()) {
   for (StageTensors& stage : stages) {
+    for (const at::Tensor& tensor : stage.tensors) {
+      on_threads_ &= tensor.device().type() == options_.message_device.type();
+    }
     std::reverse(stage.tensors.begin(), stage.tensors.end());
     StageState& state = stages_[stage.stage];
     state.stage = stage.stage;
@@ -81,7 +86,7 @@ void MirrorExchange::start(Stage stage) {
     if (!options_.together && id != stage) continue;
     if (state.buckets.empty()) continue;
     launch(state, state.buckets.size());
-    if (options_.on_threads) enqueue(state, [this, &state] { complete(state); });
+    if (on_threads_) enqueue(state, [this, &state] { complete(state); });
   }
 }
 
@@ -89,6 +94,7 @@ void MirrorExchange::start(Stage stage) {
 void MirrorExchange::launch(StageState& state, std::size_t num_buckets) {
   if (num_buckets <= state.num_launched) return;
   state.num_launched = num_buckets;
+  if (!on_threads_) return;
   enqueue(state, [this, &state, num_buckets, final = device_.compute().record()] {
     reduction_stream(state).wait(final);
     begin(state, std::min(num_buckets, kAhead));
@@ -96,8 +102,8 @@ void MirrorExchange::launch(StageState& state, std::size_t num_buckets) {
 }
 
 void MirrorExchange::enqueue(StageState& state, std::function<void()> task) {
-  if (!options_.on_threads) return run(state, task);
   if (state.thread == nullptr) state.thread = std::make_unique<HostStream>("dualpipe mirror");
+  state.thread->throw_if_failed();
   state.thread->enqueue([this, &state, task = std::move(task)] { run(state, task); });
 }
 
@@ -108,13 +114,20 @@ void MirrorExchange::run(StageState& state, const std::function<void()>& task) {
 
 void MirrorExchange::finish() {
   for (auto& [stage, state] : stages_) {
+    if (state.thread != nullptr) state.thread->throw_if_failed();
+  }
+  for (auto& [stage, state] : stages_) {
     if (state.thread != nullptr) state.thread->synchronize();
-    if (!options_.on_threads && state.num_launched > 0) {
-      run(state, [this, &state = state] { complete(state); });
-    }
+    if (!on_threads_ && state.num_launched > 0) sum_now(state);
   }
   hold_back_computation();
   for (auto& [stage, state] : stages_) forget(state);
+}
+
+// Nothing of it stands in a queue before the computation has been issued.
+void MirrorExchange::sum_now(StageState& state) {
+  reduction_stream(state).wait(device_.compute().record());
+  run(state, [this, &state] { complete(state); });
 }
 
 void MirrorExchange::cancel() noexcept {
@@ -163,7 +176,7 @@ void MirrorExchange::begin(StageState& state, std::size_t num_buckets) {
 void MirrorExchange::complete(StageState& state) {
   Message before;  // lent until the next one has been asked for, which then takes other memory
   for (std::size_t i = 0; i < state.buckets.size(); ++i) {
-    begin(state, std::min(state.buckets.size(), kAhead + i + 1));
+    begin(state, std::min(state.buckets.size(), kAhead + i));
     // Its memory is free when the reduction stream is through with what it was given before. Were
     // that the wait for the own send, both mirrors would wait for each other.
     Arrival arrival = receives() ? state.incoming[i]->wait() : Arrival{};

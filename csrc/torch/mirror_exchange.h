@@ -24,17 +24,18 @@ struct StageTensors {
 //                  the same bits. A gradient that only one copy has becomes the other's as well.
 //   kCopy          the copy on the lower of the two ranks overwrites the other one.
 // Buckets of whole tensors, the last parameters of a stage first, as W finishes them, are sent as
-// soon as they are final. together: the stages share parameters, so none is final before all have
-// been started.
+// soon as they are final, some ahead of the sums. together: the stages share parameters, so none is
+// final before all have been started.
 //
-// Each stage has a thread, and on a device a reduction stream: nothing waits for the other stage,
-// nor for the thread that steps, which may be at the rest of the cool-down in a stage's own code or
-// far ahead of its device. Both copies of a stage are done at the same point of the schedule, so
-// that what is done early is summed behind the computation of the other. The compute stream waits
-// for the sums at the end of the step. Until then the gradients of a stage that was started are the
-// exchange's: nobody may replace them. Without threads the one that steps does all, and sums at the
-// end of the step: where a reduction stream may not wait before (Device::reductions_may_wait), and
-// where messages of a device go by way of the host, in the order of the caller's stream.
+// Each stage has a thread, and on a device a reduction stream: but for such shared parameters
+// nothing waits for the other stage, nor for the thread that steps, which may be at the rest of the
+// cool-down in a stage's own code or far ahead of its device. In a schedule that treats both
+// directions alike both copies of a stage are done at the same point, so that what is done early is
+// summed behind the computation of the other. The compute stream waits for the sums at the end of
+// the step. Until then the gradients of a stage that was started are the exchange's: nobody may
+// replace them. Without threads the one that steps does all at the end of the step: where a
+// reduction stream may not wait before (Device::reductions_may_wait), and where messages of a
+// device go by way of the host, in the order of the caller's stream.
 class MirrorExchange final : public GradientReducer {
  public:
   enum class Mode { kSumGradients, kCopy };
@@ -46,7 +47,6 @@ class MirrorExchange final : public GradientReducer {
     Mode mode;
     bool together = false;
     at::Device message_device = at::kCPU;  // whose memory the transport carries
-    bool on_threads = true;
   };
 
   MirrorExchange(Transport& transport, Device& device, std::vector<StageTensors> stages,
@@ -76,6 +76,7 @@ class MirrorExchange final : public GradientReducer {
   void launch(StageState& state, std::size_t num_buckets);
   void enqueue(StageState& state, std::function<void()> task);
   void run(StageState& state, const std::function<void()>& task);
+  void sum_now(StageState& state);
   void begin(StageState& state, std::size_t num_buckets);
   void complete(StageState& state);
   void apply(StageState& state, const Tensors& bucket, const Tensors& theirs);
@@ -93,6 +94,7 @@ class MirrorExchange final : public GradientReducer {
   const Options options_;
   const Rank mirror_;
   std::map<Stage, StageState> stages_;
+  bool on_threads_;
 };
 
 // The ways that the exchanges of a rank take.

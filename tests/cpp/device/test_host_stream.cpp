@@ -6,6 +6,7 @@
 #include <chrono>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -42,6 +43,27 @@ TEST(HostStream, AnErrorDropsLaterTasksUntilItIsSeen) {
   stream.enqueue([&ran] { ++ran; });
   EXPECT_NO_THROW(stream.synchronize());
   EXPECT_EQ(ran, 1);
+}
+
+TEST(HostStream, AnErrorIsToldBeforeTheStreamIsThrough) {
+  HostStream stream("test");
+  EXPECT_NO_THROW(stream.throw_if_failed());
+  std::atomic<int> ran{0};
+  stream.enqueue([] { throw std::runtime_error("first"); });
+  stream.enqueue([&ran] { ++ran; });
+  std::optional<std::string> told;
+  for (const auto end = std::chrono::steady_clock::now() + 10s;
+       !told && std::chrono::steady_clock::now() < end;) {
+    try {
+      stream.throw_if_failed();
+      std::this_thread::sleep_for(1ms);
+    } catch (const std::runtime_error& error) {
+      told = error.what();
+    }
+  }
+  EXPECT_EQ(told, "first");
+  EXPECT_THROW(stream.synchronize(), std::runtime_error);  // still there, and nothing has run
+  EXPECT_EQ(ran, 0);
 }
 
 TEST(HostStream, ATaskLetsGoOfWhatItHoldsBeforeItIsDone) {
