@@ -173,8 +173,11 @@ def gpu_settings(
     if transport == "host":
         return None
     # Beside those of its messages, a rank has a stream that computes and two that sum, or one where
-    # sums may not wait; a communicator has two of NCCL's own, which wait for its messages.
-    reductions_may_wait = not num_ways_of_others and len(ways) + 3 <= num_queues()
+    # sums may not wait; a communicator has two of NCCL's own, which wait for its messages and are,
+    # as computation and sums, of the default priority. That messages' own streams, which have
+    # another one, share no queue with these is assumed only where there are queues for either kind.
+    num_beside = max(len(ways), 2 * len(ways) * (transport == "nccl"))
+    reductions_may_wait = not num_ways_of_others and num_beside + 3 <= num_queues()
     num_others = 3 if reductions_may_wait else 2
     streams_per_way = 3 if transport == "nccl" else 1
     num_ways = [len(ways), *num_ways_of_others]

@@ -41,12 +41,12 @@ class Mirrored:
     """
 
     def __init__(self, rank: int, transport: str) -> None:
-        self.layers = [nn.Linear(WIDTH, WIDTH, bias=False, device=DEVICE) for _ in range(7)]
+        self.layers = [nn.Linear(WIDTH, WIDTH, bias=False, device=DEVICE) for _ in range(8)]
         for layer in self.layers:
             nn.init.eye_(layer.weight)
         self.last = LastBackward()
-        lower = nn.Sequential(self.last, self.layers[0])
-        upper = nn.Sequential(*self.layers[1:])
+        lower = nn.Sequential(self.layers[0], self.last, self.layers[1])
+        upper = nn.Sequential(*self.layers[2:])
         self.pipeline = DualPipe(
             [lower, upper] if rank == 0 else [upper, lower],
             config=DualPipeConfig(**over(transport), bucket_bytes=1),  # a bucket is a layer
@@ -54,7 +54,8 @@ class Mirrored:
         self.inputs = torch.ones(ROWS * NUM_CHUNKS // 2, WIDTH, device=DEVICE, requires_grad=True)
         self.beside: AbstractContextManager[object] = nullcontext()
         if not ON_CPU:
-            self.beside = torch.cuda.stream(torch.cuda.Stream())
+            # Of a priority, and so of hardware queues, that computation and sums have not.
+            self.beside = torch.cuda.stream(torch.cuda.Stream(priority=-1))
 
     def step(self) -> None:
         for layer in self.layers:
@@ -71,14 +72,19 @@ class Mirrored:
     def is_summed(self) -> bool:
         """Whether the upper stage has the gradients of both copies; asks no stream that computes."""
         with self.beside:
-            grads = [layer.weight.grad for layer in self.layers[1:]]
-            return all(g is not None and bool((g == ROWS * NUM_CHUNKS).all()) for g in grads)
+            return all_summed(self.layers[2:])
 
     def is_summed_while(self, is_busy: Callable[[], bool]) -> bool:
         while is_busy():
             if self.is_summed():
                 return is_busy()
         return False
+
+
+def all_summed(layers: list[nn.Linear]) -> bool:
+    """Whether they have the gradients of both copies, asked on the current stream."""
+    grads = [layer.weight.grad for layer in layers]
+    return all(g is not None and bool((g == ROWS * NUM_CHUNKS).all()) for g in grads)
 
 
 def summed_while_the_host_is_busy(rank: int, num_ranks: int, transport: str) -> bool:
@@ -93,7 +99,7 @@ def summed_while_the_host_is_busy(rank: int, num_ranks: int, transport: str) -> 
 
     mirrored.last.call = look
     mirrored.step()
-    return found == [True]
+    return found == [True] and all_summed(mirrored.layers)
 
 
 def summed_while_the_device_is_busy(rank: int, num_ranks: int, transport: str) -> bool:
@@ -108,4 +114,5 @@ def summed_while_the_device_is_busy(rank: int, num_ranks: int, transport: str) -
 
     mirrored.last.call = sleep
     mirrored.step()
-    return mirrored.is_summed_while(lambda: not slept.query())
+    found = mirrored.is_summed_while(lambda: not slept.query())
+    return found and all_summed(mirrored.layers)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import pytest
@@ -35,6 +35,7 @@ from dualpipe_ext import (
     setup_dual_pipe,
 )
 from dualpipe_ext.adapters import Imbalance, get_model_adapter, report_imbalance
+from dualpipe_ext.testing import run_ranks
 
 ON_CPU = os.environ.get("GPU_CHECK_DEVICE") == "cpu"
 DEVICE = "cpu" if ON_CPU else "cuda:0"
@@ -134,24 +135,32 @@ def allocations_until_level(
     return counts
 
 
-def a_stage_that_fails_once(rank: int, num_ranks: int, job: Job) -> list[str]:
-    """What each of three steps ended in, where the middle one fails on the last rank."""
+def a_stage_that_fails_once(rank: int, num_ranks: int, job: Job, in_backward: bool) -> list[str]:
+    """What each of three steps ended in, where the middle one fails on the last rank.
+
+    In an early forward; or in the last backward, when another stage is being summed.
+    """
     stepper = Stepper(rank, job)
+    last_call = job.num_chunks // 2 if in_backward else 2
     calls = 0
 
     def fail(*_: object) -> None:
         nonlocal calls
         calls += 1
-        if calls == 2:
+        if calls == last_call:
             raise RuntimeError("out of luck")
 
     endings = []
     for number in range(3):
         hook = None
         if number == 1 and rank == num_ranks - 1:
-            hook = stepper.pipeline.module[0].register_forward_pre_hook(fail)
+            upper, lower = stepper.pipeline.module
+            if in_backward:
+                hook = lower.register_full_backward_pre_hook(fail)
+            else:
+                hook = upper.register_forward_pre_hook(fail)
         try:
-            stepper.step()
+            stepper.step(sync_gradients=True)
             finish()
             endings.append("fine")
         except RuntimeError as error:
@@ -231,6 +240,15 @@ def main_grads(rank: int, num_ranks: int, job: Job) -> dict[int, dict[str, Tenso
         }
         for stage, module in modules
     }
+
+
+def check_more_buckets_than_a_channel_takes(
+    transport: str, ranks: Literal["threads", "processes"]
+) -> None:
+    count = 300
+    for rank, found in enumerate(run_ranks(swapped, 2, ranks, (transport, count), timeout=60.0)):
+        first = 1000 * (1 - rank)
+        assert found == [[first + more + i for i in range(count)] for more in (0.0, 500.0)]
 
 
 def swapped(rank: int, num_ranks: int, transport: str, count: int) -> list[list[float]]:

@@ -13,6 +13,7 @@ from gpu_ranks import (
     ON_CPU,
     TRANSPORTS,
     a_stage_that_fails_once,
+    check_more_buckets_than_a_channel_takes,
     die_on_the_device,
     gpu_job,
     over_nccl_alone,
@@ -34,6 +35,9 @@ def test_parity(transport: str, num_ranks: int) -> None:
         gpu_job(transport, "attention", num_ranks=num_ranks),
         gpu_job(transport, "bias", num_ranks=num_ranks, dtype=torch.bfloat16),
         gpu_job(transport, "late", num_ranks=num_ranks),
+        gpu_job(transport, "late", num_ranks=num_ranks, sync="within"),
+        gpu_job(transport, "attention", num_ranks=num_ranks, sync="within"),
+        gpu_job(transport, "tied", num_ranks=num_ranks, sync="within"),
         gpu_job(transport, "dropout", num_ranks=num_ranks, config={"seed": 7}),
         gpu_job(transport, "tied", "dualpipev", num_ranks=num_ranks),
     ]
@@ -69,9 +73,18 @@ def test_a_stage_is_summed_while_another_is_computed(transport: str) -> None:
 
 
 @TRANSPORTS
-def test_a_failure_ends_all_ranks_and_the_next_step_works(transport: str) -> None:
+def test_more_buckets_than_a_channel_takes_messages(transport: str) -> None:
+    check_more_buckets_than_a_channel_takes(transport, "processes")
+
+
+@TRANSPORTS
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_failure_ends_all_ranks_and_the_next_step_works(
+    transport: str, in_backward: bool
+) -> None:
     job = gpu_job(transport, "attention", num_ranks=2)
-    for endings in run_ranks(a_stage_that_fails_once, 2, "processes", (job,), timeout=60.0):
+    args = (job, in_backward)
+    for endings in run_ranks(a_stage_that_fails_once, 2, "processes", args, timeout=60.0):
         assert endings[0] == endings[2] == "fine", endings
         assert "out of luck" in endings[1], endings
 

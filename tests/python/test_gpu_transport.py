@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from dualpipe_ext._transport import (
     gpu_settings,
     offered_transport,
 )
+from dualpipe_ext.config import Transport
 from dualpipe_ext.groups import LoopbackGroup
 from dualpipe_ext.testing import run_ranks
 
@@ -207,6 +209,22 @@ def test_settings_follow_the_configuration(
     with pytest.warns(UserWarning, match="2 streams share 1 hardware queues"):
         shared = gpu_settings("copy", config, CUDA, [])
     assert shared is not None and not shared.reductions_may_wait
+
+
+@pytest.mark.parametrize(("transport", "num_streams"), [("copy", 12 + 3), ("nccl", 2 * 12 + 3)])
+def test_sums_wait_within_a_step_where_there_are_queues(
+    with_cuda: None, monkeypatch: pytest.MonkeyPatch, transport: Transport, num_streams: int
+) -> None:
+    ways = _C.mirror_ways(0, 4) * 3
+    found = []
+    for count in (num_streams - 1, num_streams):
+        monkeypatch.setenv(_cuda.QUEUES, str(count))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of few queues, which another test is about
+            settings = gpu_settings(transport, DualPipeConfig(), CUDA, ways)
+        assert settings is not None
+        found.append(settings.reductions_may_wait)
+    assert found == [False, True]
 
 
 def test_threads_whose_streams_share_hardware_queues(
