@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from models import Microbatch
 from parity import as_tuple, check_equal, own_batch
+from plain_models import TIME, VOCABULARY
 from torch import Tensor, nn
 
 from dualpipe_ext import DualPipe
@@ -132,3 +133,13 @@ def _check_split(
     assert found_state.keys() == state.keys()
     for name, value in state.items():
         torch.testing.assert_close(found_state[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        return make()
+
+
+def text(rows: int) -> Tensor:
+    return torch.randint(VOCABULARY, (rows, TIME), generator=torch.Generator().manual_seed(rows))
