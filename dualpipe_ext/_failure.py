@@ -1,4 +1,4 @@
-"""What one rank tells the others of an exception that the user's code raised."""
+"""Exceptions of a step: whose they are, and what one rank tells the others of its user's code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from types import TracebackType
 
 import torch
 
-__all__ = ["describe"]
+from dualpipe_ext._C import InternalError, PipelineError
+from dualpipe_ext._step import Step
+
+__all__ = ["describe", "is_the_stages"]
 
 LIBRARIES = tuple(os.path.join(os.path.dirname(file), "") for file in (__file__, torch.__file__))
 MAX_FRAMES = 8
@@ -21,3 +24,21 @@ def describe(error: BaseException, trace: TracebackType | None) -> str:
     own = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)]
     lines = [f"\n  {f.filename}({f.lineno}): {f.name}" for f in own[:MAX_FRAMES] or frames[:1]]
     return f"{text}\n\nAt:{''.join(lines)}" if lines else text
+
+
+def is_the_stages(error: BaseException, step: Step) -> bool:
+    """Whether a stage failed, rather than the caller or this library."""
+    if not isinstance(error, Exception) or isinstance(error, InternalError):
+        return False
+    if error is step.mistake:
+        return False
+    ours = isinstance(error, (ValueError, TypeError, PipelineError))
+    return error is step.error or not ours or _was_raised_in_python(error)
+
+
+def _was_raised_in_python(error: BaseException) -> bool:
+    """Whether code of the user's raised it below the engine: in a backward or a hook of torch's.
+
+    What the engine itself raises has the frame that called it, and no other.
+    """
+    return error.__traceback__ is not None and error.__traceback__.tb_next is not None

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dualpipe_ext import _C
-from dualpipe_ext._advice import warn_caller
 from dualpipe_ext._batch import check_num_chunks, cut_batch
-from dualpipe_ext._C import InternalError, PipelineError
+from dualpipe_ext._C import PipelineError
 from dualpipe_ext._cuda import clock_by_gpu, shapes_digest
+from dualpipe_ext._failure import is_the_stages
 from dualpipe_ext._handshake import agree, collect
 from dualpipe_ext._local_stages import LocalStages
 from dualpipe_ext._plans import PlannedStep, StepPlanner
 from dualpipe_ext._step import Criterion, LossHooks, Step, microbatch_seed
 from dualpipe_ext._transport import EngineSettings, Offer, choose_transport
+from dualpipe_ext._unsummed import UnsummedGradients
 from dualpipe_ext.config import DualPipeConfig, Transport
 from dualpipe_ext.gradients import clip_local_gradients, total_norm
 from dualpipe_ext.groups import PipelineGroup, resolve_group
@@ -94,8 +95,7 @@ class Pipeline(nn.Module):
         self.times_device = False
         self._times_next = False
         self._running = False
-        self._unsummed: int | None = None  # MirroredStages.num_changes() after a step, until a sum
-        self._has_warned_of_sum = False
+        self._unsummed = UnsummedGradients(local.mirrors)
         self._engine = self.group.make_engine(
             EngineSettings(local.peers(), self.config.timeout, local.gpu)
         )
@@ -150,7 +150,7 @@ class Pipeline(nn.Module):
         if seed is not None and self.config.seed is not None:
             self.config = replace(self.config, seed=seed)
         self._num_steps = num_steps
-        self._unsummed = None
+        self._unsummed.clear()
 
     # Steps
 
@@ -209,7 +209,7 @@ class Pipeline(nn.Module):
         try:
             check_num_chunks(num_chunks)
             if training:
-                self._warn_of_missing_sum()
+                self._unsummed.warn_if_used(self.rank)
             sum_within = sync_gradients and self.config.overlap_strategy == "full"
             plan = self._planner.plan(num_chunks, training, sum_within)
             step = self._make_step(plan, inputs, labels, criterion, training, return_outputs)
@@ -219,10 +219,12 @@ class Pipeline(nn.Module):
             raise
         self._last_plan = plan
         self._run(plan, step, reducer)
-        if training and self._local.mirrors is not None:
-            self._unsummed = None if sum_within else self._local.mirrors.num_changes()
-            if sync_gradients and not sum_within:
+        if training and not sum_within:
+            self._unsummed.add()
+            if sync_gradients:
                 self.sync_gradients()
+        elif training:
+            self._unsummed.clear()
         record_step(self, training)
         return step.loss(), step.gathered_outputs()
 
@@ -243,7 +245,7 @@ class Pipeline(nn.Module):
         exchange = self._gradient_sum()
         if exchange is not None:
             self._engine.exchange(exchange, sorted(self.stages))
-            self._unsummed = None
+            self._unsummed.clear()
 
     def synchronize(self) -> None:
         """Waits until the GPUs of all ranks are through with what they were told so far.
@@ -259,7 +261,7 @@ class Pipeline(nn.Module):
 
     def mark_gradients_summed(self) -> None:
         """For loops that sum gradients over all copies of each stage themselves."""
-        self._unsummed = None
+        self._unsummed.clear()
 
     def sync_parameters(self) -> None:
         """Overwrites parameters and buffers of each stage's second copy with those of the first.
@@ -269,7 +271,7 @@ class Pipeline(nn.Module):
         if self._local.mirrors is not None:
             exchange = self._local.mirrors.copy(self._engine, self.config.bucket_bytes)
             self._engine.exchange(exchange, sorted(self.stages))
-            self._unsummed = None
+            self._unsummed.clear()
 
     def sync_buffers(self) -> None:
         """Gives both copies of each floating-point buffer their mean; others stay as they are.
@@ -395,20 +397,6 @@ class Pipeline(nn.Module):
 
     # One step
 
-    def _warn_of_missing_sum(self) -> None:
-        """Where parameters were changed by the gradients of one copy alone; once a pipeline."""
-        if self._local.mirrors is None or self._unsummed is None or self._has_warned_of_sum:
-            return
-        if self._local.mirrors.num_changes() != self._unsummed:
-            self._has_warned_of_sum = True
-            warn_caller(
-                f"rank {self.rank}: parameters were changed after a step() whose gradients were "
-                f"not summed over the two copies of each stage, so the copies train apart, each on "
-                f"half of the batch; call sync_gradients() before the optimizer, or "
-                f"step(..., sync_gradients=True). If you sum gradients yourself, call "
-                f"mark_gradients_summed() when you have"
-            )
-
     def _make_step(
         self,
         plan: PlannedStep,
@@ -450,7 +438,7 @@ class Pipeline(nn.Module):
                 shapes=self._shapes(step),
             )
         except BaseException as error:
-            if _is_the_stages(error, step):
+            if is_the_stages(error, step):
                 text = f"{self._engine.failure}\n\n{self._where(plan)}"
                 raise PipelineError(text) from error
             if isinstance(error, PipelineError):
@@ -473,24 +461,6 @@ class Pipeline(nn.Module):
         return (
             0 if self._local.gpu is None else shapes_digest(self.rank, list(step.inputs.values()))
         )
-
-
-def _is_the_stages(error: BaseException, step: Step) -> bool:
-    """Whether a stage failed, rather than the caller or this library."""
-    if not isinstance(error, Exception) or isinstance(error, InternalError):
-        return False
-    if error is step.mistake:
-        return False
-    ours = isinstance(error, (ValueError, TypeError, PipelineError))
-    return error is step.error or not ours or _was_raised_in_python(error)
-
-
-def _was_raised_in_python(error: BaseException) -> bool:
-    """Whether code of the user's raised it below the engine: in a backward or a hook of torch's.
-
-    What the engine itself raises has the frame that called it, and no other.
-    """
-    return error.__traceback__ is not None and error.__traceback__.tb_next is not None
 
 
 def _register(hooks: dict[int, Any], hook: Callable[..., Any]) -> RemovableHandle:

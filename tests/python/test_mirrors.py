@@ -380,7 +380,7 @@ def test_batch_norms_that_cannot_drift_are_not_warned_of() -> None:
 
 
 def train_with(rank: int, num_ranks: int, sums: str, num_steps: int = 3) -> None:
-    """Steps with an optimizer between them; ``sums``: never, after, within, at the end."""
+    """Steps with an optimizer between them; ``sums``: never, after, within, at the end, own."""
     pipeline = DualPipe([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
     optimizer = torch.optim.AdamW(pipeline.parameters())
     x = torch.ones(4, WIDTH)
@@ -390,6 +390,8 @@ def train_with(rank: int, num_ranks: int, sums: str, num_steps: int = 3) -> None
         )
         if sums == "after":
             pipeline.sync_gradients()
+        if sums == "own":
+            pipeline.mark_gradients_summed()
         if sums != "at the end":
             optimizer.step()
     pipeline.sync_gradients()
@@ -405,7 +407,7 @@ def test_a_missing_sum_is_warned_of_once() -> None:
     assert [warning.filename for warning in caught] == [__file__] * 2
 
 
-@pytest.mark.parametrize("sums", ["after", "within", "at the end"])
+@pytest.mark.parametrize("sums", ["after", "within", "at the end", "own"])
 def test_sums_that_are_made_are_not_missed(sums: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

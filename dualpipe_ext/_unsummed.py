@@ -1,0 +1,45 @@
+"""Watches for parameters that were changed by the gradients of one copy of a stage alone."""
+
+from __future__ import annotations
+
+from dualpipe_ext._advice import warn_caller
+from dualpipe_ext._mirrors import MirroredStages
+
+__all__ = ["UnsummedGradients"]
+
+
+class UnsummedGradients:
+    """Whether gradients are those of one copy alone, and were used all the same.
+
+    Args:
+        mirrors: the other copies; ``None``: there are none, and nothing to sum.
+    """
+
+    def __init__(self, mirrors: MirroredStages | None) -> None:
+        self._mirrors = mirrors
+        self._after_step: int | None = None  # their num_changes() after a step, until a sum
+        self._has_warned = False
+
+    def add(self) -> None:
+        """A step has left gradients to be summed."""
+        if self._mirrors is not None:
+            self._after_step = self._mirrors.num_changes()
+
+    def clear(self) -> None:
+        """They were summed, or are of no account any more."""
+        self._after_step = None
+
+    def warn_if_used(self, rank: int) -> None:
+        """Warns once if parameters were changed before the sum."""
+        if self._mirrors is None or self._after_step is None or self._has_warned:
+            return
+        if self._mirrors.num_changes() == self._after_step:
+            return
+        self._has_warned = True
+        warn_caller(
+            f"rank {rank}: parameters were changed after a step() whose gradients were "
+            f"not summed over the two copies of each stage, so the copies train apart, each on "
+            f"half of the batch; call sync_gradients() before the optimizer, or "
+            f"step(..., sync_gradients=True). If you sum gradients yourself, call "
+            f"mark_gradients_summed() when you have"
+        )
