@@ -33,7 +33,7 @@ std::string describe_mismatch(Rank rank, const StepInfo& info, Rank other_rank,
                               const StepInfo& other_info) {
   if (other_rank < rank) return describe_mismatch(other_rank, other_info, rank, info);
   const auto describe = [](Rank of, const StepInfo& step) {
-    return cat("rank ", of, " runs step ", step.step, " of \"", step.description, "\" (program ",
+    return cat("rank ", of, " runs \"", step.description, "\" (run ", step.step, ", program ",
                std::hex, step.program_digest, ")");
   };
   return cat("the ranks do not agree on the step: ", describe(rank, info), ", ",

@@ -48,7 +48,7 @@ struct MessageId {
 
 // What all ranks must agree on before a step's first message.
 struct StepInfo {
-  std::int64_t step = 0;
+  std::int64_t step = 0;             // counts all that a rank runs, exchanges as well
   std::uint64_t program_digest = 0;  // 0 is not a program
   std::string description;           // "dualpipe, 8 ranks, 20 micro-batches, training"
   std::uint64_t shapes = 0;          // a digest of this rank's own inputs; 0: it has none

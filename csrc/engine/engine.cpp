@@ -1,6 +1,7 @@
 #include "engine/engine.h"
 
 #include <thread>
+#include <utility>
 
 #include "common/error.h"
 
@@ -39,17 +40,18 @@ Engine::Engine(Rank rank, std::unique_ptr<Transport> transport,
 
 void Engine::run(const Program& program, StageRunner& runner, GradientReducer* reducer,
                  std::uint64_t shapes) {
-  run_guarded(program, &runner, reducer, shapes);
+  ++num_steps_;
+  run_guarded(cat("step ", num_steps_), program, &runner, reducer, shapes);
 }
 
 void Engine::exchange(const Program& program, GradientReducer& reducer) {
   const KeepsTrace keeps_trace(executor_);
-  run_guarded(program, nullptr, &reducer, 0);
+  run_guarded(between_steps(), program, nullptr, &reducer, 0);
 }
 
-void Engine::run_guarded(const Program& program, StageRunner* runner, GradientReducer* reducer,
-                         std::uint64_t shapes) {
-  executor_.begin(program, num_steps_ + 1, runner, reducer);
+void Engine::run_guarded(std::string name, const Program& program, StageRunner* runner,
+                         GradientReducer* reducer, std::uint64_t shapes) {
+  executor_.begin(program, {num_runs_ + 1, std::move(name)}, runner, reducer);
   guard(reducer, [&] {
     device_->begin();
     executor_.run(shapes);
@@ -71,7 +73,7 @@ template <typename Work>
 void Engine::run_nothing(const Work& work) {
   const KeepsTrace keeps_trace(executor_);
   const Program nothing = make_reduce_program(rank_, {});
-  executor_.begin(nothing, num_steps_ + 1, nullptr, nullptr);
+  executor_.begin(nothing, {num_runs_ + 1, between_steps()}, nullptr, nullptr);
   guard(nullptr, [&] {
     device_->begin();
     work();
@@ -81,8 +83,8 @@ void Engine::run_nothing(const Work& work) {
 // Runs what all ranks run now, under the watchdog's eyes; a failure becomes everybody's.
 template <typename Work>
 void Engine::guard(GradientReducer* reducer, const Work& work) {
-  ++num_steps_;
-  watchdog_->arm(executor_, num_steps_);
+  ++num_runs_;
+  watchdog_->arm(executor_, num_runs_);
   try {
     work();
     watchdog_->disarm();
@@ -94,6 +96,7 @@ void Engine::guard(GradientReducer* reducer, const Work& work) {
 
 void Engine::fail(const std::string& text) noexcept {
   watchdog_->disarm();
+  ++num_runs_;
   ++num_steps_;
   report(cat("rank ", rank_, ", step ", num_steps_, ": ", text));
   recover(nullptr);
@@ -124,7 +127,7 @@ void Engine::raise_failure(GradientReducer* reducer) {
 
 void Engine::report(const std::string& text) noexcept {
   failure_ = text;
-  const Failure failure{.rank = rank_, .step = num_steps_, .text = text};
+  const Failure failure{.rank = rank_, .step = num_runs_, .text = text};
   try {
     control_->report(failure);
   } catch (const std::exception&) {
@@ -155,6 +158,10 @@ std::optional<Failure> Engine::await_report() noexcept {
     std::this_thread::sleep_for(kReportPoll);
   }
   return std::nullopt;
+}
+
+std::string Engine::between_steps() const {
+  return num_steps_ == 0 ? "before step 1" : cat("after step ", num_steps_);
 }
 
 std::string Engine::place() const { return cat("rank ", rank_, ", ", executor_.position()); }

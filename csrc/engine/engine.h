@@ -57,14 +57,14 @@ class Engine {
   [[nodiscard]] const Trace& trace() { return executor_.trace(); }
   // What this rank last reported to the others.
   [[nodiscard]] const std::string& failure() const { return failure_; }
-  // Steps that were begun, failed ones included.
+  // Steps that were begun, failed ones included; exchanges are none.
   [[nodiscard]] std::int64_t num_steps() const { return num_steps_; }
   // Where the last step stopped: an index into its program's instructions.
   [[nodiscard]] int cursor() const { return executor_.cursor(); }
 
  private:
-  void run_guarded(const Program& program, StageRunner* runner, GradientReducer* reducer,
-                   std::uint64_t shapes);
+  void run_guarded(std::string name, const Program& program, StageRunner* runner,
+                   GradientReducer* reducer, std::uint64_t shapes);
   template <typename Work>
   void run_nothing(const Work& work);
   template <typename Work>
@@ -75,6 +75,8 @@ class Engine {
   void recover(GradientReducer* reducer) noexcept;
   [[nodiscard]] std::optional<Failure> await_report() noexcept;
   [[nodiscard]] std::string place() const;
+  // What people call a run that is no step.
+  [[nodiscard]] std::string between_steps() const;
 
   Rank rank_;
   std::unique_ptr<Transport> transport_;
@@ -82,6 +84,7 @@ class Engine {
   std::shared_ptr<Device> device_;
   std::shared_ptr<WeightQueue> weight_queue_ = std::make_shared<WeightQueue>();
   Executor executor_;
+  std::int64_t num_runs_ = 0;  // steps and all else that ranks run together
   std::int64_t num_steps_ = 0;
   std::string failure_;
   std::unique_ptr<Watchdog> watchdog_;  // last: its thread uses the members above

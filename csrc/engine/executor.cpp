@@ -5,14 +5,14 @@
 
 namespace dualpipe {
 
-void Executor::begin(const Program& program, std::int64_t step, StageRunner* runner,
+void Executor::begin(const Program& program, Run run, StageRunner* runner,
                      GradientReducer* reducer) {
   cursor_.store(0, std::memory_order_relaxed);
   awaited_.store(-1, std::memory_order_relaxed);
   waiting_since_ns_.store(0, std::memory_order_relaxed);
   has_begun_.store(false, std::memory_order_relaxed);
   program_ = &program;
-  step_ = step;
+  run_ = std::move(run);
   runner_ = runner;
   reducer_ = reducer;
   receives_.clear();
@@ -31,7 +31,7 @@ void Executor::run(std::uint64_t shapes) {
     device_times_ = std::make_shared<DeviceTimes>(stopwatches_());
   }
   waiting_since_ns_.store(step_start_ns_, std::memory_order_relaxed);
-  transport_.begin_step({step_, program_->digest, program_->description, shapes});
+  transport_.begin_step({run_.number, program_->digest, program_->description, shapes});
   waiting_since_ns_.store(0, std::memory_order_relaxed);
   has_begun_.store(true, std::memory_order_relaxed);
   for (const Instruction& instruction : program_->instructions) {
@@ -198,14 +198,14 @@ std::chrono::nanoseconds Executor::waiting() const {
 std::string Executor::position() const {
   const bool is_waiting = waiting_since_ns_.load(std::memory_order_relaxed) != 0;
   if (is_waiting && !has_begun_.load(std::memory_order_relaxed)) {
-    return cat("step ", step_, ": waits for the other ranks to begin it");
+    return cat(run_.name, ": waits for the other ranks to begin it");
   }
   const auto count = program_->instructions.size();
   const auto index = static_cast<std::size_t>(cursor());
-  if (index >= count) return cat("step ", step_, ": done, waits for the other ranks");
+  if (index >= count) return cat(run_.name, ": done, waits for the other ranks");
   const Instruction& instruction = program_->instructions[index];
-  std::string text = cat("step ", step_, ", action ", index + 1, " of ", count, ": ",
-                         to_string(instruction.action));
+  std::string text =
+      cat(run_.name, ", action ", index + 1, " of ", count, ": ", to_string(instruction.action));
   const int awaited = awaited_.load(std::memory_order_relaxed);
   if (!is_waiting || awaited < 0) return text;
   const int receive = program_->receives[static_cast<std::size_t>(awaited)];

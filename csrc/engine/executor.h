@@ -22,10 +22,14 @@ class Executor final : public Progress {
  public:
   Executor(Transport& transport, Device& device) : transport_(transport), device_(device) {}
 
-  // Makes ready for a step: from now on others may ask for the progress. All arguments must
-  // outlive the step; runner and reducer may be null where the program has no use for them.
-  void begin(const Program& program, std::int64_t step, StageRunner* runner,
-             GradientReducer* reducer);
+  struct Run {
+    std::int64_t number = 0;  // StepInfo::step
+    std::string name;         // for people: "step 3"
+  };
+
+  // Makes ready for a step: from now on others may ask for the progress. Program, runner and
+  // reducer must outlive the step; these two may be null where the program has no use for them.
+  void begin(const Program& program, Run run, StageRunner* runner, GradientReducer* reducer);
 
   // Instead of the step that was begun: meets the other ranks.
   void connect();
@@ -85,7 +89,7 @@ class Executor final : public Progress {
   std::int64_t start_ns_ = 0;  // of the computation at work
   std::int64_t wait_ns_ = 0;   // of that
 
-  std::int64_t step_ = 0;
+  Run run_;
   std::atomic<int> cursor_{0};
   std::atomic<int> awaited_{-1};                   // the last receive that computation waited for
   std::atomic<std::int64_t> waiting_since_ns_{0};  // 0: not waiting

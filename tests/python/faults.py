@@ -139,7 +139,7 @@ def check_failure(place: str, results: list[Outcome], cause: str = "BoomError") 
         outcome, next_is_right = result.value
         assert outcome.error == "PipelineError", f"rank {rank}: {outcome.error}: {outcome.text}"
         assert outcome.seconds < 5.0, f"rank {rank} took {outcome.seconds} s"
-        assert re.search(rf"rank {culprit}, step \d+, action \d+ of \d+: {action}", outcome.text), (
+        assert re.search(rf"rank {culprit}, step 1, action \d+ of \d+: {action}", outcome.text), (
             f"rank {rank}: {outcome.text}"
         )
         assert TEXT in outcome.text, f"rank {rank}: {outcome.text}"

@@ -176,8 +176,8 @@ def test_a_message_that_never_comes(
         awaited = f"{name} of micro-batch 3 for stage {stage} from rank {source}"
         assert awaited in outcome.text, outcome.text
         for other in range(4):
-            assert re.search(rf"\n  rank {other}: step \d+", outcome.text), outcome.text
-        assert re.search(rf"rank {reader}: step \d+, action \d+ of \d+: .*{awaited}", outcome.text)
+            assert re.search(rf"\n  rank {other}: step 1\b", outcome.text), outcome.text
+        assert re.search(rf"rank {reader}: step 1, action \d+ of \d+: .*{awaited}", outcome.text)
         if rank == reader:
             assert re.search(rf"\nrank {rank} \|.*>\S+<", outcome.text), outcome.text
         assert next_is_right, f"rank {rank}"
@@ -209,6 +209,20 @@ def test_mirrored_gradients_that_never_come() -> None:
         assert outcome.error == "PipelineError" and outcome.seconds < 5.0, outcome.seconds
         assert "longer than 1 s" in outcome.text
         assert next_is_right, f"rank {rank}"
+
+
+def test_a_sum_that_a_rank_stays_away_from() -> None:
+    """It is no step: the number in the error is that of the last one."""
+
+    def rank_fn(rank: int, num_ranks: int) -> str:
+        config = DualPipeConfig(timeout=1.0)
+        pipeline = Pipeline(own_stages(JOB, rank), "dualpipe", config=config)
+        inputs, labels = own_batch(JOB.plan(), rank, JOB.microbatches())
+        pipeline.step(*inputs, num_chunks=8, criterion=squared_error, labels=labels)
+        return "" if rank == 1 else attempt(pipeline.sync_gradients).text
+
+    for rank, text in enumerate(run_ranks(rank_fn, 4)):
+        assert rank == 1 or "longer than 1 s: after step 1: " in text, text
 
 
 def test_a_rank_that_does_not_come() -> None:

@@ -141,8 +141,8 @@ def check_step_mismatch(ends: Ends) -> None:
         ends.send(0, [tensor(8)])
         receive.wait()
         ends.transport.end_step()
-    assert 'rank 0 runs step 3 of "8 micro-batches"' in str(caught.value)
-    assert 'rank 1 runs step 3 of "10 micro-batches"' in str(caught.value)
+    assert 'rank 0 runs "8 micro-batches" (run 3' in str(caught.value)
+    assert 'rank 1 runs "10 micro-batches" (run 3' in str(caught.value)
     ends.transport.recover()
     ends.transfer([[tensor(8)]], 4)
 

@@ -213,8 +213,8 @@ void refuses_different_steps(const Factory& factory) {
     transport.recover();
   });
   for (const std::string& text : texts) {
-    EXPECT_NE(text.find("rank 0 runs step 3 of \"8 micro-batches\""), std::string::npos) << text;
-    EXPECT_NE(text.find("rank 1 runs step 3 of \"10 micro-batches\""), std::string::npos) << text;
+    EXPECT_NE(text.find("rank 0 runs \"8 micro-batches\" (run 3, "), std::string::npos) << text;
+    EXPECT_NE(text.find("rank 1 runs \"10 micro-batches\" (run 3, "), std::string::npos) << text;
   }
   transfer(transports, {{bytes_spec(8)}});
 }

@@ -20,8 +20,8 @@ TEST(StepInfo, MismatchReadsTheSameOnBothRanks) {
   EXPECT_FALSE(same_step(one, other));
   const std::string text = describe_mismatch(Rank(0), one, Rank(1), other);
   EXPECT_EQ(text, describe_mismatch(Rank(1), other, Rank(0), one));
-  EXPECT_NE(text.find("rank 0 runs step 4 of \"training\" (program a), rank 1 runs step 4 of "
-                      "\"inference\" (program b)"),
+  EXPECT_NE(text.find("rank 0 runs \"training\" (run 4, program a), rank 1 runs "
+                      "\"inference\" (run 4, program b)"),
             std::string::npos)
       << text;
 }
