@@ -165,8 +165,8 @@ void MirrorExchange::begin(StageState& state, std::size_t num_buckets) {
     const MessageId id{.kind = kind_of(state.stage),
                        .stage = state.stage,
                        .microbatch = Microbatch(static_cast<std::int32_t>(state.num_begun))};
-    if (receives()) state.incoming.push_back(transport_.receive(mirror_, id));
-    if (!sends()) continue;
+    if (receives(state)) state.incoming.push_back(transport_.receive(mirror_, id));
+    if (!sends(state)) continue;
     Message own = outgoing(state.buckets[state.num_begun]);
     state.left.push_back(
         transport_.send(mirror_, id, std::move(own), reduction_stream(state).record()));
@@ -179,9 +179,9 @@ void MirrorExchange::complete(StageState& state) {
     begin(state, std::min(state.buckets.size(), kAhead + i));
     // Its memory is free when the reduction stream is through with what it was given before. Were
     // that the wait for the own send, both mirrors would wait for each other.
-    Arrival arrival = receives() ? state.incoming[i]->wait() : Arrival{};
-    if (sends()) reduction_stream(state).wait(state.left[i]);
-    if (!receives()) continue;
+    Arrival arrival = receives(state) ? state.incoming[i]->wait() : Arrival{};
+    if (sends(state)) reduction_stream(state).wait(state.left[i]);
+    if (!receives(state)) continue;
     reduction_stream(state).wait(arrival.ready);
     apply(state, state.buckets[i], tensors_of(arrival.message, options_.message_device, false));
     before = std::move(arrival.message);
@@ -226,12 +226,16 @@ Stream& MirrorExchange::reduction_stream(const StageState& state) const {
   return device_.reduction(reduction_of(kind_of(state.stage)));
 }
 
-bool MirrorExchange::sends() const {
-  return options_.mode == Mode::kSumGradients || options_.rank < mirror_;
+bool MirrorExchange::sends(const StageState& state) const {
+  return options_.mode == Mode::kSumGradients || is_first_copy(state);
 }
 
-bool MirrorExchange::receives() const {
-  return options_.mode == Mode::kSumGradients || mirror_ < options_.rank;
+bool MirrorExchange::receives(const StageState& state) const {
+  return options_.mode == Mode::kSumGradients || !is_first_copy(state);
+}
+
+bool MirrorExchange::is_first_copy(const StageState& state) const {
+  return state.stage.value() == options_.rank.value();
 }
 
 std::vector<MessageWay> mirror_ways(Rank rank, int num_ranks) {

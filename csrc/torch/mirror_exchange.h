@@ -22,7 +22,7 @@ struct StageTensors {
 // Makes the two copies of each stage agree, over the pipeline's own transport:
 //   kSumGradients  both add the other's gradient to their own: a + b = b + a, so that both hold
 //                  the same bits. A gradient that only one copy has becomes the other's as well.
-//   kCopy          the copy on the lower of the two ranks overwrites the other one.
+//   kCopy          the first copy, on the rank with the stage's own number, overwrites the other.
 // Buckets of whole tensors, the last parameters of a stage first, as W finishes them, are sent as
 // soon as they are final, some ahead of the sums. together: the stages share parameters, so none is
 // final before all have been started.
@@ -86,8 +86,9 @@ class MirrorExchange final : public GradientReducer {
   [[nodiscard]] Message outgoing(const Tensors& bucket) const;
   [[nodiscard]] MessageKind kind_of(Stage stage) const;
   [[nodiscard]] Stream& reduction_stream(const StageState& state) const;
-  [[nodiscard]] bool sends() const;
-  [[nodiscard]] bool receives() const;
+  [[nodiscard]] bool sends(const StageState& state) const;
+  [[nodiscard]] bool receives(const StageState& state) const;
+  [[nodiscard]] bool is_first_copy(const StageState& state) const;
 
   Transport& transport_;
   Device& device_;

@@ -9,11 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from adapted import (
-    check_chained,
-    check_union,
-    seeded,
-)
+from adapted import check_chained, check_union, seeded
 from plain_models import (
     GPT,
     WIDTH,
@@ -38,10 +34,7 @@ from plain_models import (
 )
 from torch import Tensor, fx, nn
 
-from dualpipe_ext.adapters import (
-    TransformerLayerAdapter,
-    get_model_adapter,
-)
+from dualpipe_ext.adapters import TransformerLayerAdapter, get_model_adapter
 from dualpipe_ext.adapters.first_call import FirstCall
 
 

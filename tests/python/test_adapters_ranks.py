@@ -8,17 +8,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
-from adapted import (
-    seeded,
-    text,
-)
-from plain_models import (
-    GPT,
-    TIME,
-    WIDTH,
-)
+from adapted import seeded, text
+from plain_models import GPT, TIME, WIDTH
 from torch import Tensor, nn
 
 from dualpipe_ext import (
@@ -29,9 +23,7 @@ from dualpipe_ext import (
     set_p2p_tensor_dtype,
     set_p2p_tensor_shapes,
 )
-from dualpipe_ext.adapters import (
-    get_model_adapter,
-)
+from dualpipe_ext.adapters import empty_parameters, get_model_adapter
 from dualpipe_ext.testing import run_ranks
 
 
@@ -169,6 +161,33 @@ def test_what_is_done_to_a_partition_is_done_to_its_mirror() -> None:
 
     for dtypes in run_ranks(build, 2):
         assert set(dtypes) == {torch.float64}
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_each_rank_gives_values_to_the_stage_of_its_own_number(num_ranks: int) -> None:
+    """As docs/your_model.md has it for models larger than the memory."""
+    whole = seeded(GPT)
+    weights = whole.state_dict()
+    with empty_parameters():  # for all threads of the process
+        models = [GPT() for _ in range(num_ranks)]
+
+    def run(rank: int, size: int) -> Tensor | None:
+        partition = get_model_adapter(models[rank]).partition(size, show=False)[rank]
+        partition.to_empty(device="cpu")
+        with torch.no_grad():
+            for parameter in partition.parameters():
+                parameter.fill_(float("nan"))
+        partition.load_state_dict({name: weights[name] for name in partition.plan.names})
+        pipeline = DualPipe([partition, partition])
+        x = text(2 * size) if rank in (0, size - 1) else None
+        with torch.no_grad():
+            _, outputs = pipeline.step(x, num_chunks=2 * size, return_outputs=True)
+        return outputs if outputs is None else outputs[0]
+
+    expected = whole(text(2 * num_ranks))[0].detach()
+    first, *_, last = run_ranks(run, num_ranks)
+    torch.testing.assert_close(first, expected)
+    torch.testing.assert_close(last, expected)
 
 
 def test_ties_hold_when_a_partition_is_materialized() -> None:

@@ -226,9 +226,8 @@ def test_broadcast_makes_copies_equal(num_ranks: int) -> None:
         run_ranks(rank_fn, num_ranks)
     ):
         mirror = num_ranks - 1 - rank
-        low = min(rank, mirror)  # the copy on the lower rank wins, for both stages
-        first_value = 10 * low + (1 if rank == low else 2)
-        second_value = 10 * low + (2 if rank == low else 1)
+        first_value = 10 * rank + 1  # of the rank with the stage's own number
+        second_value = 10 * mirror + 1
         assert first == [first_value] * 3
         assert second == [second_value] * 3
         assert first_again == [100 + first_value] and second_again == [100 + second_value]
