@@ -118,7 +118,7 @@ def _compare(facts: list[dict[str, Any]]) -> None:
 def _value(facts: dict[str, Any], key: str) -> str:
     if key == "schedule" and "schedule name" in facts:  # for people: another one may do the same
         return f"{facts['schedule name']!r} ({facts[key]})"
-    return repr(facts[key])
+    return str(facts[key]) if key.startswith("DualPipeConfig.") else repr(facts[key])
 
 
 def _first_difference(left: list[Any], right: list[Any]) -> str:

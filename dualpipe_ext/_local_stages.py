@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from itertools import chain
 from typing import Any
 
@@ -117,7 +118,10 @@ class LocalStages:
             "schedule name": self.source.name,
             "schedule": f"{layout.placement} placement, {layout.num_stages} stages, "
             f"digest {layout.digest():016x}",
-            "config": repr(self._config),
+            **{
+                f"DualPipeConfig.{field.name}": repr(getattr(self._config, field.name))
+                for field in fields(self._config)
+            },
             "layers of stages": split_of(self.modules),
             "overlapped": self.overlapped.function is not None,
             "offer": self.offer,

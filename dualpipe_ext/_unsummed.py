@@ -9,7 +9,7 @@ __all__ = ["UnsummedGradients"]
 
 
 class UnsummedGradients:
-    """Whether gradients are those of one copy alone, and were used all the same.
+    """Whether gradients are those of one copy alone, and were used all the same; or summed twice.
 
     Args:
         mirrors: the other copies; ``None``: there are none, and nothing to sum.
@@ -18,16 +18,41 @@ class UnsummedGradients:
     def __init__(self, mirrors: MirroredStages | None) -> None:
         self._mirrors = mirrors
         self._after_step: int | None = None  # their num_changes() after a step, until a sum
+        self._is_summed = False  # since the last step
         self._has_warned = False
 
     def add(self) -> None:
         """A step has left gradients to be summed."""
         if self._mirrors is not None:
             self._after_step = self._mirrors.num_changes()
+        self._is_summed = False
 
     def clear(self) -> None:
-        """They were summed, or are of no account any more."""
+        """They are of no account any more."""
         self._after_step = None
+
+    def note_sum(self) -> None:
+        """They were summed."""
+        self._after_step = None
+        self._is_summed = True
+
+    def warn_if_summed(self, rank: int) -> None:
+        """Warns before a sum that no step has come before since the last one."""
+        if self._is_summed:
+            warn_caller(
+                f"rank {rank}: gradients that were summed over the two copies of each stage are "
+                f"summed again, which doubles them; call sync_gradients() once after the last "
+                f"step(), or pass sync_gradients=True to it, not both"
+            )
+
+    def warn_if_clipped(self, rank: int) -> None:
+        """Warns before a norm of gradients of one copy alone."""
+        if self._after_step is not None:
+            warn_caller(
+                f"rank {rank}: clip_grad_norm_() before gradients are summed over the two copies "
+                f"of each stage takes the norm of one copy's half of the batch; call "
+                f"sync_gradients() first, or step(..., sync_gradients=True)"
+            )
 
     def warn_if_used(self, rank: int) -> None:
         """Warns once if parameters were changed before the sum."""

@@ -184,8 +184,8 @@ class Pipeline(nn.Module):
                 ``()`` for a criterion that takes outputs alone.
             return_outputs: also return the last stage's outputs, without their graph.
             sync_gradients: sum the gradients of the two copies of each stage within the step, each
-                part as soon as both copies have it. Otherwise call :meth:`sync_gradients` before
-                the optimizer.
+                part as soon as both copies have it; in an accumulation over several steps, in the
+                last one alone. Otherwise call :meth:`sync_gradients` before the optimizer.
 
         Returns:
             ``(loss, outputs)``. ``loss`` holds the losses of the micro-batches that leave on this
@@ -224,7 +224,7 @@ class Pipeline(nn.Module):
             if sync_gradients:
                 self.sync_gradients()
         elif training:
-            self._unsummed.clear()
+            self._unsummed.note_sum()
         record_step(self, training)
         return step.loss(), step.gathered_outputs()
 
@@ -244,8 +244,9 @@ class Pipeline(nn.Module):
         """
         exchange = self._gradient_sum()
         if exchange is not None:
+            self._unsummed.warn_if_summed(self.rank)
             self._engine.exchange(exchange, sorted(self.stages))
-            self._unsummed.clear()
+            self._unsummed.note_sum()
 
     def synchronize(self) -> None:
         """Waits until the GPUs of all ranks are through with what they were told so far.
@@ -313,6 +314,7 @@ class Pipeline(nn.Module):
                 f"max_norm={max_norm}, norm_type={norm_type}: both must be above 0; "
                 f"use float('inf') as max_norm to measure without clipping"
             )
+        self._unsummed.warn_if_clipped(self.rank)
         counted = (
             self._local.mirrors.counted_parameters() if self._local.mirrors else self.parameters()
         )

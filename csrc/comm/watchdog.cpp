@@ -38,7 +38,9 @@ std::string describe_timeout(Rank rank, std::chrono::milliseconds timeout,
         cat("\n  rank ", other, ": ",
             known.empty() ? "unknown (not in a step, gone, or ahead of its first report)" : known);
   }
-  return text;
+  return text +
+         "\nall ranks must call the same; where they are only slow, raise "
+         "DualPipeConfig(timeout=...)";
 }
 
 }  // namespace

@@ -116,7 +116,7 @@ void Engine::raise_failure(GradientReducer* reducer) {
     }
     transport_->abort(*failure);  // a reducer's threads may still wait
     recover(reducer);
-    if (failure->rank == rank_) throw PipelineError(cat(where, ": ", failure->text));
+    if (failure->rank == rank_) throw PipelineError(with_place(failure->text, where));
     throw PipelineError(cat(failure->text, "\n(noticed by ", where, ")"));
   } catch (const std::exception& error) {
     report(cat(where, ": ", error.what()));
@@ -158,6 +158,11 @@ std::optional<Failure> Engine::await_report() noexcept {
     std::this_thread::sleep_for(kReportPoll);
   }
   return std::nullopt;
+}
+
+std::string Engine::with_place(const std::string& text, const std::string& where) const {
+  const bool has_it = text.find(executor_.position()) != std::string::npos;
+  return has_it ? text : cat(where, ": ", text);
 }
 
 std::string Engine::between_steps() const {

@@ -75,6 +75,7 @@ class Engine {
   void recover(GradientReducer* reducer) noexcept;
   [[nodiscard]] std::optional<Failure> await_report() noexcept;
   [[nodiscard]] std::string place() const;
+  [[nodiscard]] std::string with_place(const std::string& text, const std::string& where) const;
   // What people call a run that is no step.
   [[nodiscard]] std::string between_steps() const;
 

@@ -41,7 +41,8 @@ class WorkOperation final : public ByteOperation {
       : work_(std::move(work)), tensor_(std::move(tensor)) {}
 
   bool wait() override {
-    return or_pipeline_error("the connection broke", [this] { return work_->wait(kForever); });
+    return or_pipeline_error("the connection broke (a rank whose process has ended says why)",
+                             [this] { return work_->wait(kForever); });
   }
   void abort() noexcept override {
     try {
@@ -180,7 +181,7 @@ std::vector<std::vector<double>> process_group_all_gather(c10d::ProcessGroup& gr
   std::vector<std::vector<at::Tensor>> gathered(1);
   for (int rank = 0; rank < group.getSize(); ++rank) gathered[0].push_back(at::empty_like(own[0]));
   const auto backend = cpu_backend(group);
-  or_pipeline_error("the ranks' numbers cannot be gathered",
+  or_pipeline_error("the ranks' numbers cannot be gathered, which takes a call on every rank",
                     [&] { return backend->allgather(gathered, own)->wait(); });
   std::vector<std::vector<double>> by_rank;
   for (const at::Tensor& found : gathered[0]) {

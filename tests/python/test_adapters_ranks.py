@@ -171,7 +171,7 @@ def test_each_rank_gives_values_to_the_stage_of_its_own_number(num_ranks: int) -
     with empty_parameters():  # for all threads of the process
         models = [GPT() for _ in range(num_ranks)]
 
-    def run(rank: int, size: int) -> Tensor | None:
+    def run(rank: int, size: int) -> Any:
         partition = get_model_adapter(models[rank]).partition(size, show=False)[rank]
         partition.to_empty(device="cpu")
         with torch.no_grad():

@@ -99,7 +99,7 @@ WRONG = {
     ),
     "configurations that differ": Wrong(
         lambda rank: DualPipe(linears(3, 3), config=DualPipeConfig(lookahead=rank)),
-        ("config", "lookahead=0", "lookahead=1", "alike"),
+        ("DualPipeConfig.lookahead: 0 on rank 0, 1 on rank 1", "alike"),
     ),
     "batch dimensions that differ": Wrong(
         lambda rank: DualPipe(linears(3, 3), rank), ("batch_dim", "0 on rank 0", "1 on rank 1")

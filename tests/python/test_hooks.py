@@ -20,7 +20,8 @@ def step(pipeline: Pipeline, rank: int, job: Job) -> Tensor | None:
     loss, _ = pipeline.step(
         *inputs, num_chunks=job.num_chunks, criterion=job.what().criterion, labels=labels
     )
-    pipeline.sync_gradients()
+    if torch.is_grad_enabled():
+        pipeline.sync_gradients()
     return loss
 
 

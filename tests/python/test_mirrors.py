@@ -393,8 +393,9 @@ def train_with(rank: int, num_ranks: int, sums: str, num_steps: int = 3) -> None
             pipeline.mark_gradients_summed()
         if sums != "at the end":
             optimizer.step()
-    pipeline.sync_gradients()
-    optimizer.step()
+    if sums in ("at the end", "never"):
+        pipeline.sync_gradients()
+        optimizer.step()
     with torch.no_grad():
         pipeline.step(x, num_chunks=4)
 
@@ -403,6 +404,30 @@ def test_a_missing_sum_is_warned_of_once() -> None:
     with pytest.warns(UserWarning, match=r"call sync_gradients\(\)") as caught:
         run_ranks(train_with, 2, args=("never",))
     assert sorted(str(warning.message)[:7] for warning in caught) == ["rank 0:", "rank 1:"]
+    assert [warning.filename for warning in caught] == [__file__] * 2
+
+
+def test_a_sum_of_what_was_summed_is_warned_of() -> None:
+    def rank_fn(rank: int, num_ranks: int) -> None:
+        pipeline = DualPipe([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
+        x = torch.ones(4, WIDTH)
+        pipeline.step(x, num_chunks=4, criterion=squared_error, labels=(x,), sync_gradients=True)
+        pipeline.sync_gradients()
+
+    with pytest.warns(UserWarning, match=r"summed again, which doubles them; call sync_") as caught:
+        run_ranks(rank_fn, 2)
+    assert [warning.filename for warning in caught] == [__file__] * 2
+
+
+def test_a_norm_of_what_is_not_summed_is_warned_of() -> None:
+    def rank_fn(rank: int, num_ranks: int) -> None:
+        pipeline = DualPipe([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
+        x = torch.ones(4, WIDTH)
+        pipeline.step(x, num_chunks=4, criterion=squared_error, labels=(x,))
+        pipeline.clip_grad_norm_(1.0)
+
+    with pytest.warns(UserWarning, match=r"takes the norm of one copy's half") as caught:
+        run_ranks(rank_fn, 2)
     assert [warning.filename for warning in caught] == [__file__] * 2
 
 
