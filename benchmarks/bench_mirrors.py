@@ -128,6 +128,8 @@ def rows_of(title: str, found: list[Result] | Exception) -> list[Row]:
                 )
             )
     alone, within, after = (steps[f"ours, {kind}"] for kind in ("no sum", "within", "after"))
+    if after <= alone:
+        return [*rows, Row(f"{title}: hidden share of ours", 0.0, note="the sum is within noise")]
     return [*rows, Row(f"{title}: hidden share of ours", (after - within) / (after - alone))]
 
 

@@ -497,7 +497,7 @@ class Engine:
         reducer: MirrorExchange,
         stages: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
     ) -> None: ...
-    def fail(self, text: str) -> None: ...
+    def fail(self, text: str, is_step: bool) -> None: ...
     def mirror_exchange(
         self,
         num_ranks: typing.SupportsInt | typing.SupportsIndex,
@@ -509,6 +509,7 @@ class Engine:
         together: bool,
         device: str,
     ) -> MirrorExchange: ...
+    def resume_at(self, num_steps: typing.SupportsInt | typing.SupportsIndex) -> None: ...
     def run(
         self,
         program: Program,

@@ -13,7 +13,12 @@ from torch import nn
 from dualpipe_ext import _C
 from dualpipe_ext._advice import warn_caller
 from dualpipe_ext._memory import save_memory
-from dualpipe_ext._mirrors import MirroredStages, describe_stage
+from dualpipe_ext._mirrors import (
+    MirroredStages,
+    check_memory,
+    describe_stage,
+    shared_parameters,
+)
 from dualpipe_ext._overlap import find_overlapped
 from dualpipe_ext._source import ScheduleSource
 from dualpipe_ext._transport import GpuSettings, gpu_settings, offered_transport
@@ -107,8 +112,9 @@ class LocalStages:
         """What all ranks tell one another."""
         layout = self._layout
         with_values = self._config.mirror_init == "check"
+        shared = shared_parameters(self.modules)
         described = {
-            str(stage): describe_stage(module, with_values=with_values)
+            str(stage): describe_stage(module, shared, with_values=with_values)
             for stage, module in zip(self.stages, self.modules, strict=True)
         }
         return {
@@ -161,6 +167,7 @@ class LocalStages:
     def _find_mirrors(self) -> MirroredStages | None:
         if self._layout.mirror_of(self._rank) is None:
             return None
+        check_memory(self.stages, self.modules)
         return MirroredStages(self._rank, self._group.size, self.stages, self.modules, self.device)
 
     def _ways_of(self, rank: int) -> list[_C.MessageWay]:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dualpipe_ext import _C
 from dualpipe_ext.gradients import main_grads
 
-__all__ = ["MirroredStages", "describe_stage"]
+__all__ = ["MirroredStages", "check_memory", "describe_stage", "shared_parameters"]
 
 
 class MirroredStages:
@@ -34,7 +34,7 @@ class MirroredStages:
         self._rank = rank
         self._num_ranks = num_ranks
         self._modules = sorted(zip(stages, modules, strict=True), key=lambda pair: pair[0])
-        self._tied = bool(_shared(modules))
+        self._tied = bool(shared_parameters(modules))
         self._device = device
         self._sum: _C.MirrorExchange | None = None
         self._summed: list[list[int]] = []  # the identities of what it sums
@@ -110,6 +110,12 @@ class MirroredStages:
             if parameter.requires_grad and not parameter.is_inference()
         )
 
+    def gradient_marks(self) -> list[tuple[int, int]]:
+        """For each gradient a pair that it has only as long as it is neither replaced nor changed."""
+        parameters = [p for _, module in self._modules for p in module.parameters()]
+        grads = [p.grad for p in parameters if p.grad is not None] + main_grads(parameters)
+        return [(id(grad), grad._version) for grad in grads if not grad.is_inference()]
+
     def counted_parameters(self) -> list[Tensor]:
         """The parameters that this rank adds to a norm: each one on one rank alone."""
         return next(own for stage, own in self._tensors(False) if stage == self._rank)
@@ -143,12 +149,14 @@ class MirroredStages:
         return by_stage
 
 
-def describe_stage(module: nn.Module, *, with_values: bool) -> list[Any]:
+def describe_stage(module: nn.Module, shared: set[nn.Parameter], *, with_values: bool) -> list[Any]:
     """Names, shapes, dtypes of parameters and buffers; with a digest of their values on demand."""
-    described: list[Any] = [
-        [name, list(p.shape), f"{p.dtype}{'' if p.requires_grad else ', frozen'}"]
-        for name, p in module.named_parameters()
-    ]
+
+    def kind(p: nn.Parameter) -> str:
+        frozen = "" if p.requires_grad else ", frozen"
+        return f"{p.dtype}{frozen}{', shared with the other stage' if p in shared else ''}"
+
+    described: list[Any] = [[n, list(p.shape), kind(p)] for n, p in module.named_parameters()]
     described += [
         [f"buffer {name}", list(buffer.shape), str(buffer.dtype)]
         for name, buffer in module.named_buffers()
@@ -178,7 +186,27 @@ def _digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _shared(modules: Sequence[nn.Module]) -> set[nn.Parameter]:
+def check_memory(stages: Sequence[int], modules: Sequence[nn.Module]) -> None:
+    """Raises where two parameters, of different stages, are in the same memory.
+
+    Each would be summed and updated by itself; one that both stages hold is recognized.
+    """
+    owners: dict[tuple[torch.device, int], tuple[nn.Parameter, int, str]] = {}
+    for stage, module in zip(stages, modules, strict=True):
+        for name, parameter in module.named_parameters():
+            if parameter.layout != torch.strided or parameter.data_ptr() == 0:  # meta, empty, ...
+                continue
+            place = parameter.device, parameter.data_ptr()
+            owner, other, owned = owners.setdefault(place, (parameter, stage, name))
+            if owner is not parameter and other != stage:
+                raise ValueError(
+                    f"{owned} of stage {other} and {name} of stage {stage} are two parameters in "
+                    f"one memory: make them one parameter, by module.weight = other.weight and "
+                    f"not by its data"
+                )
+
+
+def shared_parameters(modules: Sequence[nn.Module]) -> set[nn.Parameter]:
     """Parameters that more than one of the modules holds."""
     seen: set[nn.Parameter] = set()
     shared: set[nn.Parameter] = set()

@@ -18,14 +18,18 @@ class UnsummedGradients:
     def __init__(self, mirrors: MirroredStages | None) -> None:
         self._mirrors = mirrors
         self._after_step: int | None = None  # their num_changes() after a step, until a sum
-        self._is_summed = False  # since the last step
+        self._summed: list[tuple[int, int]] = []  # the marks of gradients after their sum
         self._has_warned = False
 
     def add(self) -> None:
         """A step has left gradients to be summed."""
         if self._mirrors is not None:
             self._after_step = self._mirrors.num_changes()
-        self._is_summed = False
+
+    def note_copy(self) -> None:
+        """Parameters were made equal; what is to be summed still is."""
+        if self._after_step is not None:
+            self.add()
 
     def clear(self) -> None:
         """They are of no account any more."""
@@ -34,11 +38,11 @@ class UnsummedGradients:
     def note_sum(self) -> None:
         """They were summed."""
         self._after_step = None
-        self._is_summed = True
+        self._summed = self._marks()
 
     def warn_if_summed(self, rank: int) -> None:
-        """Warns before a sum that no step has come before since the last one."""
-        if self._is_summed:
+        """Warns before a sum of gradients that are what the last sum left."""
+        if self._summed and self._summed == self._marks():
             warn_caller(
                 f"rank {rank}: gradients that were summed over the two copies of each stage are "
                 f"summed again, which doubles them; call sync_gradients() once after the last "
@@ -47,7 +51,7 @@ class UnsummedGradients:
 
     def warn_if_clipped(self, rank: int) -> None:
         """Warns before a norm of gradients of one copy alone."""
-        if self._after_step is not None:
+        if self._after_step is not None and self._marks():
             warn_caller(
                 f"rank {rank}: clip_grad_norm_() before gradients are summed over the two copies "
                 f"of each stage takes the norm of one copy's half of the batch; call "
@@ -68,3 +72,7 @@ class UnsummedGradients:
             f"step(..., sync_gradients=True). If you sum gradients yourself, call "
             f"mark_gradients_summed() when you have"
         )
+
+    def _marks(self) -> list[tuple[int, int]]:
+        """Which gradients there are, and how often each was changed in place."""
+        return [] if self._mirrors is None else self._mirrors.gradient_marks()

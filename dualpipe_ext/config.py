@@ -51,7 +51,8 @@ class DualPipeConfig:
             before the step fails on all ranks.
         bucket_bytes: mirrored gradients are exchanged in pieces of about this size.
         mirror_init: what makes the two copies of a stage equal at construction: ``"broadcast"``
-            (the rank with the stage's own number wins), ``"check"`` (differing copies are a
+            (the rank with the stage's own number wins; what both stages of a rank hold is the
+            lower one's), ``"check"`` (differing copies are a
             ``ValueError``) or ``"none"``.
         split_weight_gradients: defer the weight gradients of ``nn.Linear`` to the W of the
             schedule. Off: everything is computed in I, correctly and with a larger bubble.

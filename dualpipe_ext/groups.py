@@ -120,7 +120,7 @@ class LoopbackGroup(PipelineGroup):
         self._talk.control_plane(self.rank).report(self.rank, 0, text)
         for engine in (reference() for reference in self._engines):
             if engine is not None:
-                engine.fail(text)
+                engine.fail(text, is_step=False)
 
     def __enter__(self) -> LoopbackGroup:
         """Makes this the group of the pipelines that the thread makes."""

@@ -150,6 +150,7 @@ class Pipeline(nn.Module):
         if seed is not None and self.config.seed is not None:
             self.config = replace(self.config, seed=seed)
         self._num_steps = num_steps
+        self._engine.resume_at(num_steps)
         self._unsummed.clear()
 
     # Steps
@@ -184,7 +185,8 @@ class Pipeline(nn.Module):
                 ``()`` for a criterion that takes outputs alone.
             return_outputs: also return the last stage's outputs, without their graph.
             sync_gradients: sum the gradients of the two copies of each stage within the step, each
-                part as soon as both copies have it; in an accumulation over several steps, in the
+                part as soon as both copies have it (at the end, where messages of a GPU go by the
+                host, or ranks on it are threads); in an accumulation over several steps, in the
                 last one alone. Otherwise call :meth:`sync_gradients` before the optimizer.
 
         Returns:
@@ -215,7 +217,7 @@ class Pipeline(nn.Module):
             step = self._make_step(plan, inputs, labels, criterion, training, return_outputs)
             reducer = self._gradient_sum() if sum_within and training else None
         except BaseException as error:  # whatever it is, the other ranks must not wait for this one
-            self.abandon_step(error)
+            self._tell(error, is_step=True)
             raise
         self._last_plan = plan
         self._run(plan, step, reducer)
@@ -234,7 +236,15 @@ class Pipeline(nn.Module):
         It fails on them with a ``PipelineError`` that has the text of the error, and counts as a
         step here as well. For what goes wrong on one rank before the step.
         """
-        self._engine.fail(f"{type(error).__name__}: {error}")
+        self._num_steps += 1
+        self._tell(error, is_step=True)
+
+    def abandon_sum(self, error: BaseException) -> None:
+        """The same for the next :meth:`sync_gradients`, which is no step."""
+        self._tell(error, is_step=False)
+
+    def _tell(self, error: BaseException, *, is_step: bool) -> None:
+        self._engine.fail(f"{type(error).__name__}: {error}", is_step)
 
     def sync_gradients(self) -> None:
         """Sums the gradients of the two copies of each stage; both copies get the same bits.
@@ -262,7 +272,7 @@ class Pipeline(nn.Module):
 
     def mark_gradients_summed(self) -> None:
         """For loops that sum gradients over all copies of each stage themselves."""
-        self._unsummed.clear()
+        self._unsummed.note_sum()
 
     def sync_parameters(self) -> None:
         """Overwrites parameters and buffers of each stage's second copy with those of the first.
@@ -272,7 +282,7 @@ class Pipeline(nn.Module):
         if self._local.mirrors is not None:
             exchange = self._local.mirrors.copy(self._engine, self.config.bucket_bytes)
             self._engine.exchange(exchange, sorted(self.stages))
-            self._unsummed.clear()
+            self._unsummed.note_copy()
 
     def sync_buffers(self) -> None:
         """Gives both copies of each floating-point buffer their mean; others stay as they are.

@@ -154,7 +154,9 @@ void bind_engine(py::module_& module) {
           "synchronize", [](Engine& engine) { interruptible([&] { engine.synchronize(); }); },
           "Waits for the devices of all ranks; on all of them, or on none.")
       .def("exchange", &exchange, py::arg("reducer"), py::arg("stages"))
-      .def("fail", &Engine::fail, py::arg("text"), py::call_guard<py::gil_scoped_release>())
+      .def("fail", &Engine::fail, py::arg("text"), py::arg("is_step"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("resume_at", &Engine::resume_at, py::arg("num_steps"))
       .def("mirror_exchange", &mirror_exchange, py::arg("num_ranks"), py::arg("stages"),
            py::arg("bucket_bytes"), py::arg("copy"), py::arg("together"), py::arg("device"),
            py::keep_alive<0, 1>())

@@ -94,11 +94,12 @@ void Engine::guard(GradientReducer* reducer, const Work& work) {
   }
 }
 
-void Engine::fail(const std::string& text) noexcept {
+void Engine::fail(const std::string& text, bool is_step) noexcept {
   watchdog_->disarm();
   ++num_runs_;
-  ++num_steps_;
-  report(cat("rank ", rank_, ", step ", num_steps_, ": ", text));
+  if (is_step) ++num_steps_;
+  const std::string name = is_step ? cat("step ", num_steps_) : between_steps();
+  report(cat("rank ", rank_, ", ", name, ": ", text));
   recover(nullptr);
 }
 

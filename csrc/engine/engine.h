@@ -43,8 +43,12 @@ class Engine {
   void synchronize();
 
   // Fails a step before it begins, for a mistake that only this rank may have made: the others
-  // must not wait for it. Returns; the caller raises its own error.
-  void fail(const std::string& text) noexcept;
+  // must not wait for it. is_step: they are in one, not in an exchange. Returns; the caller raises
+  // its own error.
+  void fail(const std::string& text, bool is_step = true) noexcept;
+
+  // The next step is called number num_steps + 1.
+  void resume_at(std::int64_t num_steps) { num_steps_ = num_steps; }
 
   [[nodiscard]] Rank rank() const { return rank_; }
   [[nodiscard]] Transport& transport() { return *transport_; }

@@ -155,7 +155,7 @@ class Replicas:
             if self.group is not None:
                 self._sum_over_replicas(self.group, pipeline)
         except BaseException as error:  # the ranks of this pipeline sum over other replicas
-            pipeline.abandon_step(error)
+            pipeline.abandon_sum(error)
             raise
         self.together(pipeline.sync_gradients)
 

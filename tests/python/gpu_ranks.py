@@ -242,10 +242,25 @@ def main_grads(rank: int, num_ranks: int, job: Job) -> dict[int, dict[str, Tenso
     }
 
 
+def copied(rank: int, num_ranks: int, transport: str, count: int) -> list[list[float]]:
+    """What parameters of both stages have when they were made equal, one a bucket."""
+
+    def stage(first: int) -> nn.Module:
+        values = (torch.full((2,), float(first + i), device=DEVICE) for i in range(count))
+        return nn.ParameterList(nn.Parameter(value) for value in values)
+
+    config = DualPipeConfig(**over(transport), bucket_bytes=1)
+    pipeline = DualPipe([stage(1000 * rank), stage(1000 * rank + 500)], config=config)
+    return [[float(x[1]) for x in module.parameters()] for module in pipeline.module]
+
+
 def check_more_buckets_than_a_channel_takes(
     transport: str, ranks: Literal["threads", "processes"]
 ) -> None:
     count = 300
+    for rank, found in enumerate(run_ranks(copied, 2, ranks, (transport, count), timeout=60.0)):
+        of_own_number = (1000 * rank, 1000 * (1 - rank))
+        assert found == [[first + i for i in range(count)] for first in of_own_number]
     for rank, found in enumerate(run_ranks(swapped, 2, ranks, (transport, count), timeout=60.0)):
         first = 1000 * (1 - rank)
         assert found == [[first + more + i for i in range(count)] for more in (0.0, 500.0)]

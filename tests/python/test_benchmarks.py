@@ -32,7 +32,10 @@ TINY: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "p2p": (bench_p2p.main, {"mib": [0.25]}),
     "step": (bench_step.main, {"ranks": [2], "chunks": 4, "stage_ms": 1.0}),
     "overlap": (bench_overlap.main, {"ranks": [2], "chunks": 4, "stage_ms": 1.0}),
-    "mirrors": (bench_mirrors.main, {"ranks": [2], "chunks": 4, "stage_ms": 1.0}),
+    "mirrors": (
+        bench_mirrors.main,
+        {"ranks": [2], "chunks": 4, "stage_ms": 1.0, "gradient_mib": 0.25},
+    ),
     "gemm_slowdown": (bench_gemm_slowdown.main, {"size": 32, "products": 6}),
 }
 

@@ -22,6 +22,15 @@ def linears(*sizes: int, dtype: torch.dtype = torch.float32) -> list[nn.Module]:
     return [nn.Linear(3, size, dtype=dtype) for size in sizes]
 
 
+def tied(*, by_data: bool = False) -> list[nn.Module]:
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    if by_data:
+        second.weight = nn.Parameter(first.weight.data)
+    else:
+        second.weight = first.weight
+    return [first, second]
+
+
 def twice() -> list[nn.Module]:
     (module,) = linears(3)
     return [module, module]
@@ -84,6 +93,14 @@ WRONG = {
     "mirrored parameters of different types": Wrong(
         lambda rank: DualPipe(linears(3, 3, dtype=torch.float64 if rank == 0 else torch.float32)),
         ("differs between its copies", "ranks 0 and 1", "float64", "float32", "same module"),
+    ),
+    "a tie on one rank alone": Wrong(
+        lambda rank: DualPipe(tied() if rank == 0 else linears(3, 3)),
+        ("differs between its copies", "weight", "shared with the other stage"),
+    ),
+    "two parameters in one memory": Wrong(
+        lambda rank: DualPipe(tied(by_data=True)),
+        ("weight of stage", "two parameters in one memory", "module.weight = other.weight"),
     ),
     "a mirrored parameter too few": Wrong(
         lambda rank: DualPipe([nn.Linear(3, 3), nn.Linear(3, 3, bias=rank == 0)]),

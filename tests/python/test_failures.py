@@ -215,14 +215,30 @@ def test_a_sum_that_a_rank_stays_away_from() -> None:
     """It is no step: the number in the error is that of the last one."""
 
     def rank_fn(rank: int, num_ranks: int) -> str:
-        config = DualPipeConfig(timeout=1.0)
+        config = DualPipeConfig(timeout=3.0)
         pipeline = Pipeline(own_stages(JOB, rank), "dualpipe", config=config)
         inputs, labels = own_batch(JOB.plan(), rank, JOB.microbatches())
         pipeline.step(*inputs, num_chunks=8, criterion=squared_error, labels=labels)
         return "" if rank == 1 else attempt(pipeline.sync_gradients).text
 
     for rank, text in enumerate(run_ranks(rank_fn, 4)):
-        assert rank == 1 or "longer than 1 s: after step 1: " in text, text
+        assert rank == 1 or "longer than 3 s: after step 1: " in text, text
+
+
+def test_a_run_that_is_resumed_goes_on_counting() -> None:
+    def rank_fn(rank: int, num_ranks: int) -> str:
+        pipeline = Pipeline(own_stages(JOB, rank), "dualpipe")
+        pipeline.resume_at(1000)
+        if rank == 1:
+            pipeline.abandon_step(OSError("no data"))
+            assert pipeline.num_steps == 1001
+            return ""
+        inputs, labels = own_batch(JOB.plan(), rank, JOB.microbatches())
+        keywords = {"num_chunks": 8, "criterion": squared_error, "labels": labels}
+        return attempt(pipeline.step, *inputs, **keywords).text
+
+    for rank, text in enumerate(run_ranks(rank_fn, 4)):
+        assert rank == 1 or text.startswith("rank 1, step 1001: OSError: no data"), text
 
 
 def test_a_rank_that_does_not_come() -> None:

@@ -431,6 +431,23 @@ def test_a_norm_of_what_is_not_summed_is_warned_of() -> None:
     assert [warning.filename for warning in caught] == [__file__] * 2
 
 
+def test_sums_and_norms_of_nothing_are_not_warned_of() -> None:
+    def rank_fn(rank: int, num_ranks: int) -> None:
+        pipeline = DualPipe([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
+        x = torch.ones(4, WIDTH)
+        for within in (True, False):
+            pipeline.step(
+                x, num_chunks=4, criterion=squared_error, labels=(x,), sync_gradients=within
+            )
+            pipeline.zero_grad()
+            assert float(pipeline.clip_grad_norm_(1.0)) == 0.0
+            pipeline.sync_gradients()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_ranks(rank_fn, 2)
+
+
 @pytest.mark.parametrize("sums", ["after", "within", "at the end", "own"])
 def test_sums_that_are_made_are_not_missed(sums: str) -> None:
     with warnings.catch_warnings():
