@@ -23,6 +23,7 @@ class UnsummedGradients:
 
     def add(self) -> None:
         """A step has left gradients to be summed."""
+        self._summed = []
         if self._mirrors is not None:
             self._after_step = self._mirrors.num_changes()
 
@@ -41,7 +42,7 @@ class UnsummedGradients:
         self._summed = self._marks()
 
     def warn_if_summed(self, rank: int) -> None:
-        """Warns before a sum of gradients that are what the last sum left."""
+        """Warns before a sum of what the last one left, with no step between them."""
         if self._summed and self._summed == self._marks():
             warn_caller(
                 f"rank {rank}: gradients that were summed over the two copies of each stage are "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -407,26 +408,23 @@ def test_a_missing_sum_is_warned_of_once() -> None:
     assert [warning.filename for warning in caught] == [__file__] * 2
 
 
-def test_a_sum_of_what_was_summed_is_warned_of() -> None:
+@pytest.mark.parametrize(
+    ("within", "misuse", "warning"),
+    [
+        (True, DualPipe.sync_gradients, "summed again, which doubles them"),
+        (False, lambda pipeline: pipeline.clip_grad_norm_(1.0), "the norm of one copy's half"),
+    ],
+)
+def test_sums_in_the_wrong_place_are_warned_of(
+    within: bool, misuse: Callable[[DualPipe], object], warning: str
+) -> None:
     def rank_fn(rank: int, num_ranks: int) -> None:
         pipeline = DualPipe([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
         x = torch.ones(4, WIDTH)
-        pipeline.step(x, num_chunks=4, criterion=squared_error, labels=(x,), sync_gradients=True)
-        pipeline.sync_gradients()
+        pipeline.step(x, num_chunks=4, criterion=squared_error, labels=(x,), sync_gradients=within)
+        misuse(pipeline)
 
-    with pytest.warns(UserWarning, match=r"summed again, which doubles them; call sync_") as caught:
-        run_ranks(rank_fn, 2)
-    assert [warning.filename for warning in caught] == [__file__] * 2
-
-
-def test_a_norm_of_what_is_not_summed_is_warned_of() -> None:
-    def rank_fn(rank: int, num_ranks: int) -> None:
-        pipeline = DualPipe([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
-        x = torch.ones(4, WIDTH)
-        pipeline.step(x, num_chunks=4, criterion=squared_error, labels=(x,))
-        pipeline.clip_grad_norm_(1.0)
-
-    with pytest.warns(UserWarning, match=r"takes the norm of one copy's half") as caught:
+    with pytest.warns(UserWarning, match=warning) as caught:
         run_ranks(rank_fn, 2)
     assert [warning.filename for warning in caught] == [__file__] * 2
 
