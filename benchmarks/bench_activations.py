@@ -125,7 +125,7 @@ def measure(
 
 def gathered(model: DualPipe, numbers: list[float]) -> list[list[float]]:
     """Return the numbers of all ranks."""
-    return model.group.all_gather_floats(numbers)
+    return model.group.all_gather_floats(numbers, model.config.timeout)
 
 
 def worst(peaks: list[Peak]) -> Peak:

@@ -599,7 +599,9 @@ def planners() -> list[PlannerInfo]:
     """
 
 def process_group_all_gather(
-    group: typing.Any, values: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex]
+    group: typing.Any,
+    values: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+    timeout: typing.SupportsFloat | typing.SupportsIndex,
 ) -> list[list[float]]:
     """
     Every rank's numbers, by rank of the group. All ranks give equally many.

@@ -68,7 +68,7 @@ def act_together(
         raise PipelineError(str(error)) from None
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait
         raised = error
-    failed = group.all_gather_floats([float(raised is not None)])
+    failed = group.all_gather_floats([float(raised is not None)], timeout)
     if any(flag for (flag,) in failed):
         collect(group, timeout, lambda: _raise(raised), failure)
 
@@ -79,7 +79,7 @@ def check_others(group: PipelineGroup, timeout: float, failure: str) -> None:
     Raises:
         PipelineError: it has, with its reason.
     """
-    if any(flag for (flag,) in group.all_gather_floats([0.0])):
+    if any(flag for (flag,) in group.all_gather_floats([0.0], timeout)):
         try:
             collect(group, timeout, lambda: None, failure)
         except PipelineError as error:

@@ -47,8 +47,8 @@ class DualPipeConfig:
             the same numbers. Offloading has not run on a GPU yet.
         lookahead: computations ahead of its use at which a receive is posted. More hides more
             latency and holds more receive buffers.
-        timeout: seconds that a rank waits for one message, or for the others at construction,
-            before the step fails on all ranks.
+        timeout: seconds that a rank waits for one message, before the step fails on all ranks; or
+            for the others at construction and in calls like ``clip_grad_norm_``.
         bucket_bytes: mirrored gradients are exchanged in pieces of about this size.
         mirror_init: what makes the two copies of a stage equal at construction: ``"broadcast"``
             (the rank with the stage's own number wins; what both stages of a rank hold is the

@@ -54,9 +54,12 @@ class PipelineGroup(ABC):
     def all_gather(self, text: str, timeout: float) -> list[str]:
         """Every rank's text, by rank. Raises PipelineError when one is missing after ``timeout``."""
 
-    def all_gather_floats(self, values: Sequence[float]) -> list[list[float]]:
-        """Every rank's numbers, by rank, bit for bit. All ranks give equally many."""
-        texts = self.all_gather(" ".join(value.hex() for value in values), timeout=600.0)
+    def all_gather_floats(self, values: Sequence[float], timeout: float) -> list[list[float]]:
+        """Every rank's numbers, by rank, bit for bit. All ranks give equally many.
+
+        Raises PipelineError when some are missing after ``timeout`` seconds.
+        """
+        texts = self.all_gather(" ".join(value.hex() for value in values), timeout)
         return [[float.fromhex(word) for word in text.split()] for text in texts]
 
 
@@ -167,8 +170,8 @@ class _ProcessGroup(PipelineGroup):
     def all_gather(self, text: str, timeout: float) -> list[str]:
         return self._texts.all_gather(text, timeout)
 
-    def all_gather_floats(self, values: Sequence[float]) -> list[list[float]]:
-        gathered = _C.process_group_all_gather(host_group(self._group), values)
+    def all_gather_floats(self, values: Sequence[float], timeout: float) -> list[list[float]]:
+        gathered = _C.process_group_all_gather(host_group(self._group), values, timeout)
         return [gathered[self._group_ranks[rank]] for rank in range(self.size)]
 
 

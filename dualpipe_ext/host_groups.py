@@ -13,9 +13,9 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from dualpipe_ext import _C
 
-__all__ = ["group_at", "host_group", "reaching"]
+__all__ = ["TIMEOUT_S", "group_at", "host_group", "reaching"]
 
-_TIMEOUT = timedelta(minutes=30)  # as torch's for gloo: a rank may take long to write a file
+TIMEOUT_S = 1800.0  # as torch's for gloo: a rank may take long to write a file
 
 _made: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 
@@ -39,7 +39,7 @@ def host_group(group: dist.ProcessGroup, timeout: float | None = None) -> dist.P
         return group
     if group not in _made:
         with reaching("the others over gloo"):
-            _made[group] = _make(group, timeout or _TIMEOUT.total_seconds())
+            _made[group] = _make(group, timeout or TIMEOUT_S)
     return _made[group]
 
 
@@ -73,7 +73,7 @@ def _make(group: dist.ProcessGroup, timeout: float) -> dist.ProcessGroup:
     store = PrefixStore(str(number), known)
     kind = dist.ProcessGroup.BackendType.GLOO
     gloo = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout))
-    gloo._set_default_timeout(_TIMEOUT)  # of what is exchanged from now on
+    gloo._set_default_timeout(timedelta(seconds=TIMEOUT_S))  # of what is exchanged from now on
     made = dist.ProcessGroup(store, rank, size)
     made._set_default_backend(kind)
     made._register_backend(torch.device("cpu"), kind, gloo)

@@ -318,6 +318,7 @@ class Pipeline(nn.Module):
 
         Raises:
             ValueError: ``max_norm`` or ``norm_type`` is not positive.
+            PipelineError: another rank does not come within ``config.timeout`` seconds, or is gone.
         """
         if not max_norm > 0 or not norm_type > 0:
             raise ValueError(
@@ -328,7 +329,11 @@ class Pipeline(nn.Module):
         counted = (
             self._local.mirrors.counted_parameters() if self._local.mirrors else self.parameters()
         )
-        norm = total_norm(counted, norm_type, self.group.all_gather_floats)
+        norm = total_norm(
+            counted,
+            norm_type,
+            lambda values: self.group.all_gather_floats(values, self.config.timeout),
+        )
         clip_local_gradients(self.parameters(), norm, max_norm)
         return norm
 

@@ -228,12 +228,12 @@ void bind_process_group(py::module_& module) {
 
   module.def(
       "process_group_all_gather",
-      [](const py::object& group, const std::vector<double>& values) {
+      [](const py::object& group, const std::vector<double>& values, double timeout) {
         c10d::ProcessGroup& ranks = process_group(group);
         const py::gil_scoped_release unlocked;
-        return process_group_all_gather(ranks, values);
+        return process_group_all_gather(ranks, values, milliseconds_of(timeout));
       },
-      py::arg("group"), py::arg("values"),
+      py::arg("group"), py::arg("values"), py::arg("timeout"),
       "Every rank's numbers, by rank of the group. All ranks give equally many.");
 
   py::class_<StoreExchange>(module, "StoreExchange", "Exchanges texts between processes.")

@@ -30,6 +30,8 @@ template <typename Function>
 auto or_pipeline_error(const char* what, Function function) {
   try {
     return function();
+  } catch (const PipelineError&) {
+    throw;
   } catch (const std::exception& error) {
     throw PipelineError(cat(what, ": ", brief(error.what())));
   }
@@ -141,6 +143,17 @@ std::string prefix_of(const c10d::ProcessGroup& group) {
   return cat("dualpipe_ext/ranks of ", group.getSize());
 }
 
+// gloo's connections outlive this limit: who comes late finds what the others gave.
+void await(c10d::Work& work, std::chrono::milliseconds timeout) {
+  try {
+    work.wait(timeout);
+  } catch (const std::exception&) {
+    if (work.isCompleted()) throw;
+    throw PipelineError(cat("waited ", static_cast<double>(timeout.count()) / 1000,
+                            " s for the other ranks: call this on every rank, or allow more time"));
+  }
+}
+
 c10::intrusive_ptr<c10d::Backend> cpu_backend(c10d::ProcessGroup& group) {
   DUALPIPE_CHECK(has_cpu_backend(group), "the process group (", group.getBackendName(),
                  ") has no backend for CPU tensors");
@@ -176,13 +189,15 @@ bool has_cpu_backend(const c10d::ProcessGroup& group) {
 }
 
 std::vector<std::vector<double>> process_group_all_gather(c10d::ProcessGroup& group,
-                                                          const std::vector<double>& values) {
+                                                          const std::vector<double>& values,
+                                                          std::chrono::milliseconds timeout) {
   std::vector<at::Tensor> own = {at::tensor(values, at::kDouble)};
   std::vector<std::vector<at::Tensor>> gathered(1);
   for (int rank = 0; rank < group.getSize(); ++rank) gathered[0].push_back(at::empty_like(own[0]));
   const auto backend = cpu_backend(group);
-  or_pipeline_error("the ranks' numbers cannot be gathered, which takes a call on every rank",
-                    [&] { return backend->allgather(gathered, own)->wait(); });
+  or_pipeline_error(
+      "the ranks' numbers cannot be gathered (a rank whose process has ended says why)",
+      [&] { await(*backend->allgather(gathered, own), timeout); });
   std::vector<std::vector<double>> by_rank;
   for (const at::Tensor& found : gathered[0]) {
     const double* first = found.const_data_ptr<double>();

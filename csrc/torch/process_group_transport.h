@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <memory>
 #include <typeinfo>
 #include <vector>
@@ -33,11 +34,13 @@ struct ProcessGroupEnds {
 
 [[nodiscard]] bool has_cpu_backend(const c10d::ProcessGroup& group);
 
-// Every rank's numbers, by rank of the group. All ranks give equally many. Its tensors have no
-// Python object: gloo's threads let go of them when they like, and take no interpreter lock to do
-// so, which at the interpreter's end would abort the process.
+// Every rank's numbers, by rank of the group. All ranks give equally many; PipelineError when they
+// are not there after timeout, or a rank is gone. Its tensors have no Python object: gloo's threads
+// let go of them when they like, and take no interpreter lock to do so, which at the interpreter's
+// end would abort the process.
 [[nodiscard]] std::vector<std::vector<double>> process_group_all_gather(
-    c10d::ProcessGroup& group, const std::vector<double>& values);
+    c10d::ProcessGroup& group, const std::vector<double>& values,
+    std::chrono::milliseconds timeout);
 
 // c10d::ProcessGroup, for those that include no torch header.
 [[nodiscard]] const std::type_info& process_group_type();

@@ -130,21 +130,22 @@ def is_batch(given: Any) -> bool:
     return isinstance(given, (Tensor, Mapping, tuple))
 
 
-def together(batches: Iterable[Any], group: PipelineGroup) -> Iterator[Any]:
+def together(batches: Iterable[Any], group: PipelineGroup, timeout: float) -> Iterator[Any]:
     """The batches of a loader, as long as every rank has one.
 
     Raises:
         ValueError: some ranks have more batches than others; on all of them.
-        PipelineError: the loader of another rank has failed.
+        PipelineError: the loader of another rank has failed, or takes more than ``timeout`` seconds
+            longer than this one's.
     """
     given = iter(batches)
     for number in count():
         try:
             found = list(islice(given, 1))
         except BaseException:
-            group.all_gather_floats([FAILED])  # the others must not wait, whatever it is
+            group.all_gather_floats([FAILED], timeout)  # the others must not wait, whatever it is
             raise
-        counts = [each for (each,) in group.all_gather_floats([float(len(found))])]
+        counts = [each for (each,) in group.all_gather_floats([float(len(found))], timeout)]
         if FAILED in counts:
             raise PipelineError(f"rank {counts.index(FAILED)} could not read batch {number}")
         if not any(counts):

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dualpipe_ext._C import PipelineError, process_group_all_gather
 from dualpipe_ext._handshake import collect
 from dualpipe_ext.checkpoint.replicas import average_buffers
-from dualpipe_ext.host_groups import group_at, host_group, reaching
+from dualpipe_ext.host_groups import TIMEOUT_S, group_at, host_group, reaching
 from dualpipe_ext.pipeline import Pipeline
 from dualpipe_ext.training.gradient_sums import find_gradients, make_buckets
 
@@ -92,7 +92,7 @@ class Replicas:
         """Raises, on all ranks, where replicas hold something else on some."""
         layout = [(n, str(t.dtype), tuple(t.shape)) for n, t in _tensors(pipeline)]
         differs = len(set(self.gather(float(crc32(repr(layout).encode()))))) > 1
-        found = pipeline.group.all_gather_floats([float(differs)])
+        found = pipeline.group.all_gather_floats([float(differs)], pipeline.config.timeout)
         ranks = [rank for rank, (flag,) in enumerate(found) if flag]
         if ranks:
             raise ValueError(
@@ -138,7 +138,7 @@ class Replicas:
         if self.group is None:
             return [values]
         with reaching("another replica"):
-            return process_group_all_gather(host_group(self.group), values)
+            return process_group_all_gather(host_group(self.group), values, TIMEOUT_S)
 
     def sum_gradients(self, pipeline: Pipeline) -> None:
         """Sums gradients over all copies of each stage, those of replicas and of mirrors, in place.

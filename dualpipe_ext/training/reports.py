@@ -27,14 +27,16 @@ class Report:
     are_finite: bool = True
 
 
-def summarize(group: PipelineGroup, own: Report) -> Report:
+def summarize(group: PipelineGroup, own: Report, timeout: float) -> Report:
     """The reports of all ranks in one, the same on each of them.
 
     Raises:
         ValueError: ranks were given different batches.
+        PipelineError: a report is missing after ``timeout`` seconds.
     """
     values = [float(value) for value in astuple(own)]
-    losses, fingerprints, are_finite = zip(*group.all_gather_floats(values), strict=True)
+    gathered = group.all_gather_floats(values, timeout)
+    losses, fingerprints, are_finite = zip(*gathered, strict=True)
     first = fingerprints[0]
     for rank, found in enumerate(fingerprints):
         if found != first:

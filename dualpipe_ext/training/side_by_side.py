@@ -102,5 +102,5 @@ class StepsSideBySide:
     def summarize(self, own: Report) -> Report:
         """The reports of all ranks of all replicas in one, but for the batches' fingerprints."""
         with self._replicas.telling_failures():
-            report = summarize(self._pipeline.group, own)
+            report = summarize(self._pipeline.group, own, self._pipeline.config.timeout)
         return replace(report, loss=math.fsum(self._replicas.gather(report.loss)))

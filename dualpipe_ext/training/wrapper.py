@@ -274,7 +274,7 @@ class TrainingWrapper:
         self._replicas.average_buffers(self.pipeline)
         with evaluating(self._stages), self._replicas.telling_failures():
             whole = is_batch(data) or data is None
-            for batch in [data] if whole else together(data, self._group):
+            for batch in [data] if whole else together(data, self._group, self.config.timeout):
                 part = self._part(batch, halves, fill=not halves)
                 loss += self._run(part, part.total or 1) * self._loss.share(part.total)
                 units += part.total

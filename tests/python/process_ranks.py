@@ -113,7 +113,7 @@ def over_groups_made_again(rank: int, num_ranks: int) -> list[float]:
         group = dist.new_group([0, 1], backend="cuda:fake", use_local_synchronization=True)
         time.sleep(0.3 * number * rank)  # who comes first finds what is left in the store
         pipeline = Pipeline([nn.Linear(2, 2)], "1f1b", process_group=group)
-        sums.append(sum(x for (x,) in pipeline.group.all_gather_floats([float(rank)])))
+        sums.append(sum(x for (x,) in pipeline.group.all_gather_floats([float(rank)], 30.0)))
         dist.destroy_process_group(group)
     return sums
 
@@ -126,6 +126,16 @@ def gather_from_the_dead(rank: int, num_ranks: int, folder: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     outcome = attempt(gather_from_replicas, group, rank)
     Path(folder, str(rank)).write_text(f"{outcome.error}: {outcome.text}")
+
+
+def clip_late(rank: int, num_ranks: int) -> list[Outcome]:
+    """Twice; the first time the last rank comes only after the others have given up."""
+    pipeline = Pipeline([nn.Linear(2, 2)], "1f1b", config=DualPipeConfig(timeout=2.0))
+    for parameter in pipeline.parameters():
+        parameter.grad = torch.full_like(parameter, rank + 1.0)
+    if rank == num_ranks - 1:
+        time.sleep(3.0)
+    return [attempt(pipeline.clip_grad_norm_, 100.0) for _ in range(2)]
 
 
 def fail_before_connecting(rank: int, group: dist.ProcessGroup) -> None:

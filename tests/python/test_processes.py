@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from process_ranks import (
     JOBS,
     MISTAKES,
     PLACES,
+    clip_late,
     die_in_a_step,
     everything,
     gather_from_the_dead,
@@ -101,6 +103,19 @@ def test_a_killed_rank_of_a_group_of_gpus(tmp_path: Path) -> None:
     told = (tmp_path / "0").read_text()
     assert told.startswith("PipelineError: cannot reach another replica: "), told
     assert "world group map" not in told
+
+
+@pytest.mark.parametrize("ranks", ["threads", "processes"])
+def test_a_rank_that_comes_late_to_clipping(ranks: Literal["threads", "processes"]) -> None:
+    """Who waits gives up in time; the next call is not taken for the one that was late."""
+    norm = math.sqrt(6 * 1.0 + 6 * 4.0)
+    for rank, (first, second) in enumerate(run_ranks(clip_late, 2, ranks, timeout=60.0)):
+        if rank == 0:
+            assert first.error == "PipelineError" and 1.9 < first.seconds < 2.9, first
+            assert "waited 2" in first.text and "rank" in first.text, first.text
+        else:
+            assert first.value == pytest.approx(norm), first
+        assert second.value == pytest.approx(norm), second
 
 
 def test_a_rank_that_fails_before_ranks_connect(found: list[dict[str, Any]]) -> None:
