@@ -519,6 +519,12 @@ class Engine:
         device: str,
         reducer: MirrorExchange | None,
         shapes: typing.SupportsInt | typing.SupportsIndex = 0,
+        main_grads: collections.abc.Sequence[
+            tuple[
+                typing.SupportsInt | typing.SupportsIndex,
+                collections.abc.Sequence[tuple[torch.Tensor, torch.Tensor]],
+            ]
+        ] = [],
     ) -> None: ...
     def synchronize(self) -> None:
         """

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from dualpipe_ext.gradients import MainGrads
 from dualpipe_ext.microbatches import Chunk, Joined, gather
 
 __all__ = ["LossHooks", "Step", "microbatch_seed"]
@@ -67,6 +68,7 @@ class Step:
     """One step of one rank. ``forward`` and ``overlapped`` are called by the engine."""
 
     modules: dict[int, nn.Module]  # by stage
+    main_grads: MainGrads  # of parameters whose gradients are summed there
     last_stage: int
     inputs: dict[int, Chunk]  # by micro-batch, where it enters here
     labels: dict[int, Chunk]  # by micro-batch, where it leaves here

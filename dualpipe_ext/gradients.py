@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["clip_local_gradients", "gradients_of", "main_grads", "total_norm"]
+__all__ = [
+    "MainGrads",
+    "clip_local_gradients",
+    "gradients_of",
+    "main_grads",
+    "parameters_with_main_grad",
+    "total_norm",
+]
 
+MainGrads = list[tuple[int, list[tuple[Tensor, Tensor]]]]  # (stage, (parameter, main_grad) pairs)
 GatherFloats = Callable[[Sequence[float]], list[list[float]]]
 
 
@@ -41,6 +49,30 @@ def main_grads(parameters: Iterable[Tensor]) -> list[Tensor]:
     """The ``main_grad`` of each parameter that has one, unless it is its ``.grad`` as well."""
     found = [(p, getattr(p, "main_grad", None)) for p in parameters]
     return [grad for p, grad in found if grad is not None and grad is not p.grad]
+
+
+def parameters_with_main_grad(
+    stages: Mapping[int, nn.Module],
+) -> MainGrads:
+    """By stage, the parameters that have a ``main_grad``, with it, where there are any.
+
+    Raises:
+        ValueError: one has a ``.grad`` as well, of which a step could not tell what is in it.
+    """
+    found: MainGrads = []
+    for stage, module in stages.items():
+        pairs = [(p, getattr(p, "main_grad", None)) for p in module.parameters()]
+        having: list[tuple[Tensor, Tensor]] = [(p, main) for p, main in pairs if main is not None]
+        for parameter, main in having:
+            if parameter.grad is not None and parameter.grad.data_ptr() != main.data_ptr():
+                name = next(name for name, p in module.named_parameters() if p is parameter)
+                raise ValueError(
+                    f"{name} of stage {stage} has both a main_grad, to which a step adds its "
+                    f"gradient, and a .grad from before it: set .grad to None first"
+                )
+        if having:
+            found.append((stage, having))
+    return found
 
 
 def _power_sum(grads: Sequence[Tensor], norm_type: float) -> float:

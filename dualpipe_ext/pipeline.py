@@ -23,7 +23,11 @@ from dualpipe_ext._step import Criterion, LossHooks, Step, microbatch_seed
 from dualpipe_ext._transport import EngineSettings, Offer, choose_transport
 from dualpipe_ext._unsummed import UnsummedGradients
 from dualpipe_ext.config import DualPipeConfig, Transport
-from dualpipe_ext.gradients import clip_local_gradients, total_norm
+from dualpipe_ext.gradients import (
+    clip_local_gradients,
+    parameters_with_main_grad,
+    total_norm,
+)
 from dualpipe_ext.groups import PipelineGroup, resolve_group
 from dualpipe_ext.microbatches import Joined
 from dualpipe_ext.profiling import is_profiling, record_step
@@ -167,8 +171,8 @@ class Pipeline(nn.Module):
         """Runs one batch forward and backward; under ``torch.no_grad()`` forward alone.
 
         All ranks call it with the same ``num_chunks``, ``return_outputs`` and ``sync_gradients``.
-        Gradients accumulate in ``.grad`` (or ``main_grad``), as with ``loss.backward()`` for every
-        micro-batch. Within ``torch.autocast`` forwards and criterion choose their types by it, and
+        Gradients accumulate in ``.grad``, as with ``loss.backward()`` for every micro-batch; those of
+        a parameter that has a ``main_grad`` are added to that instead, whatever its type. Within ``torch.autocast`` forwards and criterion choose their types by it, and
         backwards run in these, as they do after the end of its scope (in a stage's own
         ``overlapped_forward_backward``, as that has it).
 
@@ -424,10 +428,12 @@ class Pipeline(nn.Module):
         return_outputs: bool,
     ) -> Step:
         plan.batch.check(inputs, labels, criterion, training)
+        modules = dict(zip(self.stages, self.module, strict=True))
         number = self._num_steps
         seed = self.config.seed
         return Step(
-            modules=dict(zip(self.stages, self.module, strict=True)),
+            modules=modules,
+            main_grads=parameters_with_main_grad(modules) if training else [],
             last_stage=self.num_stages - 1,
             inputs=cut_batch(inputs, plan.batch.entering, self.batch_dim, "inputs"),
             labels=cut_batch(labels or (), plan.batch.leaving, self.batch_dim, "labels"),
@@ -453,6 +459,7 @@ class Pipeline(nn.Module):
                 device=str(self._local.device),
                 reducer=reducer,
                 shapes=self._shapes(step),
+                main_grads=step.main_grads,
             )
         except BaseException as error:
             if is_the_stages(error, step):

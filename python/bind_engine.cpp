@@ -64,15 +64,26 @@ at::Device message_device(Engine& engine, const std::string& device) {
   return at::Device(engine.transport().carries_device_memory() ? device : "cpu");
 }
 
+using MainGrads = std::vector<std::pair<int, std::vector<std::pair<at::Tensor, at::Tensor>>>>;
+
+std::map<Stage, std::vector<GradTarget>> grad_targets(const MainGrads& main_grads) {
+  std::map<Stage, std::vector<GradTarget>> targets;
+  for (const auto& [stage, pairs] : main_grads) {
+    for (const auto& [parameter, main] : pairs) targets[Stage(stage)].push_back({parameter, main});
+  }
+  return targets;
+}
+
 void run(Engine& engine, const Program& program, py::object functions, bool training,
          bool keep_outputs, const std::string& device, std::optional<MirrorExchange*> reducer,
-         std::uint64_t shapes) {
+         std::uint64_t shapes, const MainGrads& main_grads) {
   PyStageFunctions stages(std::move(functions));
   TorchStageRunner runner(stages, engine.weight_queue(),
                           {.training = training,
                            .keep_outputs = keep_outputs,
                            .device = at::Device(device),
-                           .message_device = message_device(engine, device)});
+                           .message_device = message_device(engine, device),
+                           .main_grads = grad_targets(main_grads)});
   interruptible([&] { engine.run(program, runner, reducer.value_or(nullptr), shapes); });
 }
 
@@ -146,7 +157,8 @@ void bind_engine(py::module_& module) {
       .def_static("process_group", &process_group_engine, py::arg("group"), py::arg("rank"),
                   py::arg("group_ranks"), py::arg("peers"), py::arg("timeout_seconds"))
       .def("run", &run, py::arg("program"), py::arg("functions"), py::arg("training"),
-           py::arg("keep_outputs"), py::arg("device"), py::arg("reducer"), py::arg("shapes") = 0)
+           py::arg("keep_outputs"), py::arg("device"), py::arg("reducer"), py::arg("shapes") = 0,
+           py::arg("main_grads") = MainGrads())
       .def(
           "connect", [](Engine& engine) { interruptible([&] { engine.connect(); }); },
           "Meets the other ranks ahead of the first step; on all of them, or on none.")

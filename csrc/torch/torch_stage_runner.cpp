@@ -59,7 +59,7 @@ void without_stack(const Function& function) {
 TorchStageRunner::TorchStageRunner(StageFunctions& functions,
                                    std::shared_ptr<WeightQueue> weight_queue,
                                    StageRunnerOptions options)
-    : functions_(functions), weight_queue_(std::move(weight_queue)), options_(options) {}
+    : functions_(functions), weight_queue_(std::move(weight_queue)), options_(std::move(options)) {}
 
 Message TorchStageRunner::forward(Stage stage, Microbatch microbatch, Message input) {
   const WeightQueueScope scope(weight_queue_);
@@ -76,6 +76,7 @@ Message TorchStageRunner::backward(Stage stage, Microbatch microbatch, Message o
   const Tensors output_grads = tensors_of(std::move(output_grad), options_.device, false);
   const BackwardPass pass(*weight_queue_, stage, microbatch, defer_weights);
   run_autograd(live, output_grads);
+  fill_main_grads(stage);
   return input_grads(live);
 }
 
@@ -83,6 +84,7 @@ void TorchStageRunner::backward_weight(Stage stage, Microbatch microbatch,
                                        const WeightsAdvanced& advanced) {
   const NoAutocast no_autocast;
   without_stack([&] { run_weight_gradients(*weight_queue_, stage, microbatch, advanced); });
+  fill_main_grads(stage);
 }
 
 std::pair<Message, Message> TorchStageRunner::overlapped(Half forward, Half backward) {
@@ -100,6 +102,7 @@ std::pair<Message, Message> TorchStageRunner::overlapped(Half forward, Half back
                                                          .loss = live.loss,
                                                          .outputs = live.outputs,
                                                          .output_grads = output_grads});
+  fill_main_grads(backward.stage);
   Message activation =
       remember(forward.stage, forward.microbatch, std::move(next), std::move(result));
   return {std::move(activation), input_grads(live)};
@@ -145,6 +148,13 @@ void TorchStageRunner::run_autograd(const Live& live, const Tensors& output_grad
     autograd::Engine::get_default_engine().execute(
         roots, grads, /*keep_graph=*/false, /*create_graph=*/false, /*accumulate_grad=*/true);
   });
+}
+
+// Autograd knows .grad alone. Micro-batch by micro-batch: to sum them there would round each sum.
+void TorchStageRunner::fill_main_grads(Stage stage) const {
+  const auto found = options_.main_grads.find(stage);
+  if (found == options_.main_grads.end()) return;
+  for (const GradTarget& target : found->second) move_to_main_grad(target);
 }
 
 Message TorchStageRunner::input_grads(const Live& live) const {

@@ -10,6 +10,7 @@
 
 #include "engine/stage_runner.h"
 #include "engine/weight_queue.h"
+#include "torch/grad_accumulation.h"
 #include "torch/tensor_message.h"
 
 namespace dualpipe {
@@ -45,7 +46,8 @@ struct StageRunnerOptions {
   bool training = true;          // false: keeps nothing for a backward
   bool keep_outputs = false;     // for overlapped(), which is given output tensors and not edges
   at::Device device = at::kCPU;  // of the stages
-  at::Device message_device = at::kCPU;  // of what they exchange
+  at::Device message_device = at::kCPU;                 // of what they exchange
+  std::map<Stage, std::vector<GradTarget>> main_grads;  // parameters of stages that have one
 };
 
 // Runs stages under torch's autograd. Between F and B it keeps the graph's edges, not the output
@@ -77,6 +79,7 @@ class TorchStageRunner final : public StageRunner {
   [[nodiscard]] Live recall(Stage stage, Microbatch microbatch);
   static void run_autograd(const Live& live, const Tensors& output_grads);
   [[nodiscard]] Message input_grads(const Live& live) const;
+  void fill_main_grads(Stage stage) const;
 
   StageFunctions& functions_;
   std::shared_ptr<WeightQueue> weight_queue_;

@@ -11,7 +11,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dualpipe_ext.gradients import gradients_of
+from dualpipe_ext.gradients import gradients_of, main_grads
 from dualpipe_ext.pipeline import Pipeline
 from dualpipe_ext.training.optimizers import (
     Recipe,
@@ -95,6 +95,8 @@ class Updater:
             self._scaler.reset()
         self.optimizer.zero_grad()
         self._pipeline.zero_grad()  # of parameters that the optimizer was not given
+        for main_grad in main_grads(self._pipeline.parameters()):
+            main_grad.zero_()
 
 
 def make_updater(

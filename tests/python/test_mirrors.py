@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from models import CASES, WIDTH, Case, Microbatch, squared_error
+from models import WIDTH, Microbatch, squared_error
 from parity import Job, gradients_of, own_batch, own_stages, run_job, run_unsplit
 from torch import Tensor, nn
 
@@ -290,36 +289,6 @@ def test_accumulation_over_steps_then_one_sum() -> None:
         for stage, own in zip(job.plan().stages_of(rank), gradients, strict=True):
             for name, expected in gradients_of(stages[stage]).items():
                 torch.testing.assert_close(own[name], expected, rtol=1e-11, atol=1e-15)
-
-
-def test_sums_of_main_grad() -> None:
-    """Gradients that are kept in main_grad are summed and clipped there."""
-    case = Case("bias", CASES["bias"].stage, CASES["bias"].microbatch, squared_error)
-    job = Job("bias", "dualpipe", 2, 4, dtype=torch.float64)
-
-    def rank_fn(rank: int, num_ranks: int) -> list[Any]:
-        stages = own_stages(job, rank)
-        for parameter in nn.ModuleList(stages).parameters():
-            parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
-        pipeline = Pipeline(stages, "dualpipe")
-        inputs, labels = own_batch(job.plan(), rank, job.microbatches())
-        pipeline.step(*inputs, num_chunks=4, criterion=case.criterion, labels=labels)
-        pipeline.sync_gradients()
-        sums = [
-            [p.main_grad.clone() for p in m.parameters()]  # type: ignore[attr-defined]
-            for m in pipeline.module
-        ]
-        assert all(p.grad is None for p in pipeline.parameters())
-        return [sums, float(pipeline.clip_grad_norm_(float("inf")))]
-
-    whole = nn.ModuleList(copy.deepcopy(job.stages()))
-    run_unsplit(list(whole), job.microbatches(), case)
-    norm = float(nn.utils.clip_grad_norm_(whole.parameters(), float("inf")))
-    for rank, (sums, found_norm) in enumerate(run_ranks(rank_fn, 2)):
-        for stage, own in zip(job.plan().stages_of(rank), sums, strict=True):
-            for value, parameter in zip(own, whole[stage].parameters(), strict=True):
-                torch.testing.assert_close(value, parameter.grad, rtol=1e-11, atol=1e-15)
-        assert found_norm == pytest.approx(norm, rel=1e-12)
 
 
 class Normed(nn.Module):
