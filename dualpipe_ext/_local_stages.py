@@ -156,6 +156,12 @@ class LocalStages:
                 f"those of stages {self.stages} (a partition that an adapter made may be given "
                 f"twice: it knows the other one)"
             )
+        devices = sorted({str(p.device) for module in self.modules for p in module.parameters()})
+        if len(devices) > 1:
+            raise ValueError(
+                f"the parameters of rank {self._rank} are on {' and '.join(devices)}; move its "
+                f"stages {self.stages} to one device"
+            )
 
     def _split_weights(self) -> WeightSplitReport:
         stages = nn.ModuleList(self.modules)

@@ -10,6 +10,7 @@
 #include "bindings.h"
 #include "comm/loopback.h"
 #include "common/error.h"
+#include "interrupts.h"
 #include "torch/process_group_transport.h"
 
 namespace py = pybind11;
@@ -230,23 +231,27 @@ void bind_process_group(py::module_& module) {
       "process_group_all_gather",
       [](const py::object& group, const std::vector<double>& values, double timeout) {
         c10d::ProcessGroup& ranks = process_group(group);
-        const py::gil_scoped_release unlocked;
-        return process_group_all_gather(ranks, values, milliseconds_of(timeout));
+        return interruptible([&] {
+          return process_group_all_gather(ranks, values, milliseconds_of(timeout),
+                                          &InterruptScope::interrupted);
+        });
       },
       py::arg("group"), py::arg("values"), py::arg("timeout"),
       "Every rank's numbers, by rank of the group. All ranks give equally many.");
 
   py::class_<StoreExchange>(module, "StoreExchange", "Exchanges texts between processes.")
       .def(py::init([](const py::object& group, int rank) {
-             return process_group_exchange(process_group(group), Rank(rank));
+             return process_group_exchange(process_group(group), Rank(rank),
+                                           &InterruptScope::interrupted);
            }),
            py::arg("group"), py::arg("rank"))
       .def(
           "all_gather",
           [](StoreExchange& exchange, const std::string& text, double timeout) {
-            return exchange.all_gather(text, milliseconds_of(timeout));
+            return interruptible(
+                [&] { return exchange.all_gather(text, milliseconds_of(timeout)); });
           },
-          py::arg("text"), py::arg("timeout"), Unlocked());
+          py::arg("text"), py::arg("timeout"));
 }
 
 }  // namespace

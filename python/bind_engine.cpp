@@ -46,20 +46,6 @@ EngineHolder process_group_engine(c10d::ProcessGroup& group, int rank, std::vect
                                  watchdog_options(timeout_seconds)));
 }
 
-// Runs what waits for other ranks, without the interpreter lock. What Ctrl-C raises comes before
-// the failure that it makes.
-template <typename Work>
-void interruptible(const Work& work) {
-  const InterruptScope scope;
-  try {
-    const py::gil_scoped_release unlocked;
-    work();
-  } catch (const PipelineError&) {
-    if (InterruptScope::interrupted()) raise_interrupt();
-    throw;
-  }
-}
-
 at::Device message_device(Engine& engine, const std::string& device) {
   return at::Device(engine.transport().carries_device_memory() ? device : "cpu");
 }

@@ -1,5 +1,9 @@
 #pragma once
 
+#include <pybind11/pybind11.h>
+
+#include "common/error.h"
+
 namespace dualpipe {
 
 // While one of these lives on Python's main thread, a SIGINT that raises KeyboardInterrupt is noted
@@ -22,5 +26,19 @@ class InterruptScope {
 
 // Raises in Python what the handler of a signal raises, if one came. With the interpreter lock.
 void raise_interrupt();
+
+// Runs what waits for other ranks, without the interpreter lock. What Ctrl-C raises comes before
+// the failure that it makes.
+template <typename Work>
+auto interruptible(const Work& work) {
+  const InterruptScope scope;
+  try {
+    const pybind11::gil_scoped_release unlocked;
+    return work();
+  } catch (const PipelineError&) {
+    if (InterruptScope::interrupted()) raise_interrupt();
+    throw;
+  }
+}
 
 }  // namespace dualpipe

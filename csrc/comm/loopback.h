@@ -34,7 +34,8 @@ class LoopbackHub : public std::enable_shared_from_this<LoopbackHub> {
   virtual void inject(FaultInjector injector) = 0;
 
   // Exchange of small texts between all ranks (each calls it with its own; returns all, by rank):
-  // the handshake at construction. Throws PipelineError after `timeout`, naming who is missing.
+  // the handshake at construction. Throws PipelineError on all ranks, also on those that come late,
+  // when one is missing after `timeout`, and names it.
   [[nodiscard]] virtual std::vector<std::string> all_gather(Rank rank, const std::string& text,
                                                             std::chrono::milliseconds timeout) = 0;
 

@@ -115,13 +115,16 @@ std::vector<std::string> FailureBoard::all_gather(Rank rank, const std::string& 
 
   const auto complete = [&] { return round.num_present == static_cast<int>(num_ranks_); };
   const auto failure = [&] { return failure_of(epochs_[rank.index()]); };
-  cv_.wait_for(lock, timeout, [&] { return complete() || failure() != nullptr; });
-  if (!complete()) {
+  cv_.wait_for(lock, timeout,
+               [&] { return complete() || failure() != nullptr || !round.failure.empty(); });
+  if (round.failure.empty() && !complete()) {
     if (failure() != nullptr) throw PipelineError(failure()->text);
-    throw PipelineError(cat("rank ", rank, " waited ", timeout.count(), " ms for rank(s) ",
-                            missing(round), " of ", num_ranks_,
-                            ": start all ranks, or allow more time"));
+    round.failure = cat("rank ", rank, " waited ", static_cast<double>(timeout.count()) / 1000,
+                        " s for rank(s) ", missing(round), " of ", num_ranks_,
+                        ": start all ranks, or allow more time");
+    cv_.notify_all();
   }
+  if (!round.failure.empty()) throw PipelineError(round.failure);
   std::vector<std::string> texts;
   for (const auto& one : round.texts) texts.push_back(*one);
   if (++round.num_left == static_cast<int>(num_ranks_)) rounds_.erase(number);

@@ -71,6 +71,7 @@ class FailureBoard {
     std::vector<std::optional<std::string>> texts;
     int num_present = 0;
     int num_left = 0;
+    std::string failure;  // why it failed; empty: it has not
   };
   struct Position {
     std::uint64_t epoch = 0;

@@ -78,6 +78,14 @@ std::unique_ptr<ControlPlane> store_control_plane(std::unique_ptr<KeyValueStore>
   return std::make_unique<StoreControlPlane>(std::move(store), rank, num_ranks);
 }
 
+namespace {
+
+constexpr const char* kComplete = "complete";
+
+std::string outcome_key(std::int64_t round) { return cat("exchange/", round, "/outcome"); }
+
+}  // namespace
+
 std::string StoreExchange::key(std::int64_t round, int rank) const {
   return cat("exchange/", round, "/", rank);
 }
@@ -86,36 +94,45 @@ std::vector<std::string> StoreExchange::all_gather(const std::string& text,
                                                    std::chrono::milliseconds timeout) {
   const std::int64_t round = store_->add(cat("exchanges/", rank_), 1);
   store_->set(key(round, rank_.value()), text);
-  if (!await(round, timeout)) give_up(round, timeout);
+  // One outcome for all: who comes late finds what the others have come to.
+  store_->set_first(outcome_key(round), await(round, timeout));
+  const std::string outcome = store_->get(outcome_key(round));
+  if (outcome != kComplete) throw PipelineError(outcome);
   std::vector<std::string> texts;
   for (int rank = 0; rank < num_ranks_; ++rank) texts.push_back(store_->get(key(round, rank)));
   // Everybody is in this round, so everybody has read the one before.
   if (round > 1) store_->remove(key(round - 1, rank_.value()));
+  if (round > 1 && rank_.value() == 0) store_->remove(outcome_key(round - 1));
   return texts;
 }
 
-bool StoreExchange::await(std::int64_t round, std::chrono::milliseconds timeout) {
-  std::vector<std::string> keys;
-  for (int rank = 0; rank < num_ranks_; ++rank) keys.push_back(key(round, rank));
+// What the round comes to, as this rank sees it.
+std::string StoreExchange::await(std::int64_t round, std::chrono::milliseconds timeout) {
   const Clock::time_point deadline = Clock::now() + timeout;
   for (auto pause = kFirstPause;; pause = std::min(2 * pause, kLongestPause)) {
-    if (store_->has(keys)) return true;
-    if (store_->has({cat("exchange/", round, "/failed")}) || Clock::now() >= deadline) return false;
+    const bool is_late = Clock::now() >= deadline;
+    const std::string ranks = missing(round);
+    if (ranks.empty()) return kComplete;
+    if (interrupted_()) return cat("rank ", rank_, " was interrupted (Ctrl-C)");
+    if (is_late || store_->has({outcome_key(round)})) {
+      return cat("rank ", rank_, " waited ", static_cast<double>(timeout.count()) / 1000,
+                 " s for rank(s) ", ranks, " of ", num_ranks_,
+                 ": start all ranks, or allow more time");
+    }
     std::this_thread::sleep_for(pause);
   }
 }
 
-void StoreExchange::give_up(std::int64_t round, std::chrono::milliseconds timeout) {
-  std::string missing;
+std::string StoreExchange::missing(std::int64_t round) {
+  std::vector<std::string> keys;
+  for (int rank = 0; rank < num_ranks_; ++rank) keys.push_back(key(round, rank));
+  if (store_->has(keys)) return {};
+  std::string ranks;
   for (int rank = 0; rank < num_ranks_; ++rank) {
-    if (!store_->has({key(round, rank)})) missing += cat(missing.empty() ? "" : ", ", rank);
+    const bool is_here = store_->has({keys[static_cast<std::size_t>(rank)]});
+    if (!is_here) ranks += cat(ranks.empty() ? "" : ", ", rank);
   }
-  const std::string failed = cat("exchange/", round, "/failed");
-  store_->set_first(
-      failed,
-      cat("rank ", rank_, " waited ", static_cast<double>(timeout.count()) / 1000,
-          " s for rank(s) ", missing, " of ", num_ranks_, ": start all ranks, or allow more time"));
-  throw PipelineError(store_->get(failed));
+  return ranks;
 }
 
 }  // namespace dualpipe

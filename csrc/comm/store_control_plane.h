@@ -1,6 +1,7 @@
 #pragma once
 
 #include <chrono>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -19,22 +20,29 @@ namespace dualpipe {
 // group. One thread at a time.
 class StoreExchange {
  public:
-  StoreExchange(std::unique_ptr<KeyValueStore> store, Rank rank, int num_ranks)
-      : store_(std::move(store)), rank_(rank), num_ranks_(num_ranks) {}
+  // interrupted: asked while it waits, whether this rank is to stop.
+  StoreExchange(
+      std::unique_ptr<KeyValueStore> store, Rank rank, int num_ranks,
+      std::function<bool()> interrupted = [] { return false; })
+      : store_(std::move(store)),
+        rank_(rank),
+        num_ranks_(num_ranks),
+        interrupted_(std::move(interrupted)) {}
 
-  // Every rank's text, by rank. Throws PipelineError on all ranks when one is missing after
-  // `timeout`, and names it.
+  // Every rank's text, by rank. Throws PipelineError on all ranks, also on those that come late,
+  // when one is missing after `timeout`, and names it.
   [[nodiscard]] std::vector<std::string> all_gather(const std::string& text,
                                                     std::chrono::milliseconds timeout);
 
  private:
   [[nodiscard]] std::string key(std::int64_t round, int rank) const;
-  [[nodiscard]] bool await(std::int64_t round, std::chrono::milliseconds timeout);
-  [[noreturn]] void give_up(std::int64_t round, std::chrono::milliseconds timeout);
+  [[nodiscard]] std::string await(std::int64_t round, std::chrono::milliseconds timeout);
+  [[nodiscard]] std::string missing(std::int64_t round);
 
   std::unique_ptr<KeyValueStore> store_;
   Rank rank_;
   int num_ranks_;
+  std::function<bool()> interrupted_;
 };
 
 }  // namespace dualpipe

@@ -120,6 +120,9 @@ void Watchdog::State::tick(std::unique_lock<std::mutex>& lock) {
 
 // One look at the others and at this rank's own wait.
 void Watchdog::State::look(std::unique_lock<std::mutex>& lock) {
+  if (options.interrupted()) {
+    return report_fault(lock, cat("rank ", rank, " was interrupted (Ctrl-C)"));
+  }
   const std::uint64_t arming = num_armings;
   lock.unlock();
   const std::optional<Failure> failure = control.poll();
@@ -127,8 +130,6 @@ void Watchdog::State::look(std::unique_lock<std::mutex>& lock) {
   if (!still_in(arming)) return;
   if (failure && failure->step <= step) {
     abort(*failure);
-  } else if (options.interrupted()) {
-    report_fault(lock, cat("rank ", rank, " was interrupted (Ctrl-C)"));
   } else if (const auto fault = transport.fault()) {
     report_fault(lock, *fault);
   } else if (timed_out()) {

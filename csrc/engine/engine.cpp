@@ -86,6 +86,7 @@ void Engine::guard(GradientReducer* reducer, const Work& work) {
   ++num_runs_;
   watchdog_->arm(executor_, num_runs_);
   try {
+    if (unrecovered_) throw PipelineError(cat("cannot go on after a failure: ", *unrecovered_));
     work();
     watchdog_->disarm();
   } catch (...) {
@@ -105,6 +106,7 @@ void Engine::fail(const std::string& text, bool is_step) noexcept {
 
 void Engine::raise_failure(GradientReducer* reducer) {
   const std::string where = place();
+  unrecovered_.reset();  // another recovery is tried
   try {
     throw;
   } catch (const PipelineError& error) {
@@ -138,15 +140,15 @@ void Engine::report(const std::string& text) noexcept {
 }
 
 void Engine::recover(GradientReducer* reducer) noexcept {
+  executor_.clear();
+  weight_queue_->clear();
+  if (reducer != nullptr) reducer->cancel();
   try {
-    executor_.clear();
-    weight_queue_->clear();
-    if (reducer != nullptr) reducer->cancel();
     transport_->recover();
-    control_->advance_epoch();
-  } catch (const std::exception&) {
-    // A link that cannot be recovered says so in the next step.
+  } catch (const std::exception& error) {
+    unrecovered_ = error.what();
   }
+  control_->advance_epoch();  // in any case: this rank reports in the epoch that the others are in
 }
 
 std::optional<Failure> Engine::await_report() noexcept {

@@ -92,7 +92,8 @@ class Engine {
   std::int64_t num_runs_ = 0;  // steps and all else that ranks run together
   std::int64_t num_steps_ = 0;
   std::string failure_;
-  std::unique_ptr<Watchdog> watchdog_;  // last: its thread uses the members above
+  std::optional<std::string> unrecovered_;  // why the transport could not recover
+  std::unique_ptr<Watchdog> watchdog_;      // last: its thread uses the members above
 };
 
 }  // namespace dualpipe

@@ -143,14 +143,24 @@ std::string prefix_of(const c10d::ProcessGroup& group) {
   return cat("dualpipe_ext/ranks of ", group.getSize());
 }
 
+constexpr std::chrono::milliseconds kInterruptPoll{100};
+
 // gloo's connections outlive this limit: who comes late finds what the others gave.
-void await(c10d::Work& work, std::chrono::milliseconds timeout) {
-  try {
-    work.wait(timeout);
-  } catch (const std::exception&) {
-    if (work.isCompleted()) throw;
-    throw PipelineError(cat("waited ", static_cast<double>(timeout.count()) / 1000,
-                            " s for the other ranks: call this on every rank, or allow more time"));
+void await(c10d::Work& work, std::chrono::milliseconds timeout,
+           const std::function<bool()>& interrupted) {
+  for (auto left = timeout;; left -= kInterruptPoll) {
+    try {
+      work.wait(std::min(left, kInterruptPoll));
+      return;
+    } catch (const std::exception&) {
+      if (work.isCompleted()) throw;
+    }
+    if (interrupted()) throw PipelineError("interrupted (Ctrl-C)");
+    if (left <= kInterruptPoll) {
+      throw PipelineError(
+          cat("waited ", static_cast<double>(timeout.count()) / 1000,
+              " s for the other ranks: call this on every rank, or allow more time"));
+    }
   }
 }
 
@@ -177,9 +187,11 @@ ProcessGroupEnds process_group_ends(c10d::ProcessGroup& group, Rank rank,
           store_control_plane(std::move(keys), rank, num_ranks)};
 }
 
-std::unique_ptr<StoreExchange> process_group_exchange(c10d::ProcessGroup& group, Rank rank) {
+std::unique_ptr<StoreExchange> process_group_exchange(c10d::ProcessGroup& group, Rank rank,
+                                                      std::function<bool()> interrupted) {
   auto keys = std::make_unique<C10dStore>(prefix_of(group), store_of(group));
-  return std::make_unique<StoreExchange>(std::move(keys), rank, group.getSize());
+  return std::make_unique<StoreExchange>(std::move(keys), rank, group.getSize(),
+                                         std::move(interrupted));
 }
 
 bool has_cpu_backend(const c10d::ProcessGroup& group) {
@@ -188,16 +200,16 @@ bool has_cpu_backend(const c10d::ProcessGroup& group) {
                      [](const c10::Device& device) { return device.is_cpu(); });
 }
 
-std::vector<std::vector<double>> process_group_all_gather(c10d::ProcessGroup& group,
-                                                          const std::vector<double>& values,
-                                                          std::chrono::milliseconds timeout) {
+std::vector<std::vector<double>> process_group_all_gather(
+    c10d::ProcessGroup& group, const std::vector<double>& values, std::chrono::milliseconds timeout,
+    const std::function<bool()>& interrupted) {
   std::vector<at::Tensor> own = {at::tensor(values, at::kDouble)};
   std::vector<std::vector<at::Tensor>> gathered(1);
   for (int rank = 0; rank < group.getSize(); ++rank) gathered[0].push_back(at::empty_like(own[0]));
   const auto backend = cpu_backend(group);
   or_pipeline_error(
       "the ranks' numbers cannot be gathered (a rank whose process has ended says why)",
-      [&] { await(*backend->allgather(gathered, own), timeout); });
+      [&] { await(*backend->allgather(gathered, own), timeout, interrupted); });
   std::vector<std::vector<double>> by_rank;
   for (const at::Tensor& found : gathered[0]) {
     const double* first = found.const_data_ptr<double>();

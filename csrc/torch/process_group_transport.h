@@ -1,6 +1,7 @@
 #pragma once
 
 #include <chrono>
+#include <functional>
 #include <memory>
 #include <typeinfo>
 #include <vector>
@@ -29,8 +30,9 @@ struct ProcessGroupEnds {
                                                   std::vector<int> group_ranks,
                                                   std::vector<Rank> peers);
 
-[[nodiscard]] std::unique_ptr<StoreExchange> process_group_exchange(c10d::ProcessGroup& group,
-                                                                    Rank rank);
+// interrupted: as StoreExchange's.
+[[nodiscard]] std::unique_ptr<StoreExchange> process_group_exchange(
+    c10d::ProcessGroup& group, Rank rank, std::function<bool()> interrupted);
 
 [[nodiscard]] bool has_cpu_backend(const c10d::ProcessGroup& group);
 
@@ -39,8 +41,8 @@ struct ProcessGroupEnds {
 // let go of them when they like, and take no interpreter lock to do so, which at the interpreter's
 // end would abort the process.
 [[nodiscard]] std::vector<std::vector<double>> process_group_all_gather(
-    c10d::ProcessGroup& group, const std::vector<double>& values,
-    std::chrono::milliseconds timeout);
+    c10d::ProcessGroup& group, const std::vector<double>& values, std::chrono::milliseconds timeout,
+    const std::function<bool()>& interrupted);
 
 // c10d::ProcessGroup, for those that include no torch header.
 [[nodiscard]] const std::type_info& process_group_type();

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -50,6 +50,5 @@ class LoopOptions:
 
     def to_compare(self) -> dict[str, Any]:
         """What must be equal on all ranks, as :func:`dualpipe_ext._handshake.agree` takes it."""
-        settings = asdict(self)
-        del settings["loss_fn"]
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "loss_fn"}
         return {**settings, "autocast": str(self.autocast), "stages": {}}

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -41,6 +42,29 @@ def interrupted_in_a_step(rank: int, num_ranks: int) -> tuple[str, float]:
         time.sleep(WAIT)  # until rank 1 has been through it, too
     step()
     return outcome, seconds
+
+
+def interrupted_in_exchanges(rank: int, num_ranks: int) -> list[tuple[str, float]]:
+    """Ctrl-C on rank 0, which waits for rank 1: to construct a pipeline, then to clip gradients."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    outcomes = []
+
+    def attempt(call: Callable[[], object]) -> None:
+        start, outcome = time.monotonic(), ""
+        if rank == 1:
+            time.sleep(WAIT / 2)
+        else:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            call()
+        except (KeyboardInterrupt, PipelineError) as error:
+            outcome = f"{type(error).__name__}: {error}"
+        outcomes.append((outcome, time.monotonic() - start))
+
+    attempt(lambda: DualPipe([nn.Linear(4, 4), nn.Linear(4, 4)]))
+    model = DualPipe([nn.Linear(4, 4), nn.Linear(4, 4)])
+    attempt(lambda: model.clip_grad_norm_(1.0))
+    return outcomes
 
 
 def own_handler_in_a_step(rank: int, num_ranks: int) -> list[str]:

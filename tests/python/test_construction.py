@@ -54,6 +54,11 @@ WRONG = {
     "a single rank": Wrong(
         lambda rank: DualPipe(linears(3, 3)), ("dualpipe", "num_ranks is 1", "even", "use 2"), 1
     ),
+    "stages on two devices": Wrong(
+        lambda rank: DualPipe([nn.Linear(3, 3), nn.Linear(3, 3, device="meta" if rank else None)]),
+        ("parameters of rank 1 are on cpu and meta", "stages [1, 0] to one device"),
+        culprits=(1,),
+    ),
     "unknown schedule": Wrong(
         lambda rank: Pipeline(linears(3), "1f2b"), ("1f2b", "dualpipe", "1f1b", "zb1p")
     ),

@@ -7,6 +7,7 @@ from interrupt_processes import (
     WAIT,
     after_a_step_within_a_step,
     interrupted_in_a_step,
+    interrupted_in_exchanges,
     own_handler_in_a_step,
 )
 
@@ -19,6 +20,15 @@ def test_ctrl_c_ends_a_step_that_waits() -> None:
     assert interrupted.startswith("KeyboardInterrupt")
     assert seconds < WAIT / 2
     assert other.startswith("PipelineError: rank 0 was interrupted (Ctrl-C)")
+
+
+@pytest.mark.measures
+def test_ctrl_c_ends_what_waits_outside_of_steps() -> None:
+    first, second = run_ranks(interrupted_in_exchanges, 2, "processes", timeout=60.0)
+    for outcome, seconds in first:
+        assert outcome.startswith("KeyboardInterrupt") and seconds < WAIT / 4, first
+    (constructing, _), _ = second
+    assert constructing.startswith("PipelineError: rank 0 was interrupted (Ctrl-C)")
 
 
 def test_a_handler_of_the_users_own_lets_the_step_end() -> None:

@@ -147,3 +147,25 @@ def test_padding_is_refused_in_a_mean_over_rows_of_a_loss_that_counts_labels(ign
     assert loss.units([torch.tensor([1, 2])], 2) == 2
     with pytest.raises(ValueError, match=f"the value {ignored}, .*choose reduction='token'"):
         loss.units([torch.tensor([1, ignored])], 2)
+
+
+class Distance(nn.Module):
+    """A loss that is kept for itself, such as one with a large model in it."""
+
+    def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.mse_loss(outputs, labels)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Distance:
+        raise AssertionError("a loss was copied")
+
+
+def test_losses_are_not_copied() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    x = torch.ones(4, 2)
+
+    def train(rank: int, size: int) -> float:
+        own = copy.deepcopy(model)
+        wrapper = TrainingWrapper(own, setup_dual_pipe(own, size), loss_fn=Distance())
+        return float(wrapper.train_step((x, x)))
+
+    assert run_ranks(train, 2) == pytest.approx([F.mse_loss(model(x), x).item()] * 2)

@@ -59,7 +59,7 @@ TEST(StoreExchange, ManyRoundsLeaveFewKeys) {
       }
     }
   });
-  EXPECT_LE(store.num_keys(), 3u + 3u);  // counters, and the last round
+  EXPECT_LE(store.num_keys(), 3u + 3u + 1u);  // counters, the last round and its outcome
 }
 
 TEST(StoreExchange, NamesWhoIsMissingOnEveryRank) {
@@ -73,6 +73,33 @@ TEST(StoreExchange, NamesWhoIsMissingOnEveryRank) {
   });
   EXPECT_EQ(texts[0],
             "rank 0 waited 0.05 s for rank(s) 2, 3 of 4: start all ranks, or allow more time");
+  EXPECT_EQ(texts[1], texts[0]);
+}
+
+TEST(StoreExchange, WhoComesLateFailsAsTheOthers) {
+  SharedStore store;
+  StoreExchange early(store.open(), Rank(0), 2);
+  StoreExchange late(store.open(), Rank(1), 2);
+  const std::string told = text_of<PipelineError>([&] { (void)early.all_gather("a", 10ms); });
+  EXPECT_EQ(text_of<PipelineError>([&] { (void)late.all_gather("b", 5s); }), told);
+  EXPECT_NE(told.find("for rank(s) 1 of 2"), std::string::npos) << told;
+  std::vector<std::string> texts;  // the next exchange is everybody's again
+  run_ranks(2, [&](int rank) {
+    const auto found = (rank == 0 ? early : late).all_gather(cat(rank), 5s);
+    if (rank == 1) texts = found;
+  });
+  EXPECT_EQ(texts, (std::vector<std::string>{"0", "1"}));
+}
+
+TEST(StoreExchange, EndsOnAllRanksWhenOneIsInterrupted) {
+  SharedStore store;
+  std::vector<std::string> texts(2);
+  run_ranks(2, [&](int rank) {
+    StoreExchange exchange(store.open(), Rank(rank), 3, [rank] { return rank == 1; });
+    texts[static_cast<std::size_t>(rank)] =
+        text_of<PipelineError>([&] { (void)exchange.all_gather("here", 60s); });
+  });
+  EXPECT_EQ(texts[0], "rank 1 was interrupted (Ctrl-C)");
   EXPECT_EQ(texts[1], texts[0]);
 }
 

@@ -13,7 +13,7 @@ namespace dualpipe::testing {
 class RecordingTransport final : public Transport {
  public:
   // "receive activation of ...", "wait activation of ...", "send gradient of ...", "end_step",
-  // "end_step returns", "abort", ...
+  // "end_step returns", "abort", "recover", "recover returns"
   using Log = std::function<void(const std::string&)>;
 
   RecordingTransport(std::unique_ptr<Transport> inner, Log log)
@@ -44,6 +44,7 @@ class RecordingTransport final : public Transport {
   void recover() override {
     log_("recover");
     inner_->recover();
+    log_("recover returns");
   }
 
  private:

@@ -113,6 +113,35 @@ TEST_P(FailingStage, ForgetsDeferredWeights) {
   expect_next_step_works();
 }
 
+// The others must not wait for a rank whose device is broken until their time limit.
+TEST(FailingRecovery, IsToldToAllInTheNextStep) {
+  std::atomic<bool> breaks{true};
+  PipelineOptions options;
+  options.over = Over::kFrames;
+  options.wrap = [&breaks](Rank rank, std::unique_ptr<Transport> inner) {
+    return std::make_unique<RecordingTransport>(
+        std::move(inner), [&breaks, rank](const std::string& what) {
+          if (rank == Rank(1) && what == "recover returns" && breaks.exchange(false)) {
+            throw std::runtime_error("the device is broken");
+          }
+        });
+  };
+  EnginePipeline pipeline(4, options);
+  AffineJob job(pipeline, "dualpipe", 8);
+  job.stages(2).before = [](const Action&) { throw std::runtime_error("out of luck"); };
+  (void)job.step();
+  job.stages(2).before = [](const Action&) {};
+  const auto start = Clock::now();
+  for (const Outcome& outcome : job.step()) {
+    EXPECT_TRUE(outcome.is<PipelineError>());
+    expect_contains(outcome.text(), "rank 1, step 2");
+    expect_contains(outcome.text(), "cannot go on after a failure: the device is broken");
+  }
+  EXPECT_LT(Clock::now() - start, 5s);
+  expect_all_ok(job.step());
+  EXPECT_EQ(job.results(), unsplit(job.lowered().placement));
+}
+
 TEST_P(FailingStage, SurvivesSeveralRanksFailingAtOnce) {
   for (int round = 0; round < 10; ++round) {
     for (int rank : {0, 3}) {
