@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <exception>
 #include <map>
@@ -38,7 +39,7 @@ class CopyLink final : public DeviceLink {
   void connect(std::vector<DeviceWay> ways, const std::vector<Invitation>& invitations,
                Clock::duration timeout) override;
   EventPtr transfer(Index way, const std::vector<Piece>& pieces, const EventPtr& ready) override;
-  void progress() override;
+  bool progress() override;
   std::shared_ptr<Allocator> allocator() override { return blocks_; }
   std::optional<std::string> error(Index way, bool is_busy) override;
   void abort() noexcept override;
@@ -72,7 +73,8 @@ class CopyLink final : public DeviceLink {
   std::mutex mutex_;
   std::condition_variable wake_;
   std::map<std::string, std::shared_ptr<CopyMailbox>> invited_;  // by name
-  std::vector<std::unique_ptr<CopyWay>> ways_;
+  std::vector<std::unique_ptr<CopyWay>> ways_;  // they stay as they are once connected_
+  std::atomic<bool> connected_{false};
   std::exception_ptr failure_;  // the first one
   bool aborted_ = false;
   bool idle_ = false;  // nothing was left to do
@@ -147,6 +149,7 @@ void CopyLink::connect(std::vector<DeviceWay> ways, const std::vector<Invitation
     DUALPIPE_CHECK(ways_.empty(), "connected twice");
     add_ways(std::move(ways), invitations);
   }
+  connected_ = true;
   carry_a_byte(Clock::now() + timeout);
 }
 
@@ -203,19 +206,23 @@ EventPtr CopyLink::transfer(Index index, const std::vector<Piece>& pieces, const
   return noting_failures(way.name(), [&] {
     if (way.ended() || way.peer_ended()) throw PipelineError(way.peer_end());
     EventPtr end = way.transfer(pieces, ready);
-    if (!way.advance() && std::exchange(idle_, false)) wake_.notify_all();
+    if (way.has_work() && std::exchange(idle_, false)) wake_.notify_all();
     return end;
   });
 }
 
-void CopyLink::progress() {
+bool CopyLink::progress() {
   const Lock lock(mutex_);
   (void)look_after_all();
+  if (queues_ == Queues::kShared || failure_) return true;
+  return std::none_of(ways_.begin(), ways_.end(),
+                      [](const auto& way) { return !way->ended() && way->has_work(); });
 }
 
+// Whoever has the lock may be kept back by the device, which the watchdog must not be.
 std::optional<std::string> CopyLink::error(Index index, bool) {
-  const Lock lock(mutex_);
-  if (aborted_) return std::nullopt;
+  const Lock lock(mutex_, std::try_to_lock);
+  if (!lock || aborted_) return std::nullopt;
   try {
     require_alive();
   } catch (const std::exception& error) {
@@ -228,6 +235,10 @@ std::optional<std::string> CopyLink::error(Index index, bool) {
 }
 
 void CopyLink::abort() noexcept {
+  // First what frees streams: whoever has the lock may wait for the device.
+  if (connected_) {
+    for (const auto& way : ways_) way->let_through();
+  }
   const Lock lock(mutex_);
   aborted_ = true;
   for (const auto& way : ways_) way->end();
@@ -275,7 +286,8 @@ bool CopyLink::look_after(CopyWay& way) noexcept {
   if (way.ended()) return way.settled();
   if (failure_) return true;
   try {
-    return noting_failures(way.name(), [&] { return way.advance(); });
+    noting_failures(way.name(), [&] { way.advance(); });
+    return !way.has_work();
   } catch (const std::exception&) {
     return true;  // noted
   }

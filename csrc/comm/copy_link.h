@@ -18,11 +18,11 @@ enum class Queues : std::uint8_t { kOwn, kShared };
 //
 // The receiver posts where it wants a message, and its stream raises a flag when that memory is
 // free; the sender's stream copies and raises another one, for which whoever needs the message
-// waits. A send whose receiver is not ready yet waits on the host: a thread of the link's own
-// issues it as soon as it is, so that no message depends on what the host of its rank does next. In
-// shared queues that thread waits for computation as well, and no stream of a way ever does.
-// The same thread finds ranks that have ended, and brings streams that wait for nothing any more to
-// their end.
+// waits. A send whose receiver has not said where to waits on the host: a thread of the link's own
+// issues it as soon as it has, so that no message depends on what the host of its rank does next.
+// In shared queues that thread waits for memory and computation as well, and no stream of a way
+// ever does. The same thread finds ranks that have ended, and brings streams that wait for nothing
+// any more to their end.
 //
 // Memory to receive into is exported to the peers. It and the mailboxes go when no stream of
 // either rank uses them any more; what a peer that neither answers nor dies may still use is

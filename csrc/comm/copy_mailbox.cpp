@@ -112,8 +112,12 @@ void CopyMailbox::write(Flag flag, std::uint32_t value, Stream& stream) {
   calls_->write_value(address(flag), value, stream);
 }
 
-void CopyMailbox::hold_back(Stream& stream, Flag flag, std::uint32_t value) {
+void CopyMailbox::wait(Flag flag, std::uint32_t value, Stream& stream) {
   calls_->wait_value(address(flag), value, stream);
+}
+
+void CopyMailbox::hold_back(Stream& stream, Flag flag, std::uint32_t value) {
+  wait(flag, value, stream);
   EventPtr passed = stream.record();
   const std::lock_guard lock(mutex_);
   std::erase_if(held_back_, [](const EventPtr& event) { return event->done(); });
@@ -136,6 +140,7 @@ void CopyMailbox::release_all(std::uint32_t message) noexcept {
 }
 
 void CopyMailbox::mark_aborted() noexcept {
+  const std::lock_guard lock(mark_mutex_);  // whoever finds the mark may let streams through
   auto& own = shared_->marks[static_cast<std::size_t>(side_)];
   const auto& peer = shared_->marks[static_cast<std::size_t>(1 - side_)];
   if (own.aborted != 0) return;

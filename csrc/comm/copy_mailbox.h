@@ -51,15 +51,16 @@ class CopyMailbox {
 
   // On the stream of the way.
   void write(Flag flag, std::uint32_t value, Stream& stream);
+  void wait(Flag flag, std::uint32_t value, Stream& stream);
   // On any stream, for all that is issued on it from now on.
   void hold_back(Stream& stream, Flag flag, std::uint32_t value);
   [[nodiscard]] bool has_reached(Flag flag, std::uint32_t value) const;
   // Lets all pass who wait for one of the next 2^30 messages, until a stream writes again.
   void release_all(std::uint32_t message) noexcept;
 
-  // A side has given up; it will never again touch memory of the other one; it is there.
   // Whether a message had come when the first of the two ranks ended; now, if none has.
   [[nodiscard]] bool has_arrived(std::uint32_t value) const;
+  // A side has given up; it will never again touch memory of the other one; it is there.
   void mark_aborted() noexcept;
   void mark_quiet() noexcept;
   [[nodiscard]] bool is_over() const;  // one of them has given up
@@ -79,6 +80,7 @@ class CopyMailbox {
   Shared* const shared_;
   std::byte* device_view_ = nullptr;
 
+  std::mutex mark_mutex_;  // of mark_aborted()
   std::mutex mutex_;
   std::vector<EventPtr> held_back_;  // of streams of others that may wait here still
 };

@@ -31,10 +31,14 @@ std::string CopyWay::peer_end() const {
                                   : cat("rank ", peer_, " is gone: its process has ended");
 }
 
-void CopyWay::end() noexcept {
-  if (std::exchange(ended_, true)) return;
+void CopyWay::let_through() noexcept {
   mailbox_->mark_aborted();
   mailbox_->release_all(num_issued_);
+}
+
+void CopyWay::end() noexcept {
+  if (std::exchange(ended_, true)) return;
+  let_through();
   try {
     last_ = stream_->record();
   } catch (const std::exception&) {

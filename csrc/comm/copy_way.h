@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <string>
@@ -13,7 +14,7 @@
 namespace dualpipe {
 
 // One way of a link that copies, with its stream. Not thread-safe: the link's lock guards it, but
-// not the events that it gives.
+// not the events that it gives, nor let_through().
 //
 // It ends once, by end(), whichever rank wants it. Until it is settled, streams may wait in the
 // mailbox and copies may be on their way into the receiver's memory.
@@ -26,8 +27,8 @@ class CopyWay {
   // One message. Does at once what it can, the rest in advance().
   [[nodiscard]] virtual EventPtr transfer(const std::vector<Piece>& pieces,
                                           const EventPtr& ready) = 0;
-  // Whether nothing is left to do.
-  virtual bool advance() = 0;
+  virtual void advance() = 0;
+  [[nodiscard]] virtual bool has_work() const = 0;  // for advance()
 
   [[nodiscard]] const std::string& name() const { return name_; }
   // "rank 1 is gone: its process has ended"; nothing where all messages had come before.
@@ -35,7 +36,9 @@ class CopyWay {
   [[nodiscard]] std::string peer_end() const;
   [[nodiscard]] bool peer_ended() const { return mailbox_->peer_aborted(); }
 
-  // What was not issued never will be; what waits in a stream is let through.
+  // Whatever waits in a stream of either rank goes on. The peer is told.
+  void let_through() noexcept;
+  // The same, and what was not issued never will be.
   void end() noexcept;
   [[nodiscard]] bool ended() const { return ended_; }
   // After end(): whether no stream of this rank waits here and nobody writes into its memory any
@@ -61,7 +64,7 @@ class CopyWay {
   const std::string name_;
   const std::unique_ptr<Stream> stream_;
   const std::shared_ptr<CopyMailbox> mailbox_;
-  std::uint32_t num_issued_ = CopyMailbox::kFirstMessage;
+  std::atomic<std::uint32_t> num_issued_ = CopyMailbox::kFirstMessage;
 
  private:
   [[nodiscard]] bool is_through() const noexcept;

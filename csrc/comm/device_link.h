@@ -53,8 +53,10 @@ class DeviceLink {
   [[nodiscard]] virtual EventPtr transfer(Index way, const std::vector<Piece>& pieces,
                                           const EventPtr& ready) = 0;
 
-  // Issues what transfer() could not: a peer had not said where to. Called often.
-  virtual void progress() {}
+  // Issues what transfer() could not: a peer had not said where to. Whether the streams have now
+  // all that they need from this rank's host, but for what waits for computation in shared queues.
+  // Called often.
+  virtual bool progress() { return true; }
 
   [[nodiscard]] virtual std::shared_ptr<Allocator> allocator() = 0;
 

@@ -90,6 +90,7 @@ class DeviceTransport final : public Transport {
   void issue(std::size_t way, Incoming& incoming);
   [[nodiscard]] DevicePool& pool_of(MessageKind kind);
   void wait_for_room(std::size_t way);
+  void finish_issuing();
   [[nodiscard]] std::optional<std::string> overdue() const;
   template <typename Call>
   auto unless_failed(const Call& call);
@@ -154,7 +155,7 @@ template <typename Call>
 auto DeviceTransport::unless_failed(const Call& call) {
   failure_.throw_if_set();
   try {
-    if (link_ != nullptr) link_->progress();
+    if (link_ != nullptr) (void)link_->progress();
     return call();
   } catch (const PipelineError&) {
     // An abort in the middle of the call says why. A peer that ends its step aborts its link, and
@@ -309,8 +310,17 @@ void DeviceTransport::end_step() {
     host_->end_step();
     for (WayLayouts& way : layouts_->ways) way.commit();
     layouts_ = nullptr;
+    finish_issuing();
     in_flight_.forget_done();
   });
+}
+
+// All hosts have asked for all messages of the step. None may depend on this one from now on: it
+// may wait for its device in a call that keeps back those of all its threads, as a copy to pageable
+// memory does. What fails here is found by the watchdog and told by the next call: the step is
+// done.
+void DeviceTransport::finish_issuing() {
+  while (!link_->progress() && !failure_.is_set()) std::this_thread::sleep_for(kPoll);
 }
 
 void DeviceTransport::abort(const Failure& failure) noexcept {

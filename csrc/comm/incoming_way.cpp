@@ -56,15 +56,16 @@ class IncomingWay final : public CopyWay {
     return receipt;
   }
 
-  bool advance() override {
+  void advance() override {
     while (!unposted_.empty() && mailbox_->post(unposted_.front())) unposted_.pop_front();
     while (!unready_.empty() && may_follow(unready_.front())) {
       stream_->wait(unready_.front());
       mailbox_->write(CopyMailbox::kReady, ++num_issued_, *stream_);
       unready_.pop_front();
     }
-    return unposted_.empty() && unready_.empty();
   }
+
+  bool has_work() const override { return !unposted_.empty() || !unready_.empty(); }
 
  protected:
   std::uint32_t last_message() const override { return num_asked_; }

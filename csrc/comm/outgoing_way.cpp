@@ -16,7 +16,10 @@ class Departure final : public Event {
   Departure(std::shared_ptr<CopyMailbox> mailbox, std::uint32_t number)
       : mailbox_(std::move(mailbox)), number_(number) {}
 
+  // Without a call to the device, which might be kept back, unless flags say nothing any more.
   [[nodiscard]] bool done() const override {
+    const bool arrived = mailbox_->has_reached(CopyMailbox::kArrived, number_);
+    if (!mailbox_->is_over()) return arrived;
     const std::lock_guard lock(mutex_);
     return settled_ && (!end_ || end_->done());
   }
@@ -52,9 +55,9 @@ class Departure final : public Event {
   EventPtr end_;
 };
 
-// A send waits on the host until its receiver has said where to and that the memory is free, and is
-// issued then: a stream that waited for that could hold up those that share its hardware queue, and
-// with them what it waits for.
+// A send waits on the host until its receiver has said where to, and is issued then; its stream
+// waits until that memory is free. In a shared queue the host waits for that as well: a stream that
+// did could hold up those that share its queue, and with them what it waits for.
 class OutgoingWay final : public CopyWay {
  public:
   OutgoingWay(std::shared_ptr<CopyCalls> calls, DeviceWay way, std::unique_ptr<Stream> stream,
@@ -69,16 +72,15 @@ class OutgoingWay final : public CopyWay {
     return departure;
   }
 
-  bool advance() override {
-    while (!unissued_.empty() && has_targets(unissued_.front()) &&
-           mailbox_->has_reached(CopyMailbox::kReady, num_issued_ + 1) &&
-           may_follow(unissued_.front().ready)) {
+  void advance() override {
+    while (!unissued_.empty() && has_targets(unissued_.front()) && may_issue(unissued_.front())) {
       issue(unissued_.front());
       unissued_.pop_front();
       copies_.clear();
     }
-    return unissued_.empty();
   }
+
+  bool has_work() const override { return !unissued_.empty(); }
 
  protected:
   std::uint32_t last_message() const override { return num_asked_; }
@@ -112,6 +114,15 @@ class OutgoingWay final : public CopyWay {
     return true;
   }
 
+  [[nodiscard]] bool may_issue(const Unissued& message) const {
+    return queues_ == Queues::kOwn || (has_room() && may_follow(message.ready));
+  }
+
+  // For the next message.
+  [[nodiscard]] bool has_room() const {
+    return mailbox_->has_reached(CopyMailbox::kReady, num_issued_ + 1);
+  }
+
   void add_target(const std::vector<Piece>& pieces, const Posting& posting) {
     const std::size_t index = copies_.size();
     const Piece& piece = pieces[index];
@@ -137,6 +148,7 @@ class OutgoingWay final : public CopyWay {
 
   void issue(const Unissued& message) {
     stream_->wait(message.ready);
+    if (!has_room()) mailbox_->wait(CopyMailbox::kReady, num_issued_ + 1, *stream_);
     calls_->copy(copies_, *stream_);
     mailbox_->write(CopyMailbox::kArrived, ++num_issued_, *stream_);
     message.departure->settle(stream_->record());

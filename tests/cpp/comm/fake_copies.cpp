@@ -188,6 +188,8 @@ void FakeCopyWorld::mend_device() {
   state_->broken = false;
 }
 
+std::unique_lock<std::mutex> FakeCopyWorld::hold_calls() { return std::unique_lock(state_->mutex); }
+
 int FakeCopyWorld::num_blocks() const {
   const std::lock_guard lock(state_->mutex);
   return static_cast<int>(state_->blocks.size());

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <string>
 
 #include "comm/copy_calls.h"
@@ -21,6 +22,10 @@ class FakeCopyWorld {
   // All copies and flags from now on: as on a device that has met a fatal error.
   void break_device();
   void mend_device();
+
+  // All calls of all threads wait as long as it is held, as they do beside one that waits for the
+  // device with the driver's lock.
+  [[nodiscard]] std::unique_lock<std::mutex> hold_calls();
 
   [[nodiscard]] int num_blocks() const;      // allocated and not freed
   [[nodiscard]] int num_open() const;        // blocks opened and not closed

@@ -68,6 +68,30 @@ TEST(CopyLink, ASendAheadOfItsReceiveIsIssuedWithoutAnotherCall) {
   EXPECT_EQ(bytes[999], std::byte{0});
 }
 
+// Memory of rank 1 is free, and the message of rank 0 written, only when no call gets through any
+// more: all had been issued before.
+TEST(CopyLink, NoMessageNeedsTheHostOnceBothHaveAskedForIt) {
+  CopyPair pair;
+  pair.connect();
+  std::latch written(1);
+  std::latch read(1);
+  pair.devices[0]->compute().launch([&] { written.wait(); });
+  pair.devices[1]->compute().launch([&] { read.wait(); });
+  (void)pair.send(1, {64}, pair.devices[0]->compute().record());
+  (void)pair.send(2, {64});
+  EXPECT_FALSE(pair.links[0]->progress());
+  const EventPtr free = pair.devices[1]->compute().record();
+  const auto first = pair.receive({64}, free);
+  const auto second = pair.receive({64}, free);
+  EXPECT_TRUE(pair.links[1]->progress());
+  EXPECT_TRUE(pair.links[0]->progress());
+  const auto held = pair.world.hold_calls();
+  read.count_down();
+  written.count_down();
+  EXPECT_TRUE(first.is(1));
+  EXPECT_TRUE(second.is(2));
+}
+
 // Computation of rank 0 waits for a message, which is asked for behind one that waits for this
 // computation; all their streams are in one queue.
 TEST(CopyLink, InASharedQueueNoMessageKeepsBackTheOneThatItWaitsFor) {

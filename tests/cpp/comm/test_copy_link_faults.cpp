@@ -77,6 +77,30 @@ TEST(CopyFaults, AnAbortFreesStreamsThatAreStuck) {
   expect_nothing_left(pair);
 }
 
+// A copy to pageable memory may wait for the very stream that an abort is to free.
+TEST(CopyFaults, AnAbortFreesStreamsWhereNoCallGetsThrough) {
+  CopyPair pair;
+  pair.connect();
+  EventPtr never_sent = pair.receive({8}).end;
+  FakeStream& compute = pair.devices[1]->compute();
+  never_sent->hold_back(compute);
+  const EventPtr stuck = compute.record();
+  auto* const place = static_cast<std::byte*>(pair.links[0]->allocator()->allocate(8));
+  (void)pair.links[0]->transfer(kDown, {{place, 8}}, nullptr);
+  std::vector<std::byte> answer(8);
+  auto held = pair.world.hold_calls();
+  std::thread sender([&] {  // has the link's lock, and waits
+    (void)pair.links[1]->transfer(kDown, {{answer.data(), 8}}, nullptr);
+  });
+  std::this_thread::sleep_for(20ms);
+  EXPECT_EQ(pair.links[1]->error(kUp, true), std::nullopt);
+  std::thread watchdog([&] { pair.links[1]->abort(); });
+  stuck->synchronize();
+  held.unlock();
+  watchdog.join();
+  sender.join();
+}
+
 TEST(CopyFaults, ARankThatAbortsEndsItsPeer) {
   CopyPair pair;
   pair.connect();
