@@ -247,8 +247,8 @@ class Schedule:
         """Proves the schedule.
 
         Every stage has one F and one B (or I and W) for each micro-batch, on the right rank, after
-        what it needs. With messages, also: each channel sends and receives in one order, no rank
-        waits for ever, and no receive buffer is refilled before its last use.
+        what it needs. With messages, also: each channel sends and receives in one order, and no rank
+        waits for ever.
 
         Raises:
             ScheduleError: names the first few violations and draws where the first one is.
@@ -291,10 +291,6 @@ class Schedule:
     def peak_activations(self, rank: int) -> int:
         """Micro-batches whose activations a rank holds at once, at most."""
         return self._native.peak_activations(rank)
-
-    def num_receive_buffers(self, rank: int) -> int:
-        """How many receive buffers a rank needs, reused by live range; 0 before :meth:`lower`."""
-        return self._native.num_receive_buffers(rank)
 
     def grid(self, rank: int | None = None, step: int = -1) -> str:
         """A line for each rank and a column for each step.

@@ -128,13 +128,6 @@ void bind_schedule_class(py::module_& module) {
             return peak_live_activations(schedule, rank_in(schedule.rows.size(), rank));
           },
           "rank"_a)
-      .def(
-          "num_receive_buffers",
-          [](const Schedule& schedule, int rank) {
-            return assign_receive_buffers(schedule, rank_in(schedule.rows.size(), rank))
-                .num_buffers;
-          },
-          "rank"_a)
       .def("simulate", &simulate, "costs"_a, "sends"_a, Unlocked())
       .def(
           "__eq__", [](const Schedule& a, const Schedule& b) { return a == b; }, py::is_operator());

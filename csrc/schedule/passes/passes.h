@@ -36,14 +36,4 @@ struct LoweringOptions {
 // All of the above in the one order that is right.
 [[nodiscard]] Schedule lower(Schedule schedule, const LoweringOptions& options);
 
-// For each RECV of a rank's lowered row (in order), the receive buffer it fills. Buffers are
-// reused by live range: from the RECV to the last action of the same stage and micro-batch on this
-// rank that computes. With a deferred W that is the W, for activations and gradients alike: weight
-// gradients are products of both.
-struct BufferAssignment {
-  std::vector<int> buffer_of_recv;
-  int num_buffers = 0;
-};
-[[nodiscard]] BufferAssignment assign_receive_buffers(const Schedule& lowered, Rank rank);
-
 }  // namespace dualpipe

@@ -17,15 +17,6 @@ void check_rows(const Schedule& schedule, Form form, Findings& findings) {
   if (!findings.full()) order.check_complete();
 }
 
-void check_buffers(const Schedule& lowered, Findings& findings) {
-  for (int r = 0; r < lowered.num_ranks() && !findings.full(); ++r) {
-    const BufferAssignment assignment = assign_receive_buffers(lowered, Rank(r));
-    for (Diagnostic& problem : verify_buffers(lowered, Rank(r), assignment)) {
-      findings.add(problem.rank, static_cast<std::size_t>(problem.step), std::move(problem.text));
-    }
-  }
-}
-
 std::string place(const Diagnostic& diagnostic) {
   if (diagnostic.step < 0) return cat("rank ", diagnostic.rank);
   return cat("rank ", diagnostic.rank, ", step ", diagnostic.step);
@@ -46,7 +37,6 @@ std::vector<Diagnostic> verify_lowered(const Schedule& lowered) {
   check_rows(lowered, Form::kLowered, findings);
   if (findings.empty()) check_channel_order(lowered, findings);
   if (findings.empty()) check_message_progress(lowered, findings);
-  if (findings.empty()) check_buffers(lowered, findings);
   return findings.take();
 }
 

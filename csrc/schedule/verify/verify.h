@@ -3,7 +3,6 @@
 #include <string>
 #include <vector>
 
-#include "schedule/passes/passes.h"
 #include "schedule/schedule.h"
 
 namespace dualpipe {
@@ -20,9 +19,8 @@ struct Diagnostic {
 // one F. Empty: proved. At most kMaxDiagnostics are returned.
 [[nodiscard]] std::vector<Diagnostic> verify_compute(const Schedule& schedule);
 
-// Proves a lowered schedule: the above; each channel sends and receives in one order; no deadlock
-// when sends rendezvous and each channel is in-order; no receive buffer is refilled before its
-// last use.
+// Proves a lowered schedule: the above; each channel sends and receives in one order; and there
+// is no deadlock when sends rendezvous and each channel is in-order.
 //
 // The model of the proof. A rank computes in the order of its row. A SEND or RECV is posted when
 // all compute actions before it are done, and never blocks its rank. Message i of a channel is
@@ -32,10 +30,6 @@ struct Diagnostic {
 
 // verify_lowered for a schedule with messages, verify_compute for one without.
 [[nodiscard]] std::vector<Diagnostic> verify(const Schedule& schedule);
-
-// The last part of verify_lowered, for any assignment: no buffer holds two messages at once.
-[[nodiscard]] std::vector<Diagnostic> verify_buffers(const Schedule& lowered, Rank rank,
-                                                     const BufferAssignment& assignment);
 
 inline constexpr std::size_t kMaxDiagnostics = 64;
 
