@@ -11,7 +11,7 @@ namespace dualpipe {
 
 inline constexpr int kMaxDims = 8;
 
-// What is known of one tensor of a message. dtype is the sender's code (torch's ScalarType); the
+// Describes one tensor of a message. dtype is the sender's code (torch's ScalarType); the
 // core moves bytes and does not look at it.
 struct TensorSpec {
   static constexpr std::int8_t kAbsent = -1;  // a None between tensors
@@ -28,7 +28,7 @@ struct TensorSpec {
 
 using Layout = std::vector<TensorSpec>;
 
-// "[f32 4x128x256, None, ...]" with the dtype's code; for error messages.
+// "[f32 4x128x256, None, ...]", for error messages.
 [[nodiscard]] std::string to_string(const Layout& layout);
 
 // Bytes of all tensors, each aligned to kTensorAlignment: how a message lies in one buffer.
@@ -47,13 +47,13 @@ struct Message {
   [[nodiscard]] std::size_t num_tensors() const { return layout.size(); }
 };
 
-// Copies the tensors of a message one behind the other (see packed_bytes) to `to`.
+// Copies the tensors of a message to `to`, one after the other as packed_bytes says.
 void pack(const Message& message, std::byte* to);
 
-// Makes a message the view of its own packed copy at `from`; it keeps `owner`.
+// Makes a message a view of its packed copy at `from`; the message keeps `owner`.
 void repoint(Message& message, std::byte* from, std::shared_ptr<void> owner);
 
-// The message that lies packed at `from`; it keeps `owner`.
+// Returns a view of the message that lies packed at `from`; it keeps `owner`.
 [[nodiscard]] Message unpack(Layout layout, std::byte* from, std::shared_ptr<void> owner);
 
 }  // namespace dualpipe

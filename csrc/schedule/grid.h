@@ -21,7 +21,7 @@ struct GridWindow {
 // A few ranks and steps around one place, which is marked; step -1: the beginning, no mark.
 [[nodiscard]] GridWindow around(const Schedule& schedule, Rank rank, int step);
 
-// The same, every rank marked at its own position: for errors that say where each rank stands.
+// The same with every rank's own position marked: for errors that say where each rank is.
 [[nodiscard]] GridWindow around(const Schedule& schedule, Rank rank, std::vector<int> positions);
 
 // A line for each rank and a column for each step, in fixed-width text that ends in a newline.

@@ -23,7 +23,7 @@ enum class PlacementKind : std::uint8_t {
 // Which rank runs a stage for a micro-batch. A value; cheap to copy.
 class Placement {
  public:
-  // Throws ScheduleError on sizes that cannot be: a V needs two stages a rank, a bidirectional
+  // Throws ScheduleError on impossible sizes: a V needs two stages a rank, a bidirectional
   // placement an even number of ranks, as many stages as ranks, and an even number of
   // micro-batches.
   Placement(PlacementKind kind, int num_ranks, int num_stages, int num_microbatches);
@@ -61,7 +61,7 @@ class Placement {
   [[nodiscard]] Stage first_stage() const { return Stage(0); }
   [[nodiscard]] Stage last_stage() const { return Stage(num_stages_ - 1); }
 
-  // A dense number for a (stage, micro-batch) of the schedule: what flat tables are indexed by.
+  // A dense number for a (stage, micro-batch) of the schedule: an index into flat tables.
   [[nodiscard]] std::size_t cell(Stage stage, Microbatch microbatch) const {
     return stage.index() * static_cast<std::size_t>(num_microbatches_) + microbatch.index();
   }

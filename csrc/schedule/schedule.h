@@ -22,7 +22,7 @@ struct Schedule {
   [[nodiscard]] int num_microbatches() const { return placement.num_microbatches(); }
   [[nodiscard]] const std::vector<Action>& row(Rank rank) const { return rows[rank.index()]; }
 
-  // The name, a file's for a CSV, is no part of the content.
+  // The name is not compared: for a CSV it is the file's.
   bool operator==(const Schedule& other) const {
     return placement == other.placement && rows == other.rows;
   }
@@ -36,8 +36,7 @@ struct Schedule {
 // column (both from 1). kind and num_stages say where stages live: the text does not.
 [[nodiscard]] Schedule schedule_from_csv(std::string_view text, PlacementKind kind, int num_stages);
 
-// A stable 64-bit digest of everything in the schedule but its name (a file's, for a CSV): the same
-// on every machine.
+// A stable 64-bit digest of everything in the schedule but its name: the same on every machine.
 [[nodiscard]] std::uint64_t digest(const Schedule& schedule);
 
 }  // namespace dualpipe

@@ -10,8 +10,8 @@ namespace {
 
 constexpr std::int32_t kUnused = -1;
 
-// A receive, the compute action it is posted in front of, and the first one that needs it or one
-// behind it in its channel.
+// A receive, the compute action before which it is posted, and the first compute action that needs
+// it or a later receive of its channel.
 struct Receive {
   Action action;
   std::int32_t slot;
@@ -105,7 +105,7 @@ class Lowering {
       if (use == kUnused) fail_unused(message, channel);
       all.push_back({recv_action(message), 0, use});
     }
-    // In-order: a receive is posted no later than any behind it.
+    // In order: a receive is posted no later than those behind it.
     std::int32_t earliest = std::numeric_limits<std::int32_t>::max();
     for (auto it = all.rbegin(); it != all.rend() - middle; ++it) {
       earliest = std::min(earliest, it->use);

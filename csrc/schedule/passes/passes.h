@@ -7,8 +7,8 @@ namespace dualpipe {
 // Every pass is a function from schedule to schedule; rows keep their order of computation.
 
 // Results leave before weights: a B whose input gradient another stage waits for (every stage but
-// the first) becomes I, and its W follows it at once; lower_communication then puts the send
-// between. split_pairs: a B in an overlapped pair is split as well.
+// the first) becomes I, directly followed by its W; lower_communication then puts the send
+// between them. split_pairs: a B in an overlapped pair is split as well.
 [[nodiscard]] Schedule split_backward(Schedule schedule, bool split_pairs = true);
 
 // Overlapped pairs become F, then B or I: for stages with no overlapped function of their own.
@@ -23,7 +23,7 @@ namespace dualpipe {
 // schedule stays as it is. To have results leave first, apply it before lower_communication.
 [[nodiscard]] Schedule place_reduce_grad(Schedule schedule);
 
-// Without backward, sends of gradients and reductions: what inference runs.
+// Removes backwards, messages of gradients and reductions: leaves what inference runs.
 [[nodiscard]] Schedule forward_only(Schedule schedule);
 
 struct LoweringOptions {
@@ -33,7 +33,7 @@ struct LoweringOptions {
   int lookahead = 2;  // compute actions
 };
 
-// All of the above in the one order that is right.
+// Applies the passes above in the only right order.
 [[nodiscard]] Schedule lower(Schedule schedule, const LoweringOptions& options);
 
 }  // namespace dualpipe

@@ -3,7 +3,7 @@
 namespace dualpipe {
 namespace {
 
-// The stage whose weight gradients grow in this action; invalid: none.
+// The stage to whose weight gradients this action adds; invalid: none.
 Stage accumulates(const Action& action) {
   const Action part = action.op() == Op::kOverlap ? action.backward_half() : action;
   const bool weights = part.op() == Op::kBackward || part.op() == Op::kBackwardWeight;

@@ -28,7 +28,7 @@ struct PlannerInfo {
 // All built-in planners, in the order in which the documentation lists them.
 [[nodiscard]] const std::vector<PlannerInfo>& planners();
 
-// Throws ScheduleError with the known names on an unknown one.
+// Throws ScheduleError, which lists the known names, on an unknown name.
 [[nodiscard]] const PlannerInfo& find_planner(std::string_view name);
 
 // find_planner(name).plan(request), then verified.

@@ -8,14 +8,14 @@
 
 namespace dualpipe::planning {
 
-// Throws ScheduleError that says what was found, what is allowed and what to use.
+// Throws a ScheduleError that says what was found, what is allowed and what to use instead.
 inline void require(bool holds, std::string_view planner, std::string_view what, int value,
                     const std::string& allowed) {
   if (holds) return;
   throw ScheduleError(cat(planner, ": ", what, " is ", value, "; ", allowed));
 }
 
-// Sizes at least 1, and the number of stages a rank that the planner is made for.
+// Requires sizes of at least 1 and the planner's own number of stages per rank.
 inline void require_basics(std::string_view planner, const PlanRequest& request,
                            int stages_per_rank) {
   constexpr int kMaxRanks = 1 << 14;

@@ -24,7 +24,7 @@ class Row {
   [[nodiscard]] std::vector<Action> take() { return std::move(row_); }
 
  private:
-  // The order is made for at least 2P-1 micro-batches; those that are not there are left out.
+  // The order is made for at least 2P-1 micro-batches; actions of missing ones are left out.
   void add(Op op, int leg, int& next) {
     if (next < num_microbatches_) row_.emplace_back(op, stages_[leg], Microbatch(next));
     ++next;

@@ -9,8 +9,8 @@
 namespace dualpipe {
 
 enum class Form : std::uint8_t {
-  kCompute,  // compute actions alone: what comes from another rank is taken as there
-  kLowered,  // with explicit messages: what comes from another rank has been asked for before
+  kCompute,  // compute actions alone: inputs from other ranks count as present
+  kLowered,  // with explicit messages: inputs from other ranks need an earlier RECV
 };
 
 // What has been done for a (stage, micro-batch).
@@ -24,8 +24,8 @@ enum Done : std::uint8_t {
   kAskedBackward = 64,
 };
 
-// What each rank's row can prove alone: actions exist, stand on the right rank, once, after what
-// they need on the same rank, and nothing is missing at the end.
+// Checks each row by itself: every action names a valid stage and micro-batch, is on the right
+// rank, is there once, and comes after what it needs from the same rank; no action is missing.
 class RowOrder {
  public:
   RowOrder(const Schedule& schedule, Form form, Findings& findings);

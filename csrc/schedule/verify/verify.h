@@ -33,11 +33,11 @@ struct Diagnostic {
 
 inline constexpr std::size_t kMaxDiagnostics = 64;
 
-// Throws ScheduleError with the first few diagnostics and the neighbourhood of the first one, if
-// there are any.
+// If there are diagnostics, throws ScheduleError with the first few and the actions around the
+// first.
 void throw_if_any(const Schedule& schedule, const std::vector<Diagnostic>& diagnostics);
 
-// Micro-batches whose activations a rank holds at once, at most (F to the end of B or I).
+// The most micro-batches whose activations a rank holds at once (from F to the end of B or I).
 [[nodiscard]] int peak_live_activations(const Schedule& schedule, Rank rank);
 
 }  // namespace dualpipe
