@@ -66,9 +66,15 @@ class CostModel:
     def __init__(
         self,
         *,
-        forward: typing.SupportsFloat | typing.SupportsIndex,
-        backward_input: typing.SupportsFloat | typing.SupportsIndex,
-        backward_weight: typing.SupportsFloat | typing.SupportsIndex,
+        forward: typing.SupportsFloat
+        | typing.SupportsIndex
+        | collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+        backward_input: typing.SupportsFloat
+        | typing.SupportsIndex
+        | collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+        backward_weight: typing.SupportsFloat
+        | typing.SupportsIndex
+        | collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
         overlapped: typing.SupportsFloat | typing.SupportsIndex | None,
         latency: typing.SupportsFloat | typing.SupportsIndex,
         message_time: typing.SupportsFloat | typing.SupportsIndex,

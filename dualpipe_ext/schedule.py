@@ -77,13 +77,16 @@ class Span:
 class CostModel:
     """How long things take, all in one unit of time of your choice.
 
+    A duration of F, I or W is one number for all stages, or a sequence with one for each stage.
+
     Raises:
-        ScheduleError: (in ``simulate``) a duration is negative or not finite.
+        ScheduleError: (in ``simulate``) a duration is negative or not finite, or there are not as
+            many as stages.
     """
 
-    forward: float = 1.0
-    backward_input: float = 1.0
-    backward_weight: float = 1.0
+    forward: float | Sequence[float] = 1.0
+    backward_input: float | Sequence[float] = 1.0
+    backward_weight: float | Sequence[float] = 1.0
     overlapped: float | None = None
     """A forward and a backward as one overlapped piece; ``None``: their parts, one by one."""
     latency: float = 0.0
@@ -271,7 +274,7 @@ class Schedule:
                 inputs, and every backward sends at its end.
 
         Raises:
-            ScheduleError: a duration is negative or not finite.
+            ScheduleError: a duration is negative or not finite, or there are not as many as stages.
             ValueError: ``sends`` is neither.
         """
         if sends not in ("early", "late"):

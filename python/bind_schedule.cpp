@@ -1,5 +1,7 @@
 #include <pybind11/stl.h>
 
+#include <variant>
+
 #include "bindings.h"
 #include "schedule/grid.h"
 #include "schedule/passes/passes.h"
@@ -78,6 +80,22 @@ std::vector<std::tuple<std::string, double, double>> spans_of(const Timeline& ti
   return out;
 }
 
+using OneOrEach = std::variant<double, std::vector<double>>;
+
+StageTimes stage_times(OneOrEach costs) {
+  return std::visit([](auto&& own) { return StageTimes(std::move(own)); }, std::move(costs));
+}
+
+CostModel cost_model(OneOrEach forward, OneOrEach backward_input, OneOrEach backward_weight,
+                     std::optional<double> overlapped, double latency, double message_time) {
+  return {stage_times(std::move(forward)),
+          stage_times(std::move(backward_input)),
+          stage_times(std::move(backward_weight)),
+          overlapped,
+          latency,
+          message_time};
+}
+
 void bind_planners(py::module_& module) {
   py::class_<PlannerInfo>(module, "PlannerInfo", "A built-in planner.")
       .def_property_readonly("name", [](const PlannerInfo& info) { return info.name; })
@@ -135,13 +153,8 @@ void bind_schedule_class(py::module_& module) {
 
 void bind_simulator(py::module_& module) {
   py::class_<CostModel>(module, "CostModel", "Durations in any one unit of time.")
-      .def(py::init([](double forward, double backward_input, double backward_weight,
-                       std::optional<double> overlapped, double latency, double message_time) {
-             return CostModel{forward,    backward_input, backward_weight,
-                              overlapped, latency,        message_time};
-           }),
-           py::kw_only(), "forward"_a, "backward_input"_a, "backward_weight"_a, "overlapped"_a,
-           "latency"_a, "message_time"_a);
+      .def(py::init(&cost_model), py::kw_only(), "forward"_a, "backward_input"_a,
+           "backward_weight"_a, "overlapped"_a, "latency"_a, "message_time"_a);
   py::enum_<Sends>(module, "Sends", "When results leave.")
       .value("EARLY", Sends::kEarly)
       .value("LATE", Sends::kLate);

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from dualpipe_ext._C import PipelineError
 from dualpipe_ext.adapters.cost import Cost
 from dualpipe_ext.adapters.split import best_for_ranks, best_for_stages, fronts
-from dualpipe_ext.adapters.step_time import step_seconds
 from dualpipe_ext.groups import PipelineGroup, has_group, resolve_group
+from dualpipe_ext.schedule import CostModel, plan
 
-__all__ = ["agreed", "balanced_sizes", "sum_of"]
+__all__ = ["agreed", "balanced_sizes", "step_seconds", "sum_of"]
 
 _TIMEOUT_S = 600.0  # for ranks that measure more slowly than others
 
@@ -49,6 +49,16 @@ def _amount(cost: Cost, criterion: str, num_stages: int) -> float:
     if criterion == "parameters":
         return cost.num_parameters
     return cost.memory(num_stages) if criterion == "memory" else cost.seconds
+
+
+def step_seconds(stages: Sequence[Cost], num_microbatches: int) -> float:
+    """The makespan of a step of DualPipe over stages of these costs, with instant messages."""
+    costs = CostModel(
+        forward=[stage.forward for stage in stages],
+        backward_input=[stage.backward_input for stage in stages],
+        backward_weight=[stage.backward_weight for stage in stages],
+    )
+    return plan("dualpipe", len(stages), num_microbatches).simulate(costs, sends="early").makespan
 
 
 def sum_of(costs: Sequence[Cost], sizes: Sequence[int]) -> list[Cost]:

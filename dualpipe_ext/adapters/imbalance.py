@@ -9,10 +9,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from dualpipe_ext._handshake import collect
+from dualpipe_ext.adapters.balance import step_seconds
 from dualpipe_ext.adapters.cost import Cost
 from dualpipe_ext.adapters.partition import Partition
 from dualpipe_ext.adapters.plan import PartitionPlan
-from dualpipe_ext.adapters.step_time import step_seconds
 
 if TYPE_CHECKING:  # pipelines know partitions, too
     from dualpipe_ext.pipeline import Pipeline

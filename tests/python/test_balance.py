@@ -32,9 +32,8 @@ from dualpipe_ext.adapters import (
     TransformerLayerAdapter,
     get_model_adapter,
 )
-from dualpipe_ext.adapters.balance import balanced_sizes, sum_of
+from dualpipe_ext.adapters.balance import balanced_sizes, step_seconds, sum_of
 from dualpipe_ext.adapters.split import best_for_ranks, best_for_stages, fronts
-from dualpipe_ext.adapters.step_time import step_seconds
 from dualpipe_ext.schedule import CostModel, plan
 from dualpipe_ext.testing import run_ranks
 
@@ -116,7 +115,12 @@ def test_step_times_are_those_of_the_simulator() -> None:
     stages = [Cost(forward=2.0, backward_input=3.0, backward_weight=1.0)] * 4
     costs = CostModel(forward=2.0, backward_input=3.0, backward_weight=1.0)
     expected = plan("dualpipe", 4, 12).simulate(costs, sends="early").makespan
-    assert step_seconds(stages, 12) == pytest.approx(expected)
+    assert step_seconds(stages, 12) == expected
+
+
+def test_two_ranks_never_wait_whatever_their_stages_take() -> None:
+    stages = [Cost(1.0, 3.0, 0.5), Cost(2.0, 5.0, 0.25)]
+    assert step_seconds(stages, 4) == 2 * (1 + 3 + 0.5 + 2 + 5 + 0.25)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -32,7 +32,7 @@ from places import Place, place_of
 from test_parity import THREAD_CASES
 
 from dualpipe_ext.adapters import Cost
-from dualpipe_ext.adapters.step_time import step_seconds
+from dualpipe_ext.adapters.balance import step_seconds
 from dualpipe_ext.testing import run_ranks
 
 pytestmark = [pytest.mark.gpu, TRANSPORTS]

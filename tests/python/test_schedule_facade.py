@@ -88,6 +88,14 @@ def test_the_simulated_bubble_is_half_the_published_one() -> None:
             assert ours.peak_activations(rank) == num_ranks + 1
 
 
+def test_stages_may_take_different_times() -> None:
+    costs = CostModel(forward=[1, 4], backward_input=(2.0, 3.0), backward_weight=0.5)
+    timeline = plan("gpipe", 2, 2).simulate(costs)
+    assert timeline.makespan == 1 + 2 * 4 + (3 + 0.5 + 3) + (2 + 0.5)  # 0B1 waits for 1I1
+    assert timeline.busy(0) == 2 * (1 + 2 + 0.5)
+    assert timeline.busy(1) == 2 * (4 + 3 + 0.5)
+
+
 def test_a_timeline_has_spans_and_a_trace(tmp_path: Path) -> None:
     timeline = plan("1f1b", 2, 2).simulate(CostModel(latency=0.5), sends="late")
     assert timeline.num_ranks == 2
@@ -179,6 +187,8 @@ def test_other_mistakes() -> None:
         schedule.simulate(sends="soon")  # type: ignore[arg-type]
     with pytest.raises(ScheduleError, match="forward is -1"):
         schedule.simulate(CostModel(forward=-1))
+    with pytest.raises(ScheduleError, match="forward has 3 durations for 2 stages"):
+        schedule.simulate(CostModel(forward=[1, 1, 1]))
     with pytest.raises(ScheduleError, match="lookahead is -1"):
         schedule.lower(lookahead=-1)
     with pytest.raises(ScheduleError, match="once"):

@@ -81,13 +81,13 @@ class Simulation {
   [[nodiscard]] double duration(const Action& action) const {
     switch (action.op()) {
       case Op::kForward:
-        return costs_.forward;
+        return costs_.forward[action.stage()];
       case Op::kBackward:
-        return costs_.backward_input + costs_.backward_weight;
+        return costs_.backward_input[action.stage()] + costs_.backward_weight[action.stage()];
       case Op::kBackwardInput:
-        return costs_.backward_input;
+        return costs_.backward_input[action.stage()];
       case Op::kBackwardWeight:
-        return costs_.backward_weight;
+        return costs_.backward_weight[action.stage()];
       case Op::kOverlap:
         return costs_.overlapped.value_or(duration(action.forward_half()) +
                                           duration(action.backward_half()));
@@ -123,21 +123,32 @@ void check_computes(const Schedule& schedule) {
   }
 }
 
-void check_cost(const char* name, double value) {
+void check_cost(const std::string& name, double value) {
   if (std::isfinite(value) && value >= 0) return;
   throw ScheduleError(cat(name, " is ", value, "; a duration is finite and at least 0"));
 }
 
-void check_costs(const CostModel& costs) {
-  check_cost("forward", costs.forward);
-  check_cost("backward_input", costs.backward_input);
-  check_cost("backward_weight", costs.backward_weight);
+void check_stage_times(const char* name, const StageTimes& costs, int num_stages) {
+  const std::vector<double>& times = costs.times();
+  if (costs.differ() && times.size() != static_cast<std::size_t>(num_stages)) {
+    throw ScheduleError(cat(name, " has ", times.size(), " durations for ", num_stages,
+                            " stages; give one for each stage, or one for all"));
+  }
+  for (std::size_t s = 0; s < times.size(); ++s) {
+    check_cost(costs.differ() ? cat(name, " of stage ", s) : name, times[s]);
+  }
+}
+
+void check_costs(const CostModel& costs, int num_stages) {
+  check_stage_times("forward", costs.forward, num_stages);
+  check_stage_times("backward_input", costs.backward_input, num_stages);
+  check_stage_times("backward_weight", costs.backward_weight, num_stages);
   check_cost("overlapped", costs.overlapped.value_or(0));
   check_cost("latency", costs.latency);
   check_cost("message_time", costs.message_time);
 }
 
-// Early sends are the late ones of the actions that the engine really runs.
+// The actions that the engine runs: simulated with late sends, they give the times of early ones.
 Schedule as_run(const Schedule& schedule, bool pairs_are_one_piece) {
   if (pairs_are_one_piece) return split_backward(schedule, false);
   return split_backward(serialize_overlap(schedule));
@@ -158,7 +169,7 @@ int Timeline::peak_activations(Rank rank) const {
 }
 
 Timeline simulate(const Schedule& schedule, const CostModel& costs, Sends sends) {
-  check_costs(costs);
+  check_costs(costs, schedule.num_stages());
   check_computes(schedule);
   if (sends == Sends::kLate) return Simulation(schedule, costs).run();
   const Schedule split = as_run(schedule, costs.overlapped.has_value());

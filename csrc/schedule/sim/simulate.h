@@ -2,17 +2,33 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "schedule/schedule.h"
 
 namespace dualpipe {
 
+// How long an action takes: the same on all stages, or a duration for each stage.
+class StageTimes {
+ public:
+  StageTimes(double all) : times_{all} {}
+  StageTimes(std::vector<double> by_stage) : times_(std::move(by_stage)), differ_(true) {}
+
+  [[nodiscard]] double operator[](Stage stage) const { return times_[differ_ ? stage.index() : 0]; }
+  [[nodiscard]] const std::vector<double>& times() const { return times_; }
+  [[nodiscard]] bool differ() const { return differ_; }  // times() is by stage
+
+ private:
+  std::vector<double> times_;
+  bool differ_ = false;
+};
+
 // Durations in any one unit of time.
 struct CostModel {
-  double forward = 1;
-  double backward_input = 1;
-  double backward_weight = 1;
+  StageTimes forward = 1;
+  StageTimes backward_input = 1;
+  StageTimes backward_weight = 1;
   std::optional<double> overlapped = {};  // a whole F&B as one piece; none: its parts
   double latency = 0;                     // of a message
   double message_time = 0;  // bytes over bandwidth: time a message occupies its channel
@@ -29,7 +45,7 @@ struct Span {
   double end;
 };
 
-// The same form as the engine's measured trace (engine/trace.h).
+// Of the same form as the engine's measured trace (engine/trace.h).
 struct Timeline {
   std::vector<std::vector<Span>> ranks;  // compute spans, by rank, in order
   double makespan = 0;
@@ -41,7 +57,7 @@ struct Timeline {
 
 // Event-driven; schedule is one of compute actions alone (what a planner gives). With kEarly the
 // spans are those of the split actions that the engine runs. Throws ScheduleError on costs that
-// are negative or not finite, and on a schedule that does not come to its end.
+// are negative, not finite or for another number of stages, and on a schedule that cannot finish.
 [[nodiscard]] Timeline simulate(const Schedule& schedule, const CostModel& costs, Sends sends);
 
 // A line for each rank, a character for each `unit` of time: what runs when; bubbles are dots.

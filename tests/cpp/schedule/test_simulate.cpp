@@ -51,8 +51,8 @@ TEST(Simulate, OneFOneBBubbleFollowsTheFormula) {
     const Schedule schedule = plan("1f1b", {p, 3 * p, 0});
     for (const CostModel& costs :
          {CostModel{}, CostModel{.forward = 2, .backward_input = 3, .backward_weight = 1}}) {
-      const double f = costs.forward;
-      const double b = costs.backward_input + costs.backward_weight;
+      const double f = costs.forward[Stage(0)];
+      const double b = costs.backward_input[Stage(0)] + costs.backward_weight[Stage(0)];
       EXPECT_DOUBLE_EQ(bubble(schedule, costs, Sends::kLate), (p - 1) * (f + b));
     }
   }
@@ -101,6 +101,26 @@ TEST(Simulate, AMessageOccupiesItsChannel) {
   EXPECT_DOUBLE_EQ(timeline.ranks[1][1].start, 1 + 5 + 5);
 }
 
+// With early sends, stage 0 need not wait for stage 1's W.
+TEST(Simulate, StagesMayTakeDifferentTimes) {
+  const Schedule schedule = make(kLoop, 2, {"0F0 0B0", "1F0 1B0"});
+  const CostModel costs{.forward = std::vector<double>{1, 2},
+                        .backward_input = std::vector<double>{5, 3},
+                        .backward_weight = std::vector<double>{0.5, 1}};
+  EXPECT_DOUBLE_EQ(simulate(schedule, costs, Sends::kLate).makespan, 1 + 2 + (3 + 1) + (5 + 0.5));
+  EXPECT_DOUBLE_EQ(simulate(schedule, costs, Sends::kEarly).makespan, 1 + 2 + 3 + (5 + 0.5));
+}
+
+// Each half of a pair takes the time of its own stage.
+TEST(Simulate, HalvesOfAPairAreOfDifferentStages) {
+  const Schedule schedule =
+      make(PlacementKind::kV, 2, {"0F0 1F0 (0F1;1B0)OVERLAP_F_B 1F1 0B0 1B1 0B1"});
+  const CostModel costs{.forward = std::vector<double>{1, 10}, .backward_weight = 0};
+  const Timeline timeline = simulate(schedule, costs, Sends::kLate);
+  EXPECT_DOUBLE_EQ(timeline.ranks[0][2].end - timeline.ranks[0][2].start, 1 + 1);
+  EXPECT_DOUBLE_EQ(timeline.makespan, 2 * (1 + 10) + 4);
+}
+
 TEST(Simulate, EarlySpansAreWhatTheEngineRuns) {
   const Schedule schedule = make(kLoop, 2, {"0F0 0F1 0B0 0B1", "1F0 (1F1;1B0)OVERLAP_F_B 1B1"});
   const auto texts = [&](const CostModel& costs, Sends sends) {
@@ -133,6 +153,12 @@ TEST(Simulate, RefusesNonsense) {
   expect_error<ScheduleError>(run({.forward = -1}), {"forward is -1"});
   expect_error<ScheduleError>(run({.overlapped = -2}), {"overlapped is -2"});
   expect_error<ScheduleError>(run({.latency = std::nan("")}), {"latency", "finite"});
+  expect_error<ScheduleError>(run({.forward = std::vector<double>{1, 2, 3}}),
+                              {"forward has 3 durations for 2 stages"});
+  expect_error<ScheduleError>(run({.backward_input = std::vector<double>{}}),
+                              {"backward_input has 0 durations"});
+  expect_error<ScheduleError>(run({.backward_weight = std::vector<double>{1, -1}}),
+                              {"backward_weight of stage 1 is -1"});
   const Schedule cycle = make(kLoop, 2, {"0F0 0B0 0F1 0B1", "1F0 1F1 1B0 1B1"});
   expect_error<ScheduleError>([&] { (void)simulate(cycle, {}, Sends::kLate); },
                               {"rank 0, step 1: 0B0", "verify"});
