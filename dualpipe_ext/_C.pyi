@@ -36,6 +36,7 @@ __all__: list[str] = [
     "deferred_linear",
     "has_cpu_backend",
     "mirror_ways",
+    "parse_action",
     "plan_schedule",
     "planners",
     "process_group_all_gather",
@@ -592,6 +593,11 @@ def mirror_ways(
 ) -> list[MessageWay]:
     """
     The ways that the exchanges between mirrors take.
+    """
+
+def parse_action(text: str) -> list[tuple[str, int, int | None]]:
+    """
+    (operation, stage, micro-batch) of an action, or of both halves of a pair.
     """
 
 def plan_schedule(

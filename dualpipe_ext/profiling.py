@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dualpipe_ext.schedule import parse_action
 from dualpipe_ext.stats import StepStatistics, TraceEvent
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
 ]
 
 _KEPT_STEPS = 1000
-_OP = re.compile(r"\d+([A-Z]+)\d+")
 
 
 @dataclass
@@ -61,7 +60,7 @@ class _Steps:
         self.last_seconds.append(step.step_seconds)
         self.last = step
         for event in trace:
-            kind = "&".join(_OP.findall(event.action)) or event.action
+            kind = "&".join(part.op for part in parse_action(event.action))
             self.actions.setdefault(kind, _Time()).add(event)
 
     def summary(self) -> dict[str, Any]:

@@ -19,11 +19,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 from dualpipe_ext import _C
 
 __all__ = [
+    "Action",
     "CostModel",
     "Diagnostic",
     "PlannerInfo",
@@ -31,6 +32,7 @@ __all__ = [
     "ScheduleError",
     "Span",
     "Timeline",
+    "parse_action",
     "plan",
     "schedules",
 ]
@@ -62,6 +64,16 @@ class Diagnostic:
     step: int
     """Index into the rank's actions; -1: the whole row."""
     text: str
+
+
+class Action(NamedTuple):
+    """A computation, a message or a reduction of one stage."""
+
+    op: str
+    """The letters of the text: ``F``, ``SEND_F``, ..."""
+    stage: int
+    microbatch: int | None
+    """``None`` for ``REDUCE_GRAD``."""
 
 
 @dataclass(frozen=True)
@@ -334,6 +346,15 @@ def plan(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int 
         ScheduleError: an unknown name, or sizes that the schedule cannot serve.
     """
     return Schedule(_C.plan_schedule(name, num_ranks, num_microbatches, stages_per_rank))
+
+
+def parse_action(text: str) -> list[Action]:
+    """Reads the text of an action; an overlapped pair is two actions, its forward first.
+
+    Raises:
+        ScheduleError: the text is malformed; names the column.
+    """
+    return [Action(*part) for part in _C.parse_action(text)]
 
 
 def schedules() -> Sequence[PlannerInfo]:

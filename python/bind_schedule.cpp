@@ -1,5 +1,6 @@
 #include <pybind11/stl.h>
 
+#include <tuple>
 #include <variant>
 
 #include "bindings.h"
@@ -96,6 +97,18 @@ CostModel cost_model(OneOrEach forward, OneOrEach backward_input, OneOrEach back
           message_time};
 }
 
+using Part = std::tuple<std::string, int, std::optional<int>>;
+
+std::vector<Part> parts_of(const std::string& text) {
+  std::vector<Part> parts;
+  for_each_part(parse_action(text), [&](const Action& part) {
+    const Microbatch microbatch = part.microbatch();
+    parts.emplace_back(op_name(part.op()), part.stage().value(),
+                       microbatch.valid() ? std::optional(microbatch.value()) : std::nullopt);
+  });
+  return parts;
+}
+
 void bind_planners(py::module_& module) {
   py::class_<PlannerInfo>(module, "PlannerInfo", "A built-in planner.")
       .def_property_readonly("name", [](const PlannerInfo& info) { return info.name; })
@@ -118,6 +131,8 @@ void bind_planners(py::module_& module) {
       },
       "text"_a, "placement"_a, "num_stages"_a, Unlocked(),
       "Parses the CSV of torch.distributed.pipelining; verifies nothing.");
+  module.def("parse_action", &parts_of, "text"_a,
+             "(operation, stage, micro-batch) of an action, or of both halves of a pair.");
 }
 
 void bind_schedule_class(py::module_& module) {

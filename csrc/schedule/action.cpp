@@ -29,13 +29,6 @@ constexpr std::string_view kOverlapSuffix = ")OVERLAP_F_B";
 constexpr std::int64_t kMaxStage = std::numeric_limits<std::uint16_t>::max() - 1;
 constexpr std::int64_t kMaxMicrobatch = std::numeric_limits<std::int32_t>::max() - 1;
 
-std::string_view op_name(Op op) {
-  for (const OpName& name : kOpNames) {
-    if (name.op == op) return name.text;
-  }
-  throw InternalError(cat("action with unknown operation ", static_cast<int>(op)));
-}
-
 // Reads one action from the left; every error names the column (from 1) at which it stands.
 class Parser {
  public:
@@ -118,6 +111,13 @@ void append(std::string& out, const Action& action) {
 }
 
 }  // namespace
+
+std::string_view op_name(Op op) {
+  for (const OpName& name : kOpNames) {
+    if (name.op == op) return name.text;
+  }
+  throw InternalError(cat("action with unknown operation ", static_cast<int>(op)));
+}
 
 std::string to_string(const Action& action) {
   std::string out;

@@ -110,13 +110,16 @@ class LiveActivations {
   int peak_ = 0;
 };
 
+// "F", "SEND_F", ... Throws InternalError on kOverlap: only the halves of a pair have names.
+[[nodiscard]] std::string_view op_name(Op op);
+
 // "3F12", "(0F7;7B13)OVERLAP_F_B", "3SEND_F12", "3REDUCE_GRAD", ...
 [[nodiscard]] std::string to_string(const Action& action);
 
-// The same, at the end of a text that grows.
+// Appends the same text to `out`.
 void append_to(std::string& out, const Action& action);
 
-// A text that is no action. column counts from 1 within the action's own text.
+// A malformed action text. column counts from 1 within the action's own text.
 class ActionSyntaxError : public ScheduleError {
  public:
   ActionSyntaxError(std::size_t column, const std::string& problem)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,13 +12,12 @@ from dualpipe_ext.adapters.balance import step_seconds
 from dualpipe_ext.adapters.cost import Cost
 from dualpipe_ext.adapters.partition import Partition
 from dualpipe_ext.adapters.plan import PartitionPlan
+from dualpipe_ext.schedule import parse_action
 
 if TYPE_CHECKING:  # pipelines know partitions, too
     from dualpipe_ext.pipeline import Pipeline
 
 __all__ = ["Imbalance", "report_imbalance"]
-
-_ACTION = re.compile(r"(\d+)([FBIW])\d+")
 
 
 @dataclass(frozen=True)
@@ -130,10 +128,10 @@ def _own_seconds(pipeline: Pipeline) -> list[float]:
     """Of this rank's copies: seconds of F, I and W and the number of F, of each stage in turn."""
     totals = [[0.0] * 4 for _ in range(pipeline.num_stages)]
     for event in pipeline.last_trace:
-        for stage, kind in _ACTION.findall(event.action):
+        for part in parse_action(event.action):
             seconds = event.end - event.start - event.wait
-            totals[int(stage)]["FIW".index("I" if kind == "B" else kind)] += seconds
-            totals[int(stage)][3] += kind == "F"
+            totals[part.stage]["FIW".index("I" if part.op == "B" else part.op)] += seconds
+            totals[part.stage][3] += part.op == "F"
     return [value for row in totals for value in row]
 
 

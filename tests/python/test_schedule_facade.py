@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from dualpipe_ext.schedule import (
+    Action,
     CostModel,
     Schedule,
     ScheduleError,
     Span,
+    parse_action,
     plan,
     schedules,
 )
@@ -94,6 +96,14 @@ def test_stages_may_take_different_times() -> None:
     assert timeline.makespan == 1 + 2 * 4 + (3 + 0.5 + 3) + (2 + 0.5)  # 0B1 waits for 1I1
     assert timeline.busy(0) == 2 * (1 + 2 + 0.5)
     assert timeline.busy(1) == 2 * (4 + 3 + 0.5)
+
+
+def test_actions_are_read_from_their_text() -> None:
+    assert parse_action("3SEND_F12") == [Action("SEND_F", 3, 12)]
+    assert parse_action("(0F7;7I13)OVERLAP_F_B") == [Action("F", 0, 7), Action("I", 7, 13)]
+    assert parse_action("3REDUCE_GRAD") == [Action("REDUCE_GRAD", 3, None)]
+    with pytest.raises(ScheduleError, match=r"column 2: .*3Q12"):
+        parse_action("3Q12")
 
 
 def test_a_timeline_has_spans_and_a_trace(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from typing import Any
@@ -14,6 +13,7 @@ from parity import Job, own_batch, own_stages, run_job
 from torch import Tensor, nn
 
 from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline
+from dualpipe_ext.schedule import parse_action
 from dualpipe_ext.testing import run_ranks
 from dualpipe_ext.utils import disable_profiling, enable_profiling
 
@@ -47,7 +47,7 @@ class Overlapping(nn.Linear):
 
 def kinds(trace: list[str]) -> Counter[str]:
     """How often each kind of action is in a trace; pairs count as one."""
-    return Counter("F&B" if "OVERLAP" in action else re.sub(r"\d", "", action) for action in trace)
+    return Counter("&".join(part.op for part in parse_action(action)) for action in trace)
 
 
 @pytest.mark.parametrize(("num_ranks", "num_chunks"), COUNTS)
@@ -81,12 +81,8 @@ def test_actions_of_the_published_order(num_ranks: int, num_chunks: int) -> None
 @pytest.mark.parametrize(("num_ranks", "num_chunks"), [(2, 4), (4, 8), (4, 20), (8, 20)])
 def test_every_computation_happens_once(num_ranks: int, num_chunks: int) -> None:
     for result in run_job(Job("bias", "dualpipe", num_ranks, num_chunks)):
-        halves = [
-            half
-            for action in result.trace
-            for half in re.findall(r"\d+[A-Z]\d+", action.replace("OVERLAP_F_B", ""))
-        ]
-        counts = Counter(re.sub(r"^\d+|\d+$", "", half) for half in halves)
+        halves = [half for action in result.trace for half in parse_action(action)]
+        counts = Counter(half.op for half in halves)
         assert counts["F"] == num_chunks
         assert counts["B"] + counts["I"] == num_chunks
         assert counts["W"] == counts["I"]

@@ -22,6 +22,12 @@ TEST(Action, PartsOfAPair) {
   EXPECT_EQ(pair.backward_half(), parse_action("4B3"));
 }
 
+TEST(Action, OperationsHaveTheNamesOfTheTexts) {
+  EXPECT_EQ(op_name(Op::kBackwardInput), "I");
+  EXPECT_EQ(op_name(Op::kReduceGrad), "REDUCE_GRAD");
+  EXPECT_THROW((void)op_name(Op::kOverlap), InternalError);
+}
+
 TEST(Action, EveryBitOfItIsCompared) {
   EXPECT_NE(parse_action("(3F12;4B3)OVERLAP_F_B"), parse_action("(3F12;4I3)OVERLAP_F_B"));
   EXPECT_NE(parse_action("(3F12;4B3)OVERLAP_F_B"), parse_action("(3F12;4B4)OVERLAP_F_B"));
