@@ -30,7 +30,7 @@ class RankBatch:
     def check(
         self, inputs: Given, labels: Given | None, criterion: Criterion | None, training: bool
     ) -> None:
-        """Raises ValueError where something is missing or on the wrong rank; TypeError for no tuple."""
+        """Raises ValueError for data missing or on a wrong rank, TypeError for a bare tensor."""
         if isinstance(labels, Tensor):
             raise TypeError("labels must be a tuple of tensors; found a tensor; pass labels=(y,)")
         self._check_inputs(any(x is not None for x in inputs))

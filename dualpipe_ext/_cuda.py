@@ -32,7 +32,7 @@ def has_cuda() -> bool:
 
 
 def require_cuda(transport: str) -> None:
-    """Raises ValueError where this build has no CUDA, or NCCL is wanted of a process with two."""
+    """Raises ValueError if this build has no CUDA, or for NCCL if the process has loaded two."""
     if not has_cuda():
         raise ValueError(
             f"transport={transport!r} needs the extension with CUDA, and this one was built "
@@ -62,7 +62,7 @@ def clock_by_gpu(engine: _C.Engine, device: torch.device) -> None:
 def reserve_queues() -> None:
     """Asks for all hardware queues that a GPU has, where CUDA has not started in this process.
 
-    Once it has, the driver looks no more. A number that the user has set stays.
+    The driver reads the number once, when CUDA starts. A number that the user has set stays.
     """
     if has_cuda() and not torch.cuda.is_initialized():
         os.environ.setdefault(QUEUES, str(MOST_QUEUES))
@@ -74,7 +74,7 @@ def num_queues() -> int:
 
 
 def shared_queues(num_streams: int) -> str | None:
-    """What to tell the user where more queues would help so many streams; ``None``: they would not.
+    """Advice for the user if more queues would help so many streams; otherwise ``None``.
 
     A message that waits for its peer holds up computation behind it in the same queue.
     """

@@ -18,7 +18,7 @@ MAX_FRAMES = 8
 
 
 def describe(error: BaseException, trace: TracebackType | None) -> str:
-    """Its type and words, and the user's own lines that led to it, the innermost first."""
+    """Describes an error: type, text, and the user's own lines that led to it, innermost first."""
     text = "".join(traceback.format_exception_only(type(error), error)).strip()
     frames = traceback.extract_tb(trace)[::-1]
     own = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)]
@@ -37,7 +37,7 @@ def is_the_stages(error: BaseException, step: Step) -> bool:
 
 
 def _was_raised_in_python(error: BaseException) -> bool:
-    """Whether code of the user's raised it below the engine: in a backward or a hook of torch's.
+    """Whether the user's code raised it below the engine: in a backward or a hook of torch.
 
     What the engine itself raises has the frame that called it, and no other.
     """

@@ -42,8 +42,8 @@ class LocalStages:
     Attributes:
         source: where the schedules of steps come from.
         num_stages: the stages of the whole model.
-        stages: those of this rank, in the order of ``modules``.
-        device: that of their tensors.
+        stages: the stages of this rank, in the order of ``modules``.
+        device: the device of their tensors.
         overlapped: the stages' own ``overlapped_forward_backward``, if they have one.
         weight_split: which weight gradients W computes.
         mirrors: the other copies of the stages; ``None``: there are none.
@@ -204,7 +204,7 @@ class LocalStages:
 
 
 def _device_of(modules: Sequence[nn.Module]) -> torch.device | None:
-    """That of the parameters, or of the buffers where there are none; ``None``: there is no tensor."""
+    """The device of the parameters, else of the buffers; ``None`` if there is no tensor."""
     parameters = (parameter.device for module in modules for parameter in module.parameters())
     buffers = (buffer.device for module in modules for buffer in module.buffers())
     return next(chain(parameters, buffers), None)

@@ -21,9 +21,9 @@ HOST = "cpu"
 
 
 def save_memory(stages: Sequence[nn.Module], how: str) -> None:
-    """Makes stages keep less, as ``DualPipeConfig.memory_optimization`` says, and that alone.
+    """Makes stages keep less, as ``DualPipeConfig.memory_optimization`` says.
 
-    What an earlier call did is undone. Parameters, names and hooks of modules stay as they are.
+    Undoes an earlier call first. Parameters, names and hooks of modules stay as they are.
     """
     for module in nn.ModuleList(stages).modules():
         saving = module.__dict__.get("forward")
@@ -95,7 +95,7 @@ class SavingForward:
 
 
 def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
-    """What is kept of a saved tensor. Parameters stay where they are: they are there anyway."""
+    """Returns what to keep of a saved tensor. Parameters are not copied: they stay anyway."""
     owner = tensor._base if tensor._is_view() else tensor
     if tensor.device.type == HOST or isinstance(owner, nn.Parameter):
         return tensor.device, tensor.detach()

@@ -35,7 +35,7 @@ class GpuSettings:
     Attributes:
         ways: all that this rank sends and receives by.
         device: the index of its GPU.
-        by_copies: by copy engines, not over NCCL.
+        by_copies: whether messages go by copy engines, not over NCCL.
         queues_are_shared: whether streams of this process share hardware queues.
         reductions_may_wait: whether sums of gradients may wait for other ranks within a step, as
             their streams share no queue with computation.
@@ -72,10 +72,10 @@ class Offer(TypedDict):
 
     Attributes:
         transport: the configured one.
-        gpu: where ``"auto"`` might send from: the host as NCCL tells it from others, and the place on
-            its bus; empty: from no GPU.
+        gpu: the GPU that ``"auto"`` might send from: its host, as NCCL tells hosts apart, and its
+            place on the bus; empty: none.
         is_anywhere: whether stages have no tensor, so that they are where their inputs are.
-        problem: why NCCL cannot be used on that GPU; empty: it can.
+        problem: why NCCL cannot be used on that GPU; empty if it can.
     """
 
     transport: Transport
@@ -87,11 +87,11 @@ class Offer(TypedDict):
 def offered_transport(
     config: DualPipeConfig, device: torch.device | None, *, threads: bool
 ) -> Offer:
-    """What this rank can do.
+    """Returns the offer of this rank.
 
     Args:
         config: the pipeline's.
-        device: that of the stages; ``None``: they have no tensor.
+        device: the device of the stages; ``None`` if they have no tensor.
         threads: whether ranks share this process.
 
     Raises:
@@ -116,10 +116,10 @@ def offered_transport(
 
 
 def choose_transport(offers: Sequence[Offer]) -> tuple[Transport, str]:
-    """What the messages of all ranks travel over, and why not from GPU to GPU where it might.
+    """Returns what all messages travel over, and why not from GPU to GPU where they might.
 
     Args:
-        offers: of each rank; they were asked for the same transport.
+        offers: the offer of each rank, all for the same configured transport.
     """
     wanted = offers[0]["transport"]
     if wanted != "auto":
@@ -165,9 +165,9 @@ def gpu_settings(
     Args:
         transport: the chosen one.
         config: the pipeline's.
-        device: that of the stages.
+        device: the device of the stages.
         ways: all that the rank sends and receives by.
-        num_ways_of_others: those of each other rank that shares this process and its hardware
+        num_ways_of_others: the ways of each other rank that shares this process and its hardware
             queues: all of them must decide alike.
     """
     if transport == "host":

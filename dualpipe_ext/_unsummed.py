@@ -9,7 +9,7 @@ __all__ = ["UnsummedGradients"]
 
 
 class UnsummedGradients:
-    """Whether gradients are those of one copy alone, and were used all the same; or summed twice.
+    """Notices gradients of one copy alone that are used all the same, and sums made twice.
 
     Args:
         mirrors: the other copies; ``None``: there are none, and nothing to sum.
@@ -22,27 +22,27 @@ class UnsummedGradients:
         self._has_warned = False
 
     def add(self) -> None:
-        """A step has left gradients to be summed."""
+        """Notes that a step has left gradients to be summed."""
         self._summed = []
         if self._mirrors is not None:
             self._after_step = self._mirrors.num_changes()
 
     def note_copy(self) -> None:
-        """Parameters were made equal; what is to be summed still is."""
+        """Notes that parameters were made equal, which is not to be taken for an update."""
         if self._after_step is not None:
             self.add()
 
     def clear(self) -> None:
-        """They are of no account any more."""
+        """Forgets that there were gradients to be summed."""
         self._after_step = None
 
     def note_sum(self) -> None:
-        """They were summed."""
+        """Notes that gradients were summed."""
         self._after_step = None
         self._summed = self._marks()
 
     def warn_if_summed(self, rank: int) -> None:
-        """Warns before a sum of what the last one left, with no step between them."""
+        """Warns if gradients are summed again with no step in between."""
         if self._summed and self._summed == self._marks():
             warn_caller(
                 f"rank {rank}: gradients that were summed over the two copies of each stage are "
@@ -51,7 +51,7 @@ class UnsummedGradients:
             )
 
     def warn_if_clipped(self, rank: int) -> None:
-        """Warns before a norm of gradients of one copy alone."""
+        """Warns if the norm is taken of one copy's gradients alone."""
         if self._after_step is not None and self._marks():
             warn_caller(
                 f"rank {rank}: clip_grad_norm_() before gradients are summed over the two copies "

@@ -29,7 +29,7 @@ def host_group(group: dist.ProcessGroup, timeout: float | None = None) -> dist.P
     roots are ranks of the group (``group_src``, ``group_dst``), within :func:`reaching`.
 
     Args:
-        group: of torch.
+        group: a group of torch.
         timeout: seconds that the others may take to come to the first call.
 
     Raises:
@@ -50,7 +50,7 @@ def group_at(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGrou
 
 @contextmanager
 def reaching(whom: str) -> Iterator[None]:
-    """Around collectives of torch, whose errors say no more than that; raises PipelineError."""
+    """Turns the errors of torch's collectives, which say little, into PipelineError."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -58,7 +58,7 @@ def reaching(whom: str) -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Torch looks for the name of the group to write about an error, and finds none: another error."""
+    """The error itself: torch raises another one, as it finds no name of the group to report."""
     while isinstance(error, ValueError) and error.__context__ is not None:
         error = error.__context__
     return error

@@ -164,10 +164,10 @@ class Profiler:
         Console(width=120).print(table)
 
     def save_to_file(self, path: str | os.PathLike[str]) -> Path:
-        """Writes :meth:`summary` as JSON; every process its own, with its ranks.
+        """Writes :meth:`summary` as JSON, a file for each process.
 
         Args:
-            path: that of the first process; the others put ``.rank1`` and so on before its ending.
+            path: the file of the first process; others put ``.rank1`` and so on before its ending.
 
         Returns:
             Where it was written.
@@ -197,7 +197,7 @@ def enable_profiling(log_dir: str | os.PathLike[str] = ".") -> Profiler:
 
 
 def disable_profiling() -> None:
-    """Steps are no longer added up; :func:`get_profiler` knows none."""
+    """Stops adding up steps; :func:`get_profiler` raises from then on."""
     global _profiler
     _profiler = None
 

@@ -58,7 +58,7 @@ class PlannerInfo:
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """Something that a schedule does wrong."""
+    """One mistake in a schedule."""
 
     rank: int
     step: int
@@ -136,7 +136,7 @@ class Timeline:
         return self._native.bubble(rank)
 
     def peak_activations(self, rank: int) -> int:
-        """Micro-batches whose activations a rank holds at once, at most."""
+        """The most micro-batches whose activations a rank holds at once."""
         return self._native.peak_activations(rank)
 
     def grid(self, unit: float = 0.25) -> str:
@@ -236,7 +236,7 @@ class Schedule:
         with_backward: bool = True,
         reduce_gradients: bool = False,
     ) -> Schedule:
-        """This schedule of compute actions with explicit messages: what the engine runs.
+        """Returns this schedule of compute actions with explicit messages, as the engine runs it.
 
         Args:
             lookahead: how many compute actions ahead of its use a receive is posted.
@@ -271,7 +271,7 @@ class Schedule:
         self._native.verify()
 
     def diagnostics(self) -> list[Diagnostic]:
-        """All that :meth:`verify` would complain about (at most 64); empty for a sound schedule."""
+        """What :meth:`verify` finds, at most 64 mistakes; empty for a sound schedule."""
         return [Diagnostic(*found) for found in self._native.diagnostics()]
 
     def simulate(
@@ -304,7 +304,7 @@ class Schedule:
         return Timeline(self._native.simulate(native_costs, when))
 
     def peak_activations(self, rank: int) -> int:
-        """Micro-batches whose activations a rank holds at once, at most."""
+        """The most micro-batches whose activations a rank holds at once."""
         return self._native.peak_activations(rank)
 
     def grid(self, rank: int | None = None, step: int = -1) -> str:

@@ -31,7 +31,7 @@ class StepStatistics:
             issued, and not how long it took.
         step_seconds: from the call to the commit on all ranks. By the device's clock: from where
             this rank's stream gets to the step until it is past its last computation, so that what
-            it idles behind that is in none of these numbers.
+            it idles after that is in none of these numbers.
         busy_seconds: of these, spent computing.
         measured_bubble: the share of the step in which this rank did not compute.
         planned_bubble: the same in the schedule, with F = I = W and messages that take no time.

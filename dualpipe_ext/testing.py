@@ -144,9 +144,9 @@ def _stream_after(issued: torch.cuda.Stream | None) -> Iterator[None]:
 
 
 def _multiply_once() -> None:
-    """Has cuBLAS make what it keeps for each thread, which may wait for all that runs on the device.
+    """Has cuBLAS allocate its memory of each thread, which may wait for all work on the device.
 
-    In a step that would be what waits for another rank, whose turn would never come.
+    Within a step, that work may wait for another rank, whose turn would never come.
     """
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         x = torch.ones(16, 16, device="cuda", dtype=dtype)

@@ -105,7 +105,7 @@ def weight_split(module: nn.Module) -> WeightSplitReport:
 
 
 def can_defer_natively(layer: nn.Module) -> bool:
-    """Whether the layer is a linear one whose forward another one of ours can stand in for."""
+    """Whether the layer is linear and a :class:`DeferredForward` can replace its forward."""
     kind = _linear_class(layer)
     return kind is not None and not _own_forward(layer, kind) and not _unusable_weight(layer)
 

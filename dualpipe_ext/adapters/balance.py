@@ -23,14 +23,14 @@ _TIMEOUT_S = 600.0  # for ranks that measure more slowly than others
 def balanced_sizes(
     costs: Sequence[Cost], num_stages: int, criterion: str, paired: bool = True
 ) -> list[int]:
-    """How many of the costs each stage gets, next to one another; each one at least one.
+    """Returns how many consecutive costs each stage gets, at least one each.
 
-    Where each stage has a rank of its own, the costliest stage is to cost as little as possible.
-    Where rank r holds stages r and P-1-r (``paired``), what counts is the pair. For ``"memory"`` and
-    ``"parameters"`` it is the split whose fullest rank holds least, and of these the one whose
-    fullest stage does. For ``"time"``, the splits that no other beats in both the slowest rank and
-    the slowest stage are simulated, as steps of 3P micro-batches, and of the fastest ones, which
-    are less than half a percent apart, that whose slowest stage is the fastest.
+    Where each stage has a rank of its own, the costliest stage costs as little as possible. Where
+    rank r holds stages r and P-1-r (``paired``), the pair counts. For ``"memory"`` and
+    ``"parameters"``, the fullest rank holds as little as possible; of equal splits, that whose
+    fullest stage holds least wins. For ``"time"``, a step of 3P micro-batches is simulated for each
+    split that no other beats in both its slowest rank and its slowest stage; of those within half a
+    percent of the fastest, that whose slowest stage is the fastest wins.
     """
     amounts = [_amount(cost, criterion, num_stages) for cost in costs]
     if not paired:
@@ -70,7 +70,7 @@ def sum_of(costs: Sequence[Cost], sizes: Sequence[int]) -> list[Cost]:
 def agreed(
     measure: Callable[[], list[Cost]], process_group: dist.ProcessGroup | PipelineGroup | None
 ) -> list[Cost]:
-    """What rank 0 measures, on every rank: they all have to cut the model alike.
+    """Returns what rank 0 measures, on every rank: all have to cut the model alike.
 
     Raises:
         Exception: what ``measure`` raised on this rank, once the others know of it.

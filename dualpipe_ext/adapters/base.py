@@ -130,15 +130,15 @@ class ModelAdapterBase(ABC):
         return partitions
 
     def parts(self) -> list[range]:
-        """Layers that can be on different stages, by index: one each, where nothing joins them.
+        """Returns the parts that can be on different stages, as indices of layers.
 
-        The first part is what runs before all layers; what runs behind them is the last one, or
-        belongs to it.
+        A part is one layer, unless something joins several. The first part is what runs before all
+        layers; what runs behind them is the last part, or belongs to it.
         """
         return single_layers(len(self.layers))
 
     def measure(self, sample_inputs: Sequence[Tensor | None] | None = None) -> list[Cost]:
-        """What each of :meth:`parts` takes, measured: F, I, W, activations.
+        """Measures what each of :meth:`parts` costs: F, I, W and activations.
 
         Args:
             sample_inputs: as for :meth:`partition`.
@@ -156,7 +156,7 @@ class ModelAdapterBase(ABC):
         sample_inputs: Sequence[Tensor | None] | None,
         process_group: dist.ProcessGroup | PipelineGroup | None,
     ) -> list[Cost]:
-        """The costs of the parts; measured ones where times or activations count."""
+        """The costs of the parts, measured if times or activations count."""
         if balance == "parameters":
             return [parameter_cost(piece.module) for piece in self.cut(parts)]
         return agreed(lambda: self.measure(sample_inputs), process_group)
@@ -203,7 +203,7 @@ class ModelAdapterBase(ABC):
 
 
 def is_causal_model(model: nn.Module) -> bool:
-    """Whether its class, or one that it is derived from, is a causal language model of transformers."""
+    """Whether its class or a base class is a causal language model of transformers."""
     return any(
         kind.__name__.endswith(("ForCausalLM", "LMHeadModel"))
         and kind.__module__.startswith(("transformers.", "transformers_modules."))

@@ -13,7 +13,7 @@ __all__ = ["check_complete", "find_ties"]
 
 Ties = tuple[tuple[tuple[int, str], ...], ...]
 
-# For what is on the two stages of one rank.
+# The remedy for what the two stages of one rank share.
 _SECOND_NAME = (
     ", or give the model a second name for it, as a head that is nn.Linear(..., bias=False) with "
     "head.weight = embedding.weight: a rank's two stages can share what has a name on each"

@@ -11,7 +11,7 @@ __all__ = ["Cost", "parameter_cost"]
 
 @dataclass(frozen=True)
 class Cost:
-    """What running a part of a model for one micro-batch takes, and what it holds.
+    """The time that a part of a model takes for one micro-batch, and the memory that it holds.
 
     Times and activations are 0 where they were not measured.
 
@@ -41,14 +41,14 @@ class Cost:
         return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def scaled(self, share: float) -> Cost:
-        """The times of a share of this."""
+        """Returns ``share`` of the times, without the amounts."""
         return Cost(share * self.forward, share * self.backward_input, share * self.backward_weight)
 
     def memory(self, num_stages: int) -> float:
         """Bytes in training: weights, gradients and two moments of Adam; activations.
 
-        A rank holds the activations of P+1 micro-batches, so each of its two stages those of
-        (P+1)/2, in the mean.
+        A rank holds the activations of P+1 micro-batches, so each of its two stages holds
+        those of (P+1)/2 on average.
         """
         return 4 * self.parameter_bytes + self.activation_bytes * (num_stages + 1) / 2
 

@@ -19,9 +19,9 @@ def check_number_of_inputs(
     """Raises where there are more tensors than inputs.
 
     Args:
-        tensors: what was given.
-        inputs: what the model takes, in order.
-        optional: what it would take if an adapter was told to pass it on.
+        tensors: the tensors that were given.
+        inputs: the arguments that the model takes, in order.
+        optional: the arguments that it would take if an adapter were told to pass them on.
 
     Raises:
         ValueError: says what it takes, and how it takes more.
@@ -42,8 +42,8 @@ class FirstCall:
 
     Attributes:
         kind: the name of the model's class.
-        inputs: what it takes, in order.
-        unused: what of it no operation used when it was traced.
+        inputs: the arguments that it takes, in order.
+        unused: those of them that no operation used when it was traced.
         optional: arguments of the model's forward that kept their defaults.
     """
 
@@ -54,7 +54,7 @@ class FirstCall:
 
     @classmethod
     def of(cls, model: nn.Module, graph: fx.Graph) -> FirstCall:
-        """That of a model and its trace."""
+        """The first call of a model, from its trace."""
         nodes = [node for node in graph.nodes if node.op == "placeholder"]
         inputs = tuple(str(node.target) for node in nodes)
         return cls(
@@ -83,6 +83,6 @@ class FirstCall:
 
 
 def _arguments(model: nn.Module) -> list[str]:
-    """What a model's forward takes by name."""
+    """The arguments that a model's forward takes by name."""
     parameters = inspect.signature(model.forward).parameters.values()
     return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

@@ -31,7 +31,7 @@ class Imbalance:
         better_sizes: the same with one layer moved, as for ``partition(balance=better_sizes)``;
             ``sizes`` where no move helps.
         layer: the layer to move, ``None`` where no move helps.
-        gain: by what share of itself the simulated step becomes shorter.
+        gain: the share of its time by which the simulated step becomes shorter.
         text: all of it in a sentence or two.
     """
 
@@ -119,13 +119,13 @@ def _measured(pipeline: Pipeline) -> list[Cost]:
 
 
 def _is_issue(pipeline: Pipeline) -> bool:
-    """Whether the last trace says when work was issued."""
+    """Whether the last trace says when work was issued, not how long it took."""
     on_gpu = any(parameter.is_cuda for parameter in pipeline.parameters())
     return on_gpu and bool(pipeline.last_trace) and pipeline.stats().clock == "host"
 
 
 def _own_seconds(pipeline: Pipeline) -> list[float]:
-    """Of this rank's copies: seconds of F, I and W and the number of F, of each stage in turn."""
+    """Seconds of F, I and W and the number of F on this rank, one stage after the other."""
     totals = [[0.0] * 4 for _ in range(pipeline.num_stages)]
     for event in pipeline.last_trace:
         for part in parse_action(event.action):
@@ -136,7 +136,7 @@ def _own_seconds(pipeline: Pipeline) -> list[float]:
 
 
 def _moves(plan: PartitionPlan, stages: Sequence[Cost]) -> list[_Move]:
-    """What it would be like if one layer went over a border between two stages."""
+    """All ways to move one layer over a border between two stages."""
     borders = list(pairwise(range(len(stages))))
     ways = [(a, b, -1) for a, b in borders] + [(b, a, 0) for a, b in borders]
     return [

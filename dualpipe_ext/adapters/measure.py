@@ -27,7 +27,7 @@ def measure(
     Gradients of parameters are left as they are, and so is torch's generator of random numbers.
 
     Args:
-        pieces: what an adapter cut, in order.
+        pieces: the stages that an adapter cut, in order.
         inputs: one micro-batch for the first of them, on its device.
         repeats: how often each action is run after one run that does not count.
 

@@ -1,4 +1,4 @@
-"""Modules that are called otherwise than their class says, which no stage would be."""
+"""Refuses modules whose call is not the forward of their class: no stage would call them so."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ __all__ = ["check_call"]
 
 
 def check_call(module: nn.Module, name: str = "") -> None:
-    """Raises where a call of a module is more, or something else, than the forward of its class.
+    """Raises unless a call of a module is the forward of its class and nothing more.
 
-    For modules that a cut copies or follows: what hangs on the one object would run the whole model
-    in every stage, or in none. Layers, which stay the objects that they are, may be called anyhow.
+    For modules that a cut copies or traces: what is attached to the object itself would run the
+    whole model in every stage, or in none. Layers stay the same objects, so their calls may differ.
 
     Args:
-        module: what is copied or followed.
+        module: the module that is copied or traced.
         name: its name in the model, empty for the model itself.
 
     Raises:
@@ -58,7 +58,7 @@ def _problem(module: nn.Module) -> str:
 
 
 def _is_of_class(forward: object, module: nn.Module) -> bool:
-    """Whether it is the method that the module has anyhow: accelerate's hooks leave it behind."""
+    """Whether this is the bound method of the class, as accelerate's hooks leave it behind."""
     of_class = getattr(forward, "__func__", None) is type(module).forward
     return of_class and getattr(forward, "__self__", None) is module
 

@@ -21,7 +21,7 @@ class Partition(nn.Module):
     forward returns, as tensors. Parameters are the model's own objects, not copies.
 
     Attributes:
-        plan: what this is a part of.
+        plan: the plan that this is a stage of.
     """
 
     def __init__(self, stage: Stage, plan: PartitionPlan) -> None:
@@ -63,7 +63,7 @@ class Partition(nn.Module):
         return mirror
 
     def set_mirror(self, mirror: Partition) -> None:
-        """For adapters: names the other stage of this one's rank."""
+        """Sets the other stage of this one's rank; for adapters."""
         self._mirror = (mirror,)
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> Partition:
@@ -106,9 +106,9 @@ class Partition(nn.Module):
 
 
 def _tie(partition: Partition, mirror: Partition) -> None:
-    """Makes what two partitions share one object again, that of the first, where it is no more.
+    """Gives the mirror the partition's own object for each parameter that the two share.
 
-    ``to_empty()`` replaces parameters that are on the meta device, each partition's for itself.
+    ``to_empty()`` replaces parameters on the meta device in each partition separately.
     """
     for names in partition.plan.ties:
         own = [name for stage, name in names if stage == partition.plan.index]
@@ -122,7 +122,7 @@ def _share(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 def _names_of_shared(module: nn.Module) -> list[list[str]]:
-    """The names of each parameter that has several."""
+    """The names of each parameter that has more than one."""
     names = defaultdict(list)
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)

@@ -21,7 +21,7 @@ class Split:
 
 
 def single_layers(num_layers: int) -> list[range]:
-    """What runs before all layers, each layer, and what runs behind them."""
+    """Separate parts: what runs before all layers, each layer, and what runs behind them."""
     singles = [range(i, i + 1) for i in range(num_layers)]
     return [range(0), *singles, range(num_layers, num_layers)]
 
@@ -42,7 +42,7 @@ class Parts:
         return Split(ranges, sum_of(self.costs, counts))
 
     def layer_seconds(self, layers: Sequence[str]) -> dict[str, float]:
-        """What each layer takes by its name, an equal share of its part; empty if not measured."""
+        """The time of each layer by name, an equal share of its part's; empty if not measured."""
         return {
             layers[i]: cost.seconds / len(part)
             for part, cost in zip(self.ranges, self.costs, strict=True)

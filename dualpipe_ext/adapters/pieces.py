@@ -25,7 +25,7 @@ class TracedModel:
     travels to it through all stages in between: masks, position tables, hidden states.
 
     Args:
-        model: whose forward is traced.
+        model: the model whose forward is traced.
         layers: names of submodules, in the order in which they run.
         inputs: arguments of the forward that are tensors.
 
@@ -60,7 +60,7 @@ class TracedModel:
         return [Stage(first, first_call), *(Stage(module, _call) for module in others)]
 
     def parts(self) -> list[range]:
-        """The layers that can be on different stages: those together that a skip passes by.
+        """The layers that can be on different stages; those that a skip bypasses stay together.
 
         As :meth:`dualpipe_ext.adapters.ModelAdapterBase.parts`.
         """
@@ -109,7 +109,7 @@ class TracedModel:
 
     @cached_property
     def _sizes(self) -> set[fx.Node]:
-        """Nodes that are numbers, or say what a tensor is like: they are computed where needed."""
+        """Nodes that are numbers or describe a tensor: each stage computes those that it needs."""
         found: set[fx.Node] = set()
         for node in self._graph.nodes:
             of_tensor = node.op == "call_method" and node.target in ("size", "dim", "numel")
@@ -138,7 +138,7 @@ class TracedModel:
         return needed
 
     def _arriving(self, stage_of: dict[fx.Node, int], stage: int) -> Nodes:
-        """What the stages before send to a stage; the inputs, for the first one."""
+        """The nodes that earlier stages send to a stage; for the first one, the inputs."""
         if stage == 0:
             return [node for node in stage_of if node.op == "placeholder"]
         needed = {
@@ -155,7 +155,7 @@ class TracedModel:
             raise ValueError(self._skip(node, user, stage_of))
 
     def _skips(self, stage_of: dict[fx.Node, int]) -> Iterator[tuple[fx.Node, fx.Node]]:
-        """What passes a whole stage by, with what uses it."""
+        """Nodes that bypass a whole stage, with their users."""
         for user, at in stage_of.items():
             for node in self._needs(user) & self._from_layers if user not in self._sizes else ():
                 if at > self._next_cut(node, stage_of):
@@ -188,7 +188,7 @@ class TracedModel:
         copies = {node: graph.placeholder(node.name) for node in arriving}
 
         def copy_of(node: fx.Node) -> fx.Node:
-            if node not in copies:  # sizes, and constants of the model, are had where needed
+            if node not in copies:  # sizes and constants of the model: copied where needed
                 copies[node] = graph.node_copy(node, copy_of)
             return copies[node]
 
@@ -202,7 +202,7 @@ class TracedModel:
         return self._with_state(graph)
 
     def _with_state(self, graph: fx.Graph) -> fx.GraphModule:
-        """A module that holds what the graph uses, and saves of it what the model saves."""
+        """A module with the state that the graph uses, which saves as much of it as the model."""
         used = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
         state = {name: self._constants.get(name) for name in used}
         state |= {n: attrgetter(n)(self._model) for n in used - self._constants.keys()}

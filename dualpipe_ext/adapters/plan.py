@@ -82,7 +82,7 @@ class PartitionPlan:
         return self.stages[self.index].names
 
     def share_of(self, layer: str) -> float:
-        """What part of its stage's time a layer takes.
+        """Returns the share of its stage's time that a layer takes.
 
         If it was not measured, that of its parameters; those of what runs before all layers do not
         count, for an embedding takes little time, while those of a head behind them do.

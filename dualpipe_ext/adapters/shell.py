@@ -21,8 +21,8 @@ def shell_of(
     Modules on the way to those places are copied, all others are shared.
 
     Args:
-        model: what to copy.
-        replaced: what stands where, by names in ``model``.
+        model: the module to copy.
+        replaced: what takes the place of submodules in the copy, by their names in ``model``.
         name: the name of ``model`` in what it is a part of, for errors.
 
     Raises:
@@ -70,7 +70,7 @@ class Received(nn.Module):
         self.value: Tensor | None = None
 
     def forward(self, *_: Any, **__: Any) -> Tensor | None:
-        """What was received, whatever it is called with."""
+        """Returns what was received, whatever it is called with."""
         return self.value
 
 

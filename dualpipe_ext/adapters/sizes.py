@@ -1,4 +1,4 @@
-"""How many layers each stage gets: what can be asked for."""
+"""Checks of how many partitions, and how many layers in each, a user asks for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["check_criterion", "check_num_partitions", "check_num_parts", "check_
 
 
 def check_num_partitions(num_partitions: int, num_layers: int, model: str, paired: bool) -> None:
-    """Raises where a model cannot be cut into so many partitions."""
+    """Raises if a model cannot be cut into so many partitions."""
     if not isinstance(num_partitions, int) or isinstance(num_partitions, bool):
         raise TypeError(
             f"num_partitions={num_partitions!r}: it must be an int, not "
@@ -29,7 +29,7 @@ def check_num_partitions(num_partitions: int, num_layers: int, model: str, paire
 
 
 def check_criterion(balance: str) -> None:
-    """Raises where it is none of those that sizes can be found by."""
+    """Raises for an unknown balance criterion."""
     if balance not in ("time", "memory", "parameters"):
         raise ValueError(
             f"balance={balance!r}: choose 'time', 'memory' or 'parameters', or give the number of "
@@ -40,7 +40,7 @@ def check_criterion(balance: str) -> None:
 def check_num_parts(
     num_partitions: int, parts: Sequence[range], layers: Sequence[str], model: str
 ) -> None:
-    """Raises where skip connections leave a model in fewer parts than partitions."""
+    """Raises if skip connections leave a model with fewer parts than partitions."""
     if num_partitions > len(parts):
         joined = max(parts, key=len)
         raise ValueError(
@@ -52,9 +52,9 @@ def check_num_parts(
 
 
 def check_sizes(sizes: Sequence[int], num_partitions: int, num_layers: int) -> list[int]:
-    """The sizes as a list; raises where they do not fit.
+    """Returns the sizes as a list; raises if they do not fit the model.
 
-    The first and the last stage may have no layer: embedding and head are work enough.
+    The first and the last stage may have no layers: they have the embedding and the head.
     """
     for size in sizes:
         if not isinstance(size, int) or isinstance(size, bool):

@@ -1,4 +1,4 @@
-"""Contiguous splits of a row of costs into stages, by the best that their ranks can do."""
+"""Contiguous splits of a row of costs into stages that are optimal for the ranks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def fronts(costs: Sequence[float], num_stages: int) -> Iterator[tuple[float, flo
     over all contiguous splits, from the outer pair of stages inwards.
 
     Args:
-        costs: of each item, 0 or more; at least one item for each stage.
+        costs: the cost of each item, 0 or more; at least one item for each stage.
         num_stages: even.
     """
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(costs, dtype=np.float64))])

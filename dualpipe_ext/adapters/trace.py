@@ -21,10 +21,10 @@ from dualpipe_ext.adapters.own_calls import check_call
 
 __all__ = ["Trace", "trace_layers", "tracing_lock"]
 
-# They are called with numbers, which do not show fx that they belong into the graph.
+# Their arguments are plain numbers, from which fx cannot tell that they belong in the graph.
 _MAKERS = ("arange", "empty", "eye", "full", "linspace", "ones", "zeros")
 
-# They would draw once, and the graph would have the same numbers in every step.
+# Traced, they would draw once, and every step would get the same numbers.
 _RANDOM_MAKERS = ("normal", "rand", "randint", "randn", "randperm")
 
 tracing_lock = threading.Lock()
@@ -33,7 +33,7 @@ tracing_lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Trace:
-    """What a forward does, with the tensors that it makes from nothing, by their names there."""
+    """The graph of a forward, and the constant tensors that it makes, by name in the graph."""
 
     graph: fx.Graph
     constants: dict[str, Tensor]
@@ -110,13 +110,13 @@ _STORES = ("_parameters", "_buffers", "_modules")
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What a forward may assign: attributes, parameters and buffers by name."""
+    """All that a forward may assign to: attributes, parameters and buffers by name."""
     own = {name: value for name, value in vars(module).items() if name not in _STORES}
     return {**own, **module._parameters, **module._buffers, **module._modules}
 
 
 def _is_of_the_trace(value: object) -> bool:
-    """Whether it stands for a tensor, so that no step could assign it."""
+    """Whether a value holds a proxy, which is only meaningful while tracing."""
     if type(value) is dict:
         value = list(value.values())
     values = value if isinstance(value, (tuple, list)) else (value,)
@@ -124,13 +124,13 @@ def _is_of_the_trace(value: object) -> bool:
 
 
 def _refill(container: Any, content: Any) -> None:
-    """Gives a list or dictionary what it held."""
+    """Puts the earlier content back into a list or dictionary."""
     container.clear()
     (container.update if isinstance(container, dict) else container.extend)(content)
 
 
 def _restore(module: nn.Module, before: dict[str, Any]) -> None:
-    """Gives a module what it had."""
+    """Puts a module's earlier attributes, parameters and buffers back."""
     stores = [vars(module), *(vars(module)[name] for name in _STORES)]
     for store in stores:
         for name in [name for name in store if name not in before and name not in _STORES]:
@@ -145,7 +145,7 @@ def _steps(graph: fx.Graph) -> list[str]:
 
 @contextmanager
 def _mode(model: nn.Module, containers: Iterable[str], training: bool) -> Iterator[None]:
-    """Sets the mode of what is traced through, for a while."""
+    """Sets the mode of the modules that are traced through, within a ``with``."""
     modules = [model, *(model.get_submodule(name) for name in containers)]
     before = [module.training for module in modules]
     try:
@@ -158,14 +158,14 @@ def _mode(model: nn.Module, containers: Iterable[str], training: bool) -> Iterat
 
 
 def _containers(layers: Sequence[str]) -> set[str]:
-    """What has layers below it, but for the model itself."""
+    """The names of modules that contain layers, except the model itself."""
     return {
         name.rsplit(".", depth)[0] for name in layers for depth in range(1, name.count(".") + 1)
     }
 
 
 def _surroundings() -> tuple[Any, ...]:
-    """What a ``with`` of a forward may change, and a graph does not show."""
+    """Settings that a ``with`` in a forward may change unseen by the graph."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -183,7 +183,7 @@ class _LayerTracer(fx.Tracer):
         self._surroundings = _surroundings()
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
-        """A node for what the forward does, which has to be all that matters."""
+        """Makes a node; raises if the forward depends on settings that the graph does not show."""
         if _surroundings() != self._surroundings:
             raise RuntimeError(
                 "it switches gradients or autocast outside of its layers, which no stage would do; "
@@ -192,7 +192,7 @@ class _LayerTracer(fx.Tracer):
         return super().create_proxy(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Everything stays whole but what has layers below it."""
+        """Every module stays whole unless it contains layers."""
         return module_qualified_name not in self.containers
 
     def create_args_for_root(
@@ -206,13 +206,13 @@ class _LayerTracer(fx.Tracer):
         return forward, [self.create_proxy("placeholder", name, (), {}) for name in self._inputs]
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Checks of shapes pass; other decisions are not for a tracer to take."""
+        """Lets assertions and checks before a raise pass; other decisions cannot be traced."""
         passed = _outcome_of_check()
         return bool(super().to_bool(obj)) if passed is None else passed
 
 
 def _outcome_of_check() -> bool | None:
-    """What makes the check that is being traced pass: an ``assert``, or an ``if`` before a raise."""
+    """The outcome with which the check being traced (``assert``, or ``if`` and raise) passes."""
     for frame in reversed(traceback.extract_stack(limit=10)):
         if frame.filename != __file__ and "/torch/fx/" not in frame.filename.replace("\\", "/"):
             line, following = (

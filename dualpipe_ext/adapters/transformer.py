@@ -57,7 +57,7 @@ class TransformerLayerAdapter(ModelAdapterBase):
         return self._inputs
 
     def parts(self) -> list[range]:
-        """The blocks, those together that a skip connection passes by."""
+        """The blocks; those that a skip connection bypasses stay together."""
         return self._traced.parts()
 
     def cut(self, stages: Sequence[range]) -> list[Stage]:

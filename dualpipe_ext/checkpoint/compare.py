@@ -1,4 +1,4 @@
-"""Whether a checkpoint is one of this model."""
+"""Checks that a checkpoint belongs to a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_architecture(saved: Saved, wanted: Shapes, architecture: str) -> None:
     Args:
         saved: the checkpoint.
         wanted: all names of the model with their shapes.
-        architecture: of the model.
+        architecture: the name of the model's class.
     """
     there = saved.shapes()
     missing = [name for name in wanted if name not in there]

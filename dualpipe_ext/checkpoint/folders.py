@@ -62,7 +62,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself.
+    """Reads a checkpoint's manifest.
 
     Raises:
         ValueError: it is damaged, or was written by a later version.
@@ -116,7 +116,7 @@ def commit(draft: Path, step: int, facts: dict[str, Any]) -> Path:
 
 
 def discard(draft: Path) -> None:
-    """Removes what was not completed."""
+    """Removes an incomplete checkpoint."""
     shutil.rmtree(draft, ignore_errors=True)
 
 
@@ -135,10 +135,12 @@ def remove_old(checkpoint: Path, keep: int | None) -> None:
 
 
 def _checkpoints(folder: Path, *, intact: bool = False) -> dict[Path, dict[str, Any]]:
-    """Their manifests, in the order in which they were saved, which steps need not follow.
+    """The manifests of all checkpoints in a folder, in the order in which they were saved.
+
+    That need not be the order of their steps.
 
     Raises:
-        ValueError: one cannot be read, where not only ``intact`` ones are asked for.
+        ValueError: a manifest cannot be read; with ``intact``, it is left out instead.
     """
     if not folder.is_dir():
         return {}
@@ -163,7 +165,7 @@ def _names(folder: Path, step: int) -> Iterator[Path]:
 
 
 def _checksum(manifest: dict[str, Any]) -> int:
-    """Of what it says, however that is laid out."""
+    """The checksum of a manifest's content, whatever its layout."""
     return crc32(json.dumps(manifest, sort_keys=True).encode())
 
 

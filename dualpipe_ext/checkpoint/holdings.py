@@ -26,8 +26,8 @@ class Piece:
     Attributes:
         stage: 0 for a model in one piece.
         module: the stage, or the model.
-        prefix: of its names. Partitions have the names of their model; those of other stages begin
-            with their stage, for nobody knows what they are in the model.
+        prefix: the prefix of its names. Partitions have the names of their model; those of other
+            stages begin with their stage, for nobody knows what they are in the model.
         is_saved: whether it is saved here, rather than on the rank that has its other copy.
     """
 
@@ -41,12 +41,12 @@ class Piece:
         return {f"{self.prefix}{name}": value for name, value in self.module.state_dict().items()}
 
     def load(self, values: dict[str, Any]) -> None:
-        """Takes its own values out of others."""
+        """Loads the module's own entries of ``values``."""
         own = {name: values[f"{self.prefix}{name}"] for name in self.module.state_dict()}
         self.module.load_state_dict(own)
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """With every name of a parameter that has several."""
+        """The parameters by name; one with several names comes once with each."""
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             yield f"{self.prefix}{name}", parameter
 
@@ -57,8 +57,8 @@ class Holding:
 
     Attributes:
         architecture: the name of the model's class.
-        pieces: by stage.
-        ranks: of the pipeline.
+        pieces: its modules, by stage.
+        ranks: the ranks of the pipeline.
         pipeline: ``None`` for a model in one piece.
     """
 
@@ -69,7 +69,7 @@ class Holding:
 
     @classmethod
     def of(cls, model: nn.Module, timeout: float) -> Holding:
-        """A pipeline's modules on this rank, or a model in one piece.
+        """The holding of a pipeline's rank, or of a model in one piece.
 
         Raises:
             TypeError: no module, or a stage without its pipeline.
@@ -93,26 +93,26 @@ class Holding:
 
     @property
     def device(self) -> torch.device:
-        """Where the modules are."""
+        """The device of the modules."""
         parameters = (p for piece in self.pieces for _, p in piece.parameters())
         return next((p.device for p in parameters), torch.device("cpu"))
 
     @property
     def seed(self) -> int | None:
-        """Of the pipeline's dropout."""
+        """The seed of the pipeline's dropout."""
         return None if self.pipeline is None else self.pipeline.config.seed
 
     def saved_state(self) -> dict[str, Any]:
-        """What is saved on this rank."""
+        """The state that this rank saves."""
         pieces = [piece for piece in self.pieces if piece.is_saved]
         return {name: value for piece in pieces for name, value in piece.state().items()}
 
     def state_names(self) -> list[str]:
-        """All names of this rank."""
+        """All names in the state of this rank's modules."""
         return [name for piece in self.pieces for name in piece.state()]
 
     def shapes(self) -> dict[int, Shapes]:
-        """All names of this rank with the shapes of tensors, by stage."""
+        """The same names with the shapes of tensors, by stage."""
         return {
             piece.stage: {
                 name: list(value.shape) if isinstance(value, Tensor) else None
@@ -130,7 +130,7 @@ class Holding:
         return found
 
     def saved_names(self) -> dict[int, str]:
-        """The name of each parameter that this rank saves what an optimizer knows of."""
+        """The name, by identity, of each parameter whose optimizer state this rank saves."""
         saved = {name for piece in self.pieces if piece.is_saved for name, _ in piece.parameters()}
         return {key: names[0] for key, names in self.names().items() if names[0] in saved}
 

@@ -43,8 +43,8 @@ def export_pretrained(
     """Writes the weights of a pipeline as the model's ``save_pretrained`` does. All ranks call it.
 
     Args:
-        folder: where to.
-        pipeline: of a model's partitions.
+        folder: the folder to write.
+        pipeline: a pipeline of a model's partitions.
         model: the model that was cut, or one like it, on any device, without values as well: it
             knows its configuration, and is not changed.
         scratch: where the weights are put together, a folder that all ranks share; left out, that
@@ -128,7 +128,7 @@ def _check(model: nn.Module, method: str) -> None:
 
 @contextmanager
 def _scratch(ranks: Ranks, parent: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder of the ranks' own for a while."""
+    """A temporary folder of the ranks."""
     name = ranks.from_first(lambda: f".weights-{uuid.uuid4().hex}", _FAILURE)
     folder = Path(parent) / name
     try:

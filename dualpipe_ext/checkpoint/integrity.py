@@ -1,4 +1,4 @@
-"""Whether a checkpoint has the bytes that were written.
+"""Checks that a checkpoint has the bytes that were written.
 
 Each rank notes a CRC-32 of the bytes of each value that it wrote, and compares those of the values
 that it reads. (torch's own, in its zip records, are not looked at by torch, and leave headers out.)
@@ -25,7 +25,7 @@ _PIECE_BYTES = 1 << 22
 
 
 def damaged(checkpoint: Path, how: str) -> ValueError:
-    """The error for a checkpoint that is not as it was written."""
+    """The error for a checkpoint that differs from what was written."""
     return ValueError(
         f"{checkpoint} is damaged: {how}; copy it again, to a file system that all ranks share, or "
         f"load an older checkpoint"
@@ -34,7 +34,7 @@ def damaged(checkpoint: Path, how: str) -> ValueError:
 
 @contextmanager
 def reading(checkpoint: Path) -> Iterator[None]:
-    """Around reading a file of a checkpoint, which this rank may not see."""
+    """Turns errors of reading a checkpoint's files into :func:`damaged`."""
     try:
         yield
     except OSError as error:
@@ -53,13 +53,13 @@ def check_files(checkpoint: Path, sizes: dict[str, int]) -> None:
 
 @dataclass(frozen=True)
 class Checksums:
-    """Those of all values of a checkpoint."""
+    """The checksums of all values of a checkpoint."""
 
     by_record: dict[Record, int]
 
     @classmethod
     def read(cls, checkpoint: Path, expected: int) -> Checksums:
-        """Those that were written.
+        """Reads the checksums that were written.
 
         Args:
             checkpoint: its folder.
@@ -75,13 +75,13 @@ class Checksums:
         return cls({(name, start, size): crc for name, start, size, crc in json.loads(text)})
 
     def write(self, folder: Path) -> int:
-        """Adds them to what was written; returns the checksum of them."""
+        """Writes the checksums into the folder; returns the checksum of their file."""
         text = json.dumps([(*record, crc) for record, crc in self.by_record.items()])
         write_durably(folder / _FILE, text)
         return crc32(text.encode())
 
     def check(self, checkpoint: Path, records: Iterable[Record]) -> None:
-        """Raises ValueError where one of these has other bytes than were written."""
+        """Raises ValueError if the bytes of a record are not those that were written."""
         with reading(checkpoint):
             found = checksums_of(checkpoint, records)
         for record, checksum in found.items():
@@ -94,7 +94,7 @@ class Checksums:
 
 
 def checksums_of(folder: Path, records: Iterable[Record]) -> dict[Record, int]:
-    """By record, of what is in the files now."""
+    """The checksums of what is in the files now, by record."""
     found: dict[Record, int] = {}
     for name, of_file in groupby(sorted(set(records)), key=lambda record: record[0]):
         with (folder / name).open("rb") as file:
@@ -112,7 +112,7 @@ def _checksum(file: BinaryIO, start: int, size: int) -> int:
 
 
 def write_durably(file: Path, text: str) -> None:
-    """Returns when it is on disk."""
+    """Writes a file; returns when it is on disk."""
     with file.open("w") as stream:
         stream.write(text)
         stream.flush()

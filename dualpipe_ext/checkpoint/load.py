@@ -31,9 +31,9 @@ class Resumed:
     """What a loaded checkpoint tells the training loop.
 
     Attributes:
-        path: of the checkpoint.
-        step: as it was saved.
-        extra: as it was saved.
+        path: the folder of the checkpoint.
+        step: the ``step`` that was saved.
+        extra: the ``extra`` that was saved.
         random_state: whether generators of random numbers go on where they were. They do on as many
             ranks and replicas as saved them; on others they are left alone. The seed of a pipeline
             that has one (``DualPipeConfig.seed``) is the saved one in any case.
@@ -64,10 +64,10 @@ def load_checkpoint(
     Args:
         path: a checkpoint, or a folder of them, of which the latest complete one is loaded.
         model: a pipeline, or a model in one piece.
-        optimizer: of this rank's parameters, made as for the run that saved. Left out, that of the
-            checkpoint is not loaded; the same holds for what follows.
-        scheduler: of the optimizer.
-        scaler: of the losses.
+        optimizer: the optimizer of this rank's parameters, made as for the run that saved. Left
+            out, that of the checkpoint is not loaded; the same holds for what follows.
+        scheduler: the optimizer's scheduler.
+        scaler: the scaler of losses.
         replicas: as for :func:`save_checkpoint`; the first one chooses the checkpoint, and every one
             reads it for itself.
         timeout: seconds to wait for the slowest rank.

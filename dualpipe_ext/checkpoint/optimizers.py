@@ -45,7 +45,7 @@ def gather_shards(optimizer: Optimizer) -> None:
 
 
 def optimizer_state(optimizer: Optimizer, holding: Holding) -> dict[str, Any]:
-    """What an optimizer knows of the parameters that this rank saves."""
+    """The optimizer's state and options of the parameters that this rank saves."""
     names = holding.saved_names()
     states = optimizer.state_dict()["state"]
     flat: dict[str, Any] = {}
@@ -88,7 +88,7 @@ class OptimizerKeys:
                 self._found[section][owners[name]][rest[len(name) + 1 :]] = key
 
     def all(self) -> list[str]:
-        """Of all parameters of the rank."""
+        """The keys of all parameters of the rank."""
         return [
             key
             for by_parameter in self._found.values()
@@ -97,11 +97,11 @@ class OptimizerKeys:
         ]
 
     def state(self, parameter: Tensor) -> dict[str, str]:
-        """Key by name of what an optimizer remembers of a parameter."""
+        """The keys of a parameter's optimizer state, by the names of its entries."""
         return self._found["state"].get(id(parameter), {})
 
     def options(self, parameter: Tensor) -> dict[str, str]:
-        """Key by name of the options of a parameter's group."""
+        """The keys of the options of a parameter's group, by the options' names."""
         return self._found["param_groups"].get(id(parameter), {})
 
 
@@ -112,13 +112,13 @@ def restored_state(
     values: Mapping[str, Any],
     by_group: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """What ``optimizer.load_state_dict()`` is to be given.
+    """Returns the argument for ``optimizer.load_state_dict()``.
 
     Args:
-        optimizer: of this rank.
+        optimizer: the optimizer of this rank.
         holding: the rank's.
-        keys: those of the rank's parameters.
-        values: of these keys.
+        keys: the keys of the rank's parameters.
+        values: the values of these keys.
         by_group: options of the groups of the run that saved.
 
     Raises:

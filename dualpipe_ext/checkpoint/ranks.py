@@ -22,7 +22,7 @@ class Ranks:
     """The ranks of one pipeline, threads or processes alike.
 
     Attributes:
-        group: whose texts carry everything.
+        group: carries what the ranks tell one another.
         timeout: seconds to wait for the slowest rank.
     """
 
@@ -31,12 +31,12 @@ class Ranks:
 
     @property
     def rank(self) -> int:
-        """This one."""
+        """This rank's number."""
         return self.group.rank
 
     @property
     def is_first(self) -> bool:
-        """Whether this one does what needs to be done once."""
+        """Whether this is the rank that does what must be done only once."""
         return self.group.rank == 0
 
     def share(self, make: Callable[[], T], failure: str) -> list[T]:

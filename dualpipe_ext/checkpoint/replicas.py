@@ -69,7 +69,10 @@ def on_all_replicas(replicas: dist.ProcessGroup | None, make: Callable[[], T], f
 
 
 def on_first_replica(replicas: dist.ProcessGroup | None, make: Callable[[], T], failure: str) -> T:
-    """Calls ``make`` on the first replica, and returns its result on all; raises as the above."""
+    """Calls ``make`` on the first replica, and returns its result on all.
+
+    Raises as :func:`on_all_replicas` does.
+    """
     is_first = replica_of(replicas) == 0
     made = on_all_replicas(replicas, lambda: make() if is_first else None, failure)
     return gather_from_replicas(replicas, made)[0]  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""From a checkpoint to a run: everything is read first, and then put into its places."""
+"""From a checkpoint to a run: everything is read first, and only then applied."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Run", "State", "apply_state", "read_state"]
 
 @dataclass(frozen=True)
 class Run:
-    """What one rank has of a training run, to be given other values."""
+    """One rank's part of a training run, which takes the values of a checkpoint."""
 
     holding: Holding
     optimizer: Optimizer | None
@@ -32,12 +32,13 @@ class Run:
 
 @dataclass(frozen=True)
 class State:
-    """What was read for one rank, ``None`` where it was not asked for.
+    """What was read for one rank; ``None`` for what was not asked for.
 
     Attributes:
-        num_pipeline_steps: of the pipeline that saved.
-        seed: of the same.
-        generators: of random numbers; ``None`` for other numbers of ranks or replicas.
+        num_pipeline_steps: the number of steps of the pipeline that saved.
+        seed: that of its dropout.
+        generators: the states of random number generators; ``None`` if the number of ranks or of
+            replicas differs.
     """
 
     model: dict[str, Any]
@@ -95,14 +96,14 @@ def _read_optimizer(saved: Saved, run: Run, optimizer: Optimizer) -> dict[str, A
 
 
 def _read_seed(saved: Saved, run: Run) -> int | None:
-    """Of this replica, if there were as many."""
+    """The seed of this replica; ``None`` if fewer replicas saved theirs."""
     seeds: list[int | None] = saved.manifest.get("seeds", [])
     replica = replica_of(run.replicas)
     return seeds[replica] if replica < len(seeds) else None
 
 
 def _read_generators(saved: Saved, run: Run) -> dict[str, Any] | None:
-    """Of this rank of this replica."""
+    """The states of this rank's generators; ``None`` if numbers of ranks or replicas differ."""
     ranks, replicas = run.holding.ranks, run.replicas
     if saved.manifest["num_ranks"] != ranks.group.size:
         return None

@@ -58,13 +58,13 @@ def save_checkpoint(
     stage first (:meth:`dualpipe_ext.Pipeline.sync_buffers`), those of replicas as well.
 
     Args:
-        folder: on a file system that all ranks share; made where there is none. Of one run alone.
+        folder: a folder for this run alone, on a file system that all ranks share; made if missing.
         model: a pipeline, or a model in one piece on one rank.
-        optimizer: of this rank's parameters.
-        scheduler: of the optimizer; that of rank 0 is saved.
-        step: of the optimizer, so far.
-        scaler: that of rank 0 is saved.
-        extra: what else is to be had back, such as the place in the data; that of rank 0 is saved,
+        optimizer: the optimizer of this rank's parameters.
+        scheduler: the optimizer's scheduler; that of rank 0 is saved.
+        step: the number of optimizer steps so far.
+        scaler: the scaler of losses; that of rank 0 is saved.
+        extra: anything else to save, such as the place in the data; that of rank 0 is saved,
             by pickling.
         keep: how many checkpoints stay in the folder, the last ones; all of them where left out.
             One of the same step is replaced.
@@ -77,7 +77,7 @@ def save_checkpoint(
         The place of the checkpoint, on every rank.
 
     Raises:
-        ValueError: a ``step`` or ``keep`` that is none.
+        ValueError: an invalid ``step`` or ``keep``.
         Exception: what went wrong on this rank.
         PipelineError: another rank could not save, with its reason.
     """
@@ -122,14 +122,14 @@ def save_checkpoint(
 
 
 def _own_checksums(ranks: Ranks, draft: Path, own: list[Record]) -> dict[Record, int]:
-    """Of what this rank wrote; the first one's has the file that says what is where."""
+    """The checksums of what this rank wrote; the first rank's include that of the metadata."""
     if ranks.is_first:
         own = [*own, (DESCRIPTION, 0, (draft / DESCRIPTION).stat().st_size)]
     return checksums_of(draft, own)
 
 
 def _settle(holding: Holding) -> None:
-    """Both copies of each stage become equal, and messages that fail late are found now."""
+    """Makes the buffers of both copies of a stage equal; raises what late messages failed with."""
     if holding.pipeline is not None:
         holding.pipeline.sync_buffers()
         holding.pipeline.synchronize()
@@ -157,7 +157,7 @@ def _by_key(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
 def _states(
     optimizer: Optimizer | None, scheduler: LRScheduler | None, scaler: GradScaler | None
 ) -> dict[str, Any]:
-    """What is the same on all ranks."""
+    """The states that are the same on all ranks."""
     given = {"scheduler": scheduler, "scaler": scaler}
     found: dict[str, Any] = {k: v.state_dict() for k, v in given.items() if v is not None}
     if optimizer is not None:

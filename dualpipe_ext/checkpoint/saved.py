@@ -1,4 +1,4 @@
-"""What is in a checkpoint."""
+"""The contents of a checkpoint."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Saved:
 
     Attributes:
         place: its folder.
-        manifest: what it says of itself.
-        metadata: of ``torch.distributed.checkpoint``. Keys begin with a section: ``model``,
+        manifest: the contents of its ``checkpoint.json``.
+        metadata: that of ``torch.distributed.checkpoint``. Keys begin with a section: ``model``,
             ``optimizer``, ``random``; some are a section alone.
-        checksums: of values; ``None`` in checkpoints of earlier versions, which have none.
+        checksums: those of its values; ``None`` in checkpoints of earlier versions.
     """
 
     place: Path
@@ -43,7 +43,7 @@ class Saved:
 
     @classmethod
     def at(cls, place: Path) -> Saved:
-        """The checkpoint in this folder.
+        """Opens the checkpoint in a folder.
 
         Raises:
             ValueError: it is damaged.
@@ -61,13 +61,13 @@ class Saved:
         return key in self.metadata.state_dict_metadata
 
     def keys(self, section: str) -> list[str]:
-        """Those of a section, without its name."""
+        """The keys of a section, without the section's name."""
         prefix = f"{section}."
         keys = self.metadata.state_dict_metadata
         return [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
 
     def shapes(self) -> Shapes:
-        """Of the model, by name."""
+        """The shapes of the model's tensors, by name."""
         return {name: shape_of(self.metadata, f"model.{name}") for name in self.keys("model")}
 
     def read(self, section: str, keys: Iterable[str]) -> dict[str, Any]:

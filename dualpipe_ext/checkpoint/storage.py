@@ -73,20 +73,20 @@ def write_values(ranks: Ranks, folder: Path, values: Mapping[str, Any]) -> list[
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What a folder holds."""
+    """Reads the metadata of a folder."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     return FileSystemReader(folder).read_metadata()
 
 
 def shape_of(metadata: Metadata, key: str) -> list[int] | None:
-    """The shape of a tensor; ``None`` for what is none."""
+    """The shape of a tensor; ``None`` for anything else."""
     entry = _tensor_at(metadata, key)
     return None if entry is None else list(entry.size)
 
 
 def records(metadata: Metadata, keys: Iterable[str]) -> list[Record]:
-    """Where the values of these keys are."""
+    """The places of the values of these keys."""
     wanted = set(keys)
     places = metadata.storage_data.items()
     return [_record(place) for index, place in places if index.fqn in wanted]

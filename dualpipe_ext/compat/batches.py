@@ -43,14 +43,14 @@ class BatchPipeline:
     Args:
         model: a whole model with an adapter. This rank's partitions share their parameters with it.
         config: the same on every rank.
-        ranks: of this pipeline, and of the replicas beside it.
+        ranks: the ranks of this pipeline and of its replicas.
         device: where this rank's stages go.
         label_names: which entries of a batch by name are labels.
         sample_inputs: as for :class:`dualpipe_ext.TrainingWrapper`.
 
     Attributes:
-        pipeline: what runs the steps of this replica.
-        ranks: as they were given.
+        pipeline: runs the steps of this replica.
+        ranks: the ranks that were given.
         local_module: this rank's stages.
         num_labels: how many tensors of the last batch were labels.
 

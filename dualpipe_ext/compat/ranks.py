@@ -68,7 +68,7 @@ class TrainerRanks:
 
     @property
     def number(self) -> int:
-        """This rank's, from 0, among those of all replicas."""
+        """This rank's number, from 0, among the ranks of all replicas."""
         return self.replicas.index * self.group.size + self.group.rank
 
 
@@ -100,7 +100,7 @@ def through_together(ranks: TrainerRanks, act: Callable[[], object], failure: st
 
 
 def update_together(pipeline: Pipeline, replicas: Replicas, step: Callable[[], T]) -> T:
-    """A step of every rank's optimizer; one that raises is told to the others, of all replicas.
+    """Takes a step of every rank's optimizer; one that raises is told to all other ranks.
 
     Raises:
         Exception: what ``step`` raised on this rank, once the others know of it.
@@ -120,7 +120,7 @@ def update_together(pipeline: Pipeline, replicas: Replicas, step: Callable[[], T
 
 
 def check_others_update(pipeline: Pipeline) -> None:
-    """Before ranks exchange something within :func:`update_together`: one may have failed by now."""
+    """Raises if another rank failed within :func:`update_together`; call it before an exchange."""
     check_others(pipeline.group, pipeline.config.timeout, _UPDATE_FAILURE)
 
 
@@ -128,8 +128,8 @@ def both_ends(own: Any, pipeline: Pipeline, group: dist.ProcessGroup) -> Tensor:
     """The first output of all rows, on every rank and in host memory.
 
     Args:
-        own: what :meth:`Pipeline.step` returned here.
-        pipeline: that returned it; its schedule is DualPipe.
+        own: the outputs that :meth:`Pipeline.step` returned here.
+        pipeline: the pipeline that returned them; its schedule is DualPipe.
         group: its ranks.
     """
     parts = []

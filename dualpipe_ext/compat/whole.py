@@ -97,7 +97,7 @@ def own_state_alone(optimizer: Optimizer, pipeline: Pipeline) -> Iterator[None]:
 
 
 def own_copy(pipeline: Pipeline) -> nn.Module:
-    """The one of this rank's modules that is the first copy of its stage."""
+    """This rank's module that is the first copy of its stage."""
     return pipeline.module[pipeline.stages.index(pipeline.rank)]
 
 

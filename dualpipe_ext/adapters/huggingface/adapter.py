@@ -33,7 +33,7 @@ class HuggingFaceAdapter(ModelAdapterBase):
 
     Args:
         model: a model of transformers.
-        family: what its parts are called; left out, that of its model type.
+        family: the names of its parts; left out, those of its model type.
 
     Raises:
         ValueError: an unknown model type, a model without the family's parts, or one that is
@@ -227,7 +227,7 @@ def _taken_by(module: nn.Module) -> Callable[[str], bool]:
 
 
 def _attention(module: Any) -> Any:
-    """How a module was told to compute attention."""
+    """The implementation of attention that a module was configured with."""
     return module.config._attn_implementation
 
 
@@ -236,7 +236,7 @@ def _join(*names: str) -> str:
 
 
 def _has(module: nn.Module, name: str) -> bool:
-    """Whether there is such a submodule."""
+    """Whether a module has this submodule."""
     try:
         module.get_submodule(name)
     except AttributeError:

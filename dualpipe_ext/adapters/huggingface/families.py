@@ -25,7 +25,7 @@ class Family:
         exit: what comes behind the blocks, and what stands for it in earlier stages; ``None`` for
             nothing.
         inputs: what the first stage takes: arguments of the model's forward.
-        carried: what of it travels to all stages.
+        carried: the inputs that travel to all stages.
         main_input: the argument that received hidden states are passed in as well, for a model
             that needs one and none of those carried will do.
         options: further arguments of the forwards, for those that take them.
@@ -47,7 +47,7 @@ class ReceivedPatches(Received):
 
     @property
     def patch_embeddings(self) -> SimpleNamespace:
-        """What leads to a tensor of the dtype of what was received."""
+        """Leads to a tensor of the dtype of what was received."""
         return SimpleNamespace(projection=SimpleNamespace(weight=self.value))
 
 

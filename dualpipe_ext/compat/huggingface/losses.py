@@ -28,7 +28,7 @@ class ModelLoss:
     """A model's own ``loss_function``.
 
     Args:
-        model: of transformers, with a head.
+        model: a model of transformers, with a head.
 
     Raises:
         ValueError: a model whose loss is not known, or that has none.

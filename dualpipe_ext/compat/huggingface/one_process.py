@@ -13,12 +13,12 @@ __all__ = ["show_one_process"]
 def show_one_process(args: Any, number: int) -> None:
     """Makes accelerate neither divide batches among the ranks nor wrap the model.
 
-    That ranks know their numbers stays: the first one writes and logs. The state is accelerate's
+    Ranks still know their numbers: the first one writes and logs. The state is accelerate's
     own, and holds for the whole process.
 
     Args:
         args: the training arguments, whose state is accelerate's.
-        number: of this rank, among those of all replicas.
+        number: this rank's number among those of all replicas.
     """
     state: PartialState = args.distributed_state
     AcceleratorState._reset_state(reset_partial_state=False)
@@ -30,5 +30,5 @@ def show_one_process(args: Any, number: int) -> None:
 
 
 def _is_local(state: Any) -> bool:
-    """Whether a launcher has told the place on this node."""
+    """Whether a launcher has set the local rank."""
     return state.backend is not None

@@ -67,7 +67,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         more: further arguments of the trainer: datasets, collator, callbacks, metrics, optimizers.
 
     Attributes:
-        pipeline: what runs the steps.
+        pipeline: runs the steps.
 
     Raises:
         ValueError: a setting, model, group or mesh that does not fit.
@@ -140,7 +140,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         return torch.tensor(loss, device=self.args.device)
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
-        """As the trainer's.
+        """Creates the optimizer as the trainer does.
 
         Raises:
             TypeError: an optimizer that has its state in shards.
@@ -150,7 +150,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         return made
 
     def _tell_of_failed_updates(self) -> None:
-        """An optimizer that raises on one rank is an error on all of them."""
+        """Makes an optimizer that raises on one rank an error on all of them."""
         optimizer = self._torch_optimizer()
         if self._told_by is optimizer:
             return
@@ -165,7 +165,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         optimizer.step = MethodType(told, optimizer)  # schedulers that come later bind it again
 
     def _number_of_batch(self) -> int:
-        """Counted over a whole training, whatever was resumed or evaluated in between."""
+        """The number of a batch in the whole training, whatever was resumed or evaluated."""
         if self.state.global_step != self._last_update:
             self._last_update, self._num_accumulated = self.state.global_step, 0
         self._num_accumulated += 1
@@ -211,7 +211,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         return {"logits": logits.float().to(self.args.device)}
 
     def _clip(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """In the place of accelerate's: the norm of the whole model's gradient."""
+        """Clips, in place of accelerate, by the norm of the whole model's gradient."""
         return self.pipeline.clip_grad_norm_(max_norm, norm_type)
 
     def log(self, logs: dict[str, float], *more: Any, **options: Any) -> None:
@@ -228,7 +228,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any
     ) -> Any:
-        """As the trainer's; afterwards :attr:`model` has all values on every rank.
+        """Trains as the trainer does; afterwards :attr:`model` has all values on every rank.
 
         ``resume_from_checkpoint=True`` takes the last checkpoint that is complete.
 
@@ -242,7 +242,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         return result
 
     def _last_checkpoint(self) -> str:
-        """What the first rank finds."""
+        """The last complete checkpoint that the first rank finds."""
         ranks = Ranks(self.pipeline.group, self.pipeline.config.timeout)
         failure = "found nothing to resume from"
         find = partial(last_complete_checkpoint, str(self.args.output_dir))
@@ -262,7 +262,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         through_together(self._ranks, save, "could not save the model")
 
     def hyperparameter_search(self, *_: Any, **__: Any) -> Any:
-        """Not here.
+        """Not supported.
 
         Raises:
             ValueError: always.
@@ -293,7 +293,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
     # What would place or wrap the model
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        """Stages are moved, not the whole model."""
+        """Does nothing: stages are moved, not the whole model."""
 
     def _wrap_model(self, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
         return self.pipeline

@@ -47,7 +47,7 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
         sample_inputs: as for :class:`dualpipe_ext.TrainingWrapper`.
 
     Attributes:
-        model: as it was given.
+        model: the model that was given.
 
     Raises:
         ValueError: an unknown reduction.
@@ -166,10 +166,10 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
         return self.model(*inputs, **more)
 
     def optimizer_zero_grad(self, *_: Any, **__: Any) -> None:
-        """Nothing: gradients were zeroed before the step, which has made new ones."""
+        """Does nothing: gradients were zeroed before the step, which has made new ones."""
 
     def backward(self, loss: Tensor, *_: Any, **__: Any) -> None:
-        """Nothing: the step has run the backward pass as well.
+        """Does nothing: the step has run the backward pass as well.
 
         Raises:
             TypeError: an overridden ``training_step`` returned another loss than the step's.
@@ -221,13 +221,13 @@ def _one(tensors: tuple[Tensor, ...]) -> Any:
 
 
 def _is_close(one: float, other: float) -> bool:
-    """But for the rounding of a loss to its type."""
+    """Whether two losses are equal up to the rounding to their type."""
     both_nan = math.isnan(one) and math.isnan(other)
     return both_nan or math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-30)
 
 
 def _rows(batch: Any) -> int:
-    """The rows of the first tensor in a batch."""
+    """The number of rows of the first tensor in a batch."""
     if isinstance(batch, Tensor):
         return len(batch)
     return _rows(next(iter(batch.values() if hasattr(batch, "values") else batch)))

@@ -19,12 +19,12 @@ __all__ = ["load_whole_state", "save_whole_state"]
 def save_whole_state(
     optimizer: Optimizer, model: nn.Module, pipeline: Pipeline, group: dist.ProcessGroup
 ) -> dict[str, Any]:
-    """What ``state_dict()`` of an optimizer of the whole model returns.
+    """Returns what ``state_dict()`` of an optimizer of the whole model would.
 
     In each group, parameters are in the model's order, and ``param_names`` has their names.
 
     Args:
-        optimizer: of this rank's stages.
+        optimizer: the optimizer of this rank's stages.
         model: the whole one, with whose parameters the stages share theirs.
         pipeline: the stages.
         group: all ranks. Every one calls it.
@@ -64,9 +64,9 @@ def load_whole_state(
     Where there are no names in it, its parameters are taken to be in the model's order.
 
     Args:
-        optimizer: of this rank's stages.
+        optimizer: the optimizer of this rank's stages.
         model: the whole one.
-        found: as :func:`save_whole_state` returned it on the first rank.
+        found: the state that :func:`save_whole_state` returned on the first rank.
         group: all ranks. Every one calls it.
 
     Raises:

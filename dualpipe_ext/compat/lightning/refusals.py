@@ -48,8 +48,8 @@ def refuse_num_stages(num_stages: int, num_ranks: int, built: int) -> None:
     """Raises where ranks do not come out even in pipelines of so many stages.
 
     Args:
-        num_stages: of each pipeline; 0 for one of all ranks.
-        num_ranks: of all pipelines together.
+        num_stages: the stages of each pipeline; 0 for one pipeline of all ranks.
+        num_ranks: the ranks of all pipelines together.
         built: stages that the module was cut into already, or 0.
 
     Raises:

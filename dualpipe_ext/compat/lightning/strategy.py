@@ -42,9 +42,9 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
     Args:
         start_method: ``"popen"`` runs the script again for each further rank; ``"spawn"`` calls
             what the trainer was to do, and needs a module that can be pickled.
-        timeout: of the process group, which is one of gloo, with NCCL for ranks on GPUs.
+        timeout: the process group's. The group is one of gloo, with NCCL for ranks on GPUs.
             ``DualPipeConfig`` has that of steps.
-        num_stages: of each pipeline, which has as many ranks; left out, all ranks are one pipeline.
+        num_stages: the stages, and ranks, of each pipeline; left out, all ranks are one pipeline.
     """
 
     runs_pipelines = True
@@ -87,7 +87,7 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         torch.set_rng_state(state)
 
     def _get_process_group_backend(self) -> str:
-        """Where Lightning would take NCCL alone: ranks exchange what is in host memory, too."""
+        """Adds gloo where Lightning would take NCCL alone: ranks exchange host memory, too."""
         return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
 
     def make_ranks(self) -> TrainerRanks:
@@ -120,7 +120,7 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         model: Any = None,
         **options: Any,
     ) -> Any:
-        """A step, with gradients that were accumulated summed over mirrors before it is taken.
+        """Takes a step, after summing accumulated gradients over mirrors.
 
         Raises:
             Exception: what the optimizer raised on this rank.
@@ -140,7 +140,7 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
     # Checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole model's. Every rank calls it."""
+        """The state of the whole model. Every rank calls it."""
         update_model(self.lightning_module.model, self._built.pipeline, self._built.ranks)
         state: dict[str, Any] = self.lightning_module.state_dict()
         return state
@@ -156,7 +156,7 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         through_together(self._built.ranks, save, "could not write the checkpoint")
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """That of an unsplit run, on the first rank. Every rank calls it."""
+        """The optimizer's state as in an unsplit run, on the first rank. Every rank calls it."""
         optimizer = getattr(optimizer, "optimizer", optimizer)
         built = self._built
         if built.ranks.replicas.index:
