@@ -55,7 +55,7 @@ class _Move:
 
 
 def report_imbalance(pipeline: Pipeline, threshold: float = 0.02) -> Imbalance:
-    """Says, from the last step of a DualPipe of partitions, which layer to move where.
+    """Reports, from the last step of a DualPipe of partitions, which layer to move where.
 
     A layer's share of its stage is that of the plan
     (:meth:`dualpipe_ext.adapters.PartitionPlan.share_of`). Call it on every rank, after a training

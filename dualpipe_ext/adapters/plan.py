@@ -84,8 +84,8 @@ class PartitionPlan:
     def share_of(self, layer: str) -> float:
         """Returns the share of its stage's time that a layer takes.
 
-        If it was not measured, that of its parameters; those of what runs before all layers do not
-        count, for an embedding takes little time, while those of a head behind them do.
+        If times were not measured, the share of its parameters. What runs before all layers does
+        not count, as an embedding takes little time; a head behind them does.
         """
         stage = next(stage for stage in self.stages if layer in stage.layers)
         if layer in self.layer_seconds and stage.cost.seconds > 0:

@@ -33,7 +33,7 @@ def register_adapter(model_class: type[nn.Module]) -> Callable[[AdapterClass], A
         model_class: a class of modules. One that is registered again gets the later adapter.
 
     Returns:
-        What registers its argument: a function from a model to its adapter, or the adapter's class.
+        A decorator for a function from a model to its adapter, or for the adapter's class.
     """
 
     def register(adapter: AdapterClass) -> AdapterClass:
@@ -48,7 +48,7 @@ def get_model_adapter(model: nn.Module) -> ModelAdapterBase:
 
     Raises:
         ValueError: no adapter knows the architecture; the message says how to register one.
-        TypeError: it is no module.
+        TypeError: ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"a model must be an nn.Module; found {type(model).__name__}")

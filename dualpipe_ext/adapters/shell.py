@@ -16,17 +16,17 @@ __all__ = ["BlockList", "Received", "Silent", "shell_of"]
 def shell_of(
     model: nn.Module, replaced: Mapping[str, nn.Module | None], name: str = ""
 ) -> nn.Module:
-    """A module like ``model`` with other submodules in some places, ``None`` for none at all.
+    """Copies ``model`` with some submodules replaced; ``None`` removes one.
 
     Modules on the way to those places are copied, all others are shared.
 
     Args:
         model: the module to copy.
         replaced: what takes the place of submodules in the copy, by their names in ``model``.
-        name: the name of ``model`` in what it is a part of, for errors.
+        name: the name of ``model`` in the whole model, for errors.
 
     Raises:
-        ValueError: what is copied is called otherwise than by the forward of its class.
+        ValueError: the call of a copied module is not the forward of its class.
     """
     check_call(model, name)
     shell = model.__new__(type(model))

@@ -49,8 +49,8 @@ def trace_layers(model: nn.Module, layers: Sequence[str], inputs: Sequence[str])
 
     Raises:
         ValueError: the forward decides by the values of its tensors, does something else that
-            cannot be traced, or changes with the mode where no stage could change with it; or
-            what is traced through is called otherwise than by the forward of its class.
+            cannot be traced, or differs between training and evaluation outside of its layers;
+            or the call of a module that is traced through is not the forward of its class.
     """
     for name in ("", *sorted(_containers(layers))):
         check_call(model.get_submodule(name), name)

@@ -13,7 +13,7 @@ _NUM_SHOWN = 3
 
 
 def check_architecture(saved: Saved, wanted: Shapes, architecture: str) -> None:
-    """Raises ValueError, with the first names that differ, where names or shapes are not the same.
+    """Raises ValueError, with the first differences, if names or shapes differ.
 
     Args:
         saved: the checkpoint.

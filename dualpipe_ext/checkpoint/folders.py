@@ -38,8 +38,8 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """The checkpoint in a folder that was saved last and completely; ``None`` if there is none.
 
     Raises:
-        ValueError: which one is the last cannot be told, as what one says of itself is damaged or
-            of a later version.
+        ValueError: a manifest is damaged or of a later version, so that the latest checkpoint
+            cannot be told.
     """
     return next(reversed(_checkpoints(Path(folder))), None)
 

@@ -54,7 +54,7 @@ def export_pretrained(
         options: further arguments of ``save_pretrained``, such as ``max_shard_size``.
 
     Raises:
-        TypeError: ``model`` is none of transformers.
+        TypeError: ``model`` is not a model of transformers.
         Exception: what went wrong on this rank.
         PipelineError: another rank failed.
     """
@@ -88,8 +88,8 @@ def import_pretrained(
     """Gives a pipeline the weights in a folder of ``save_pretrained``. All ranks call it.
 
     Args:
-        folder: or what else ``from_pretrained`` takes.
-        pipeline: of a model's partitions.
+        folder: the folder, or anything else that ``from_pretrained`` takes.
+        pipeline: a pipeline of a model's partitions.
         model: as for :func:`export_pretrained`; its class reads the folder, on rank 0.
         scratch: where the weights are taken apart, a folder that all ranks share; left out, the
             system's for temporary files, which the ranks of one machine share.
@@ -97,7 +97,7 @@ def import_pretrained(
         options: further arguments of ``from_pretrained``.
 
     Raises:
-        TypeError: ``model`` is none of transformers.
+        TypeError: ``model`` is not a model of transformers.
         ValueError: the weights are those of another architecture.
         Exception: what went wrong on this rank.
         PipelineError: another rank failed.

@@ -1,7 +1,7 @@
 """Checks that a checkpoint has the bytes that were written.
 
 Each rank notes a CRC-32 of the bytes of each value that it wrote, and compares those of the values
-that it reads. (torch's own, in its zip records, are not looked at by torch, and leave headers out.)
+that it reads. (Those of torch's own zip records are not checked by torch, and leave headers out.)
 """
 
 from __future__ import annotations

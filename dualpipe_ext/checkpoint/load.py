@@ -34,9 +34,9 @@ class Resumed:
         path: the folder of the checkpoint.
         step: the ``step`` that was saved.
         extra: the ``extra`` that was saved.
-        random_state: whether generators of random numbers go on where they were. They do on as many
-            ranks and replicas as saved them; on others they are left alone. The seed of a pipeline
-            that has one (``DualPipeConfig.seed``) is the saved one in any case.
+        random_state: whether the states of random number generators were restored, as they are on
+            as many ranks and replicas as saved them; on others they are left alone. The seed of a
+            pipeline that has one (``DualPipeConfig.seed``) is the saved one in any case.
     """
 
     path: Path
@@ -59,7 +59,7 @@ def load_checkpoint(
 
     Every rank calls it. Each reads its own stages, both copies of them. Everything is read and
     checked on all ranks, of all replicas, before anything is changed. Checkpoints are pickles in
-    part: load those alone whose origin you trust.
+    part: load only those whose origin you trust.
 
     Args:
         path: a checkpoint, or a folder of them, of which the latest complete one is loaded.
@@ -74,9 +74,9 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: one of another architecture, with the first names that differ, without what was
-            asked for, or of another optimizer, on every rank; or one with other bytes than were
-            written, on the ranks that read them.
+        ValueError: the checkpoint is of another architecture or optimizer, or lacks what was asked
+            for, on every rank; or its bytes are not those that were written, on the ranks that
+            read them.
         PipelineError: another rank could not load, with its reason.
     """
     holding = Holding.of(model, timeout)

@@ -1,7 +1,7 @@
 """State of optimizers by the names of parameters, whatever rank and group they are in.
 
 Keys are those of torch's own ``get_optimizer_state_dict(..., flatten_optimizer_state_dict=True)``:
-``state.<name>.<key>`` and ``param_groups.<name>.<option>``. Its function itself takes one module
+``state.<name>.<key>`` and ``param_groups.<name>.<option>``. That function takes one module
 that has all parameters of the optimizer; a rank has two, which may share a parameter.
 """
 
@@ -69,8 +69,8 @@ class OptimizerKeys:
     """Which keys belong to which parameter of a rank.
 
     Args:
-        keys: all that there are.
-        holding: the rank's. A parameter is found under each of its names.
+        keys: all keys of the checkpoint.
+        holding: the rank's holding. A parameter is found under each of its names.
     """
 
     def __init__(self, keys: Iterable[str], holding: Holding) -> None:
@@ -116,7 +116,7 @@ def restored_state(
 
     Args:
         optimizer: the optimizer of this rank.
-        holding: the rank's.
+        holding: the rank's holding.
         keys: the keys of the rank's parameters.
         values: the values of these keys.
         by_group: options of the groups of the run that saved.

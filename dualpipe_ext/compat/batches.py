@@ -33,7 +33,7 @@ __all__ = ["BatchPipeline"]
 
 
 class BatchPipeline:
-    """A model in stages, one rank's of them, which takes whole batches.
+    """One rank's stages of a model, which take whole batches.
 
     Every rank of every replica gives the same batch and gets the same loss. Replicas divide its rows
     among them evenly; rows are added that do not count where one has fewer of them than
@@ -116,8 +116,8 @@ class BatchPipeline:
 
         Args:
             given: the batch, the same on every rank of every replica.
-            loss: of its micro-batches.
-            factor: of the loss and its gradients.
+            loss: the loss of its micro-batches.
+            factor: multiplies the loss and its gradients.
             autocast: the type of autocast around forwards and losses; left out, the caller's.
             sync_gradients: sum gradients over all copies of each stage.
 
@@ -176,7 +176,7 @@ class BatchPipeline:
             rows: how many the batch has.
 
         Returns:
-            Of shape ``[rows, ...]``.
+            A tensor of shape ``[rows, ...]``.
         """
         replicas = self.ranks.replicas
         own = len(even_part(rows, replicas.index, replicas.size))

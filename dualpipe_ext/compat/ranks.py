@@ -39,9 +39,9 @@ class TrainerRanks:
     """The ranks of a trainer: those of this pipeline, and of the replicas beside it.
 
     Attributes:
-        group: this pipeline's.
+        group: this pipeline's group.
         replicas: the ranks in the same place of all pipelines.
-        host: this pipeline's, for what is in host memory.
+        host: this pipeline's group for data in host memory.
     """
 
     group: PipelineGroup
@@ -91,7 +91,7 @@ def rank_device(device: torch.device, rank: int) -> torch.device:
 
 
 def through_together(ranks: TrainerRanks, act: Callable[[], object], failure: str) -> None:
-    """Calls ``act``, which one rank writes in; returns once all ranks are through, or raises there.
+    """Calls ``act``, in which one rank writes; returns, or raises, once all ranks are through.
 
     As :meth:`dualpipe_ext.checkpoint.ranks.Ranks.share`, over all replicas.
     """

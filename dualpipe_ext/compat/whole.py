@@ -42,7 +42,7 @@ def update_model(model: nn.Module, pipeline: Pipeline, ranks: TrainerRanks) -> N
     """Gives the model on every rank the values that its stages have on theirs.
 
     Raises:
-        PipelineError: a message of the last step failed, so that they are worthless.
+        PipelineError: a message of the last step failed, so that the values are worthless.
     """
     ranks.replicas.average_buffers(pipeline)
     pipeline.synchronize()

@@ -55,7 +55,7 @@ class ModelLoss:
         """The loss of one batch.
 
         Args:
-            labels: of the batch.
+            labels: the labels of the batch.
             num_items: what a cross-entropy is divided by; left out, or where the model's forward
                 does not hand it on either, its mean is taken.
         """

@@ -54,8 +54,8 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
 
     Args:
         model: a model of transformers with a head, and an adapter.
-        args: what cannot be honoured is refused (:data:`REFUSED` of ``compat.huggingface.
-            arguments``). ``activation_checkpointing`` (of older releases:
+        args: training arguments; what cannot be honoured is refused (:data:`REFUSED` of
+            ``compat.huggingface.arguments``). ``activation_checkpointing`` (of older releases:
             ``gradient_checkpointing``) recomputes stages.
         num_chunks: micro-batches of each pipeline; even, and at least twice the number of its ranks.
         enable_profiling: log the pipeline's times and its bubble with each log of losses.

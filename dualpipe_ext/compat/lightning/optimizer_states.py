@@ -25,12 +25,12 @@ def save_whole_state(
 
     Args:
         optimizer: the optimizer of this rank's stages.
-        model: the whole one, with whose parameters the stages share theirs.
+        model: the whole model, whose parameters the stages share.
         pipeline: the stages.
         group: all ranks. Every one calls it.
 
     Returns:
-        It all on the first rank; on others, this rank's part of the states.
+        The whole state on the first rank; on others, this rank's part of the states.
     """
     names = _names(model)
     kept = {id(p) for p in own_copy(pipeline).parameters()}
@@ -65,7 +65,7 @@ def load_whole_state(
 
     Args:
         optimizer: the optimizer of this rank's stages.
-        model: the whole one.
+        model: the whole model.
         found: the state that :func:`save_whole_state` returned on the first rank.
         group: all ranks. Every one calls it.
 

@@ -16,7 +16,7 @@ _CALLBACKS = {
 
 
 def refuse_settings(trainer: Trainer, module: LightningModule) -> None:
-    """Raises where something was asked for that would not be done.
+    """Raises if a setting would be ignored.
 
     Raises:
         ValueError: with its name, and what to do instead.
@@ -45,7 +45,7 @@ def refuse_settings(trainer: Trainer, module: LightningModule) -> None:
 
 
 def refuse_num_stages(num_stages: int, num_ranks: int, built: int) -> None:
-    """Raises where ranks do not come out even in pipelines of so many stages.
+    """Raises if the ranks cannot be divided into pipelines of so many stages.
 
     Args:
         num_stages: the stages of each pipeline; 0 for one pipeline of all ranks.

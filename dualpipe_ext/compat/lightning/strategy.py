@@ -63,7 +63,7 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         """Starts the process group.
 
         Raises:
-            ValueError: a setting that cannot be honoured, or a number of ranks.
+            ValueError: a setting, or a number of ranks, that cannot be honoured.
             TypeError: a module of another class.
         """
         module = self.lightning_module
