@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from dualpipe_ext._recompute import buffers_once
 from dualpipe_ext.adapters.partition import Partition
 
 __all__ = ["save_memory"]
@@ -74,7 +75,8 @@ class SavingForward:
         if not torch.is_grad_enabled():
             return forward(*inputs)
         if self._how == "activation_checkpoint":
-            return checkpoint(forward, *inputs, use_reentrant=False)
+            contexts = buffers_once(module)
+            return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
         with saved_tensors_hooks(_to_host, _from_host):
             return forward(*inputs)
 
