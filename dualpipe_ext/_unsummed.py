@@ -19,7 +19,12 @@ class UnsummedGradients:
         self._mirrors = mirrors
         self._after_step: int | None = None  # their num_changes() after a step, until a sum
         self._summed: list[tuple[int, int]] = []  # the marks of gradients after their sum
+        self._adds_to_sum = False  # whether the last step began with gradients as a sum left them
         self._has_warned = False
+
+    def begin_step(self) -> None:
+        """Looks at the gradients that a training step is about to add to."""
+        self._adds_to_sum = bool(self._summed) and self._summed == self._marks()
 
     def add(self) -> None:
         """Notes that a step has left gradients to be summed."""
@@ -35,6 +40,7 @@ class UnsummedGradients:
     def clear(self) -> None:
         """Forgets that there were gradients to be summed."""
         self._after_step = None
+        self._summed = []
 
     def note_sum(self) -> None:
         """Notes that gradients were summed."""
@@ -48,6 +54,18 @@ class UnsummedGradients:
                 f"rank {rank}: gradients that were summed over the two copies of each stage are "
                 f"summed again, which doubles them; call sync_gradients() once after the last "
                 f"step(), or pass sync_gradients=True to it, not both"
+            )
+        else:
+            self.warn_if_accumulated(rank)
+
+    def warn_if_accumulated(self, rank: int) -> None:
+        """Warns if what an earlier sum left is part of what is summed now."""
+        if self._adds_to_sum:
+            warn_caller(
+                f"rank {rank}: gradients that were summed over the two copies of each stage were "
+                f"added to and are summed again, which counts the earlier steps twice; in an "
+                f"accumulation sum after its last step() alone, otherwise zero gradients before "
+                f"each step()"
             )
 
     def warn_if_clipped(self, rank: int) -> None:

@@ -216,7 +216,10 @@ class Pipeline(nn.Module):
             check_num_chunks(num_chunks)
             if training:
                 self._unsummed.warn_if_used(self.rank)
+                self._unsummed.begin_step()
             sum_within = sync_gradients and self.config.overlap_strategy == "full"
+            if training and sum_within:
+                self._unsummed.warn_if_accumulated(self.rank)
             plan = self._planner.plan(num_chunks, training, sum_within)
             step = self._make_step(plan, inputs, labels, criterion, training, return_outputs)
             reducer = self._gradient_sum() if sum_within and training else None
