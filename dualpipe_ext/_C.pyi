@@ -502,6 +502,7 @@ class Engine:
         self,
         reducer: MirrorExchange,
         stages: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        description: str,
     ) -> None: ...
     def fail(self, text: str, is_step: bool) -> None: ...
     def mirror_exchange(

@@ -71,7 +71,8 @@ class MirroredStages:
         taken = [tensor.detach() for tensor in like]
         by_stage = {self._rank: given, self._num_ranks - 1 - self._rank: taken}
         tensors = [(stage, by_stage[stage]) for stage, _ in self._modules]
-        engine.exchange(self._exchange(engine, tensors, bucket_bytes, copy=False), sorted(stages))
+        exchange = self._exchange(engine, tensors, bucket_bytes, copy=False)
+        engine.exchange(exchange, sorted(stages), "swap_with_mirror()")
         return [tensor.grad for tensor in taken if tensor.grad is not None]
 
     def average_buffers(self, engine: _C.Engine, bucket_bytes: int, stages: Sequence[int]) -> None:
@@ -87,7 +88,9 @@ class MirroredStages:
             pairs += list(zip(buffers, own, strict=True))
             sums.append((stage, [_bearer(b) for b in own]))
         exchange = self._exchange(engine, sums, bucket_bytes, copy=False)
-        engine.exchange(exchange, sorted(stages))
+        engine.exchange(
+            exchange, sorted(stages), "sync_buffers(), which saving and evaluating call as well"
+        )
         with torch.no_grad():
             for buffer, total in pairs:
                 buffer.copy_(total / 2)

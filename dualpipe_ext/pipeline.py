@@ -262,7 +262,7 @@ class Pipeline(nn.Module):
         exchange = self._gradient_sum()
         if exchange is not None:
             self._unsummed.warn_if_summed(self.rank)
-            self._engine.exchange(exchange, sorted(self.stages))
+            self._engine.exchange(exchange, sorted(self.stages), "sync_gradients()")
             self._unsummed.note_sum()
 
     def synchronize(self) -> None:
@@ -288,7 +288,7 @@ class Pipeline(nn.Module):
         """
         if self._local.mirrors is not None:
             exchange = self._local.mirrors.copy(self._engine, self.config.bucket_bytes)
-            self._engine.exchange(exchange, sorted(self.stages))
+            self._engine.exchange(exchange, sorted(self.stages), "sync_parameters()")
             self._unsummed.note_copy()
 
     def sync_buffers(self) -> None:

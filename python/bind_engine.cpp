@@ -73,10 +73,12 @@ void run(Engine& engine, const Program& program, py::object functions, bool trai
   interruptible([&] { engine.run(program, runner, reducer.value_or(nullptr), shapes); });
 }
 
-void exchange(Engine& engine, MirrorExchange& reducer, const std::vector<int>& stages) {
+void exchange(Engine& engine, MirrorExchange& reducer, const std::vector<int>& stages,
+              const std::string& description) {
   std::vector<Stage> ids;
   for (const int stage : stages) ids.emplace_back(stage);
-  interruptible([&] { engine.exchange(make_reduce_program(engine.rank(), ids), reducer); });
+  const Program program = make_reduce_program(engine.rank(), ids, description);
+  interruptible([&] { engine.exchange(program, reducer); });
 }
 
 std::unique_ptr<MirrorExchange> mirror_exchange(Engine& engine, int num_ranks,
@@ -151,7 +153,7 @@ void bind_engine(py::module_& module) {
       .def(
           "synchronize", [](Engine& engine) { interruptible([&] { engine.synchronize(); }); },
           "Waits for the devices of all ranks; on all of them, or on none.")
-      .def("exchange", &exchange, py::arg("reducer"), py::arg("stages"))
+      .def("exchange", &exchange, py::arg("reducer"), py::arg("stages"), py::arg("description"))
       .def("fail", &Engine::fail, py::arg("text"), py::arg("is_step"),
            py::call_guard<py::gil_scoped_release>())
       .def("resume_at", &Engine::resume_at, py::arg("num_steps"))

@@ -36,10 +36,11 @@ std::string describe_mismatch(Rank rank, const StepInfo& info, Rank other_rank,
     return cat("rank ", of, " runs \"", step.description, "\" (run ", step.step, ", program ",
                std::hex, step.program_digest, ")");
   };
-  return cat("the ranks do not agree on the step: ", describe(rank, info), ", ",
-             describe(other_rank, other_info),
-             "; all ranks must call step() equally often with the same schedule, number of "
-             "micro-batches and mode");
+  return cat(
+      "the ranks do not agree on what to run: ", describe(rank, info), ", ",
+      describe(other_rank, other_info),
+      "; all ranks must make the same calls in the same order, steps with the same schedule, "
+      "number of micro-batches and mode");
 }
 
 }  // namespace dualpipe

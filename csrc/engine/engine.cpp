@@ -59,20 +59,20 @@ void Engine::run_guarded(std::string name, const Program& program, StageRunner* 
 }
 
 void Engine::connect() {
-  run_nothing([this] { executor_.connect(); });
+  run_nothing("the connection of the ranks", [this] { executor_.connect(); });
 }
 
 void Engine::synchronize() {
-  run_nothing([this] {
+  run_nothing("synchronize()", [this] {
     if (const EventPtr computed = device_->compute().record()) computed->synchronize();
     executor_.run(0);
   });
 }
 
 template <typename Work>
-void Engine::run_nothing(const Work& work) {
+void Engine::run_nothing(const char* description, const Work& work) {
   const KeepsTrace keeps_trace(executor_);
-  const Program nothing = make_reduce_program(rank_, {});
+  const Program nothing = make_reduce_program(rank_, {}, description);
   executor_.begin(nothing, {num_runs_ + 1, between_steps()}, nullptr, nullptr);
   guard(nullptr, [&] {
     device_->begin();

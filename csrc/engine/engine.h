@@ -70,7 +70,7 @@ class Engine {
   void run_guarded(std::string name, const Program& program, StageRunner* runner,
                    GradientReducer* reducer, std::uint64_t shapes);
   template <typename Work>
-  void run_nothing(const Work& work);
+  void run_nothing(const char* description, const Work& work);
   template <typename Work>
   void guard(GradientReducer* reducer, const Work& work);
   // Called while an exception of the step is being handled.

@@ -162,12 +162,11 @@ std::vector<MessageWay> message_ways(const Program& program) {
   return {ways.begin(), ways.end()};
 }
 
-Program make_reduce_program(Rank rank, const std::vector<Stage>& stages) {
-  constexpr std::uint64_t kReduceDigest = 1;
+Program make_reduce_program(Rank rank, const std::vector<Stage>& stages, std::string description) {
   Program program;
   program.rank = rank;
-  program.digest = kReduceDigest;
-  program.description = "a gradient sum outside of a step";
+  program.digest = text_digest(description);
+  program.description = std::move(description);
   for (const Stage stage : stages) {
     const Action action = Action::reduce_grad(stage);
     program.instructions.push_back({.action = action,

@@ -52,7 +52,9 @@ struct Program {
 // description: for people, in the errors of ranks that disagree. The schedule must be verified.
 [[nodiscard]] Program make_program(const Schedule& lowered, Rank rank, std::string description);
 
-// A step that only sums the gradients of the stages that the rank holds.
-[[nodiscard]] Program make_reduce_program(Rank rank, const std::vector<Stage>& stages);
+// A step that only has its GradientReducer work on the stages that the rank holds. Ranks that run
+// different ones, by their description, disagree as those with different schedules do.
+[[nodiscard]] Program make_reduce_program(Rank rank, const std::vector<Stage>& stages,
+                                          std::string description);
 
 }  // namespace dualpipe

@@ -47,4 +47,10 @@ std::uint64_t digest(const Schedule& schedule) {
   return digest.value();
 }
 
+std::uint64_t text_digest(std::string_view text) {
+  Digest digest;
+  digest.add(text);
+  return digest.value();
+}
+
 }  // namespace dualpipe

@@ -38,5 +38,6 @@ struct Schedule {
 
 // A stable 64-bit digest of everything in the schedule but its name: the same on every machine.
 [[nodiscard]] std::uint64_t digest(const Schedule& schedule);
+[[nodiscard]] std::uint64_t text_digest(std::string_view text);
 
 }  // namespace dualpipe

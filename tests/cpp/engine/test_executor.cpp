@@ -212,7 +212,7 @@ TEST(Executor, ExchangesGradientsWithoutComputation) {
   EnginePipeline pipeline(2);
   std::vector<CountingReducer> reducers(2);
   expect_all_ok(pipeline.on_all([&](Engine& engine) {
-    const Program program = make_reduce_program(engine.rank(), {Stage(0), Stage(1)});
+    const Program program = make_reduce_program(engine.rank(), {Stage(0), Stage(1)}, "a test");
     engine.exchange(program, reducers[engine.rank().index()]);
   }));
   for (const CountingReducer& reducer : reducers) {
@@ -226,7 +226,7 @@ TEST(Executor, CancelsTheReductionOfAFailedStep) {
   std::vector<CountingReducer> reducers(2);
   reducers[1].throws = true;
   const auto outcomes = pipeline.on_all([&](Engine& engine) {
-    const Program program = make_reduce_program(engine.rank(), {Stage(0)});
+    const Program program = make_reduce_program(engine.rank(), {Stage(0)}, "a test");
     engine.exchange(program, reducers[engine.rank().index()]);
   });
   for (int rank = 0; rank < 2; ++rank) {

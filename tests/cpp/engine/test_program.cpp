@@ -150,11 +150,12 @@ TEST(Program, RefusesDataThatNobodyMade) {
 }
 
 TEST(Program, ReducesTheStagesItIsGiven) {
-  const Program program = make_reduce_program(Rank(1), {Stage(1), Stage(2)});
+  const Program program = make_reduce_program(Rank(1), {Stage(1), Stage(2)}, "a test");
   ASSERT_EQ(program.instructions.size(), 2u);
   EXPECT_EQ(to_string(program.instructions[0].action), "1REDUCE_GRAD");
   EXPECT_EQ(to_string(program.instructions[1].action), "2REDUCE_GRAD");
-  EXPECT_NE(program.digest, 0u);
+  EXPECT_EQ(program.digest, make_reduce_program(Rank(0), {}, "a test").digest);
+  EXPECT_NE(program.digest, make_reduce_program(Rank(0), {}, "another one").digest);
 }
 
 TEST(MessageWays, AreThoseOfTheSchedule) {
