@@ -1,7 +1,8 @@
 """How fast messages flow from one rank to another, in the time of the device.
 
 The sender's stream is kept busy until both hosts have issued everything. What follows is the
-device's own: from the arrival of the first message to that of the last, nobody waits for a host.
+device's own, from the arrival of the first message to that of the last; but over ``copy`` a thread of
+the sender's hands each message to its stream once it sees that the receiver has asked for it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from cuda_calls import copy_beside_computation
 from nccl_by_itself import NcclPair
 from places import Mark, Place, engine_config
 from thread_ranks import StartLine, in_threads
@@ -130,6 +132,8 @@ def nccl_rank(
     batch = flow.batch()
     arrivals: list[Mark] = []
     with pair.end(rank) as end:
+        end.transfer(batch[0])  # connects, for longer than the head start
+        place.finish()
 
         def issue() -> None:
             arrivals.clear()
@@ -140,24 +144,30 @@ def nccl_rank(
                 if rank == 1:
                     arrivals.append(place.mark())
 
-        return [one_flow(start_line, flow, issue, arrivals) for _ in range(flow.repeats + 1)][1:]
+        return [one_flow(start_line, flow, issue, arrivals) for _ in range(flow.repeats)]
 
 
-def raw_seconds(flow: Flow) -> float:
-    """Return the seconds that ``copy_`` takes for a message, copy after copy."""
+def raw_seconds(flow: Flow, copy: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> float:
+    """Return the seconds that ``copy`` takes for a message, copy after copy."""
     place, batch = flow.place, flow.batch()
     targets = [torch.empty_like(batch[0]) for _ in range(3)]
     taken = []
     for _ in range(flow.repeats + 1):
         place.sleep(HEAD_START_S / 10)
-        targets[-1].copy_(batch[-1])
+        copy(targets[-1], batch[-1])
         start = place.mark()
         for i in range(flow.num_messages):
-            targets[i % 3].copy_(batch[i])
+            copy(targets[i % 3], batch[i])
         end = place.mark()
         place.finish()
         taken.append(place.seconds(start, end) / flow.num_messages)
     return statistics.median(taken[1:])
+
+
+def copy_engine_seconds(flow: Flow) -> float:
+    """Return the seconds that a copy engine takes for a message, copy after copy."""
+    with torch.cuda.stream(torch.cuda.Stream()):  # the default one refuses such copies
+        return raw_seconds(flow, copy_beside_computation)
 
 
 def engine_seconds(flow: Flow) -> float:

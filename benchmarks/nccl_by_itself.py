@@ -25,7 +25,8 @@ class NcclPair:
     """
 
     def __init__(self) -> None:
-        self.library = ctypes.CDLL("libnccl.so.2")
+        program = ctypes.CDLL(None)  # where torch's calls go first: to what is preloaded
+        self.library = program if hasattr(program, "ncclSend") else ctypes.CDLL("libnccl.so.2")
         self.library.ncclGetErrorString.restype = ctypes.c_char_p
         self._id = UniqueId()
         self.call("ncclGetUniqueId", ctypes.byref(self._id))

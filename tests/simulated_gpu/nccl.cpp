@@ -137,6 +137,9 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int num_ranks, ncclUniqueI
   *comm = new ncclComm{std::make_shared<Channel>(id.internal, index), index};
   return in_group([&] { group.inits.push_back(*comm); });
 }
+ncclResult_t ncclCommInitRank(ncclComm_t* comm, int num_ranks, ncclUniqueId id, int index) {
+  return ncclCommInitRankConfig(comm, num_ranks, id, index, nullptr);
+}
 ncclResult_t ncclSend(const void* data, std::size_t count, ncclDataType_t, int, ncclComm_t comm,
                       cudaStream_t stream) {
   const Transfer one{true, const_cast<void*>(data), count};

@@ -1,0 +1,148 @@
+"""Calls of CUDA that torch has no function for, in the libraries that torch has loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DRIVER_VERSION = 12000  # whose interface is meant, as in csrc/device/cuda_current.cpp
+NON_BLOCKING = 1  # cudaStreamNonBlocking
+PORTABLE_AND_MAPPED = 1 | 2  # cudaHostRegisterPortable, cudaHostRegisterMapped
+WAIT_VALUE_GEQ = 0  # CU_STREAM_WAIT_VALUE_GEQ
+ACCESS_ORDER_STREAM = 1  # cudaMemcpySrcAccessOrderStream
+PREFER_OVERLAP = 1  # cudaMemcpyFlagPreferOverlapWithCompute
+
+
+class MissingCallError(RuntimeError):
+    """What torch has loaded has no such call."""
+
+
+@functools.cache
+def runtime() -> ctypes.CDLL:
+    """Return the CUDA runtime that torch calls: what is linked or preloaded comes first there, too.
+
+    Raises:
+        MissingCallError: There is none.
+    """
+    program = ctypes.CDLL(None)
+    if hasattr(program, "cudaStreamQuery"):
+        return program
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if "/libcudart" in path:
+            return ctypes.CDLL(path)
+    raise MissingCallError("no such library: libcudart")
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Call a function of the runtime.
+
+    Raises:
+        MissingCallError: It has none of that name.
+        RuntimeError: The call fails.
+    """
+    function = getattr(runtime(), name, None)
+    if function is None:
+        raise MissingCallError(f"no such call: {name}")
+    error = function(*arguments)
+    if error:
+        runtime().cudaGetLastError()  # or torch finds it and takes it for its own
+        raise RuntimeError(f"{name}: error {error} of CUDA")
+
+
+def wait_for_value(stream: torch.cuda.Stream, address: int, value: int) -> None:
+    """Have the stream wait until the word there has come to ``value``: cuStreamWaitValue32.
+
+    Raises:
+        MissingCallError: The driver does not have it.
+        RuntimeError: The call fails.
+    """
+    wait = _driver_call("cuStreamWaitValue32")
+    error = wait(stream.cuda_stream, address, value, WAIT_VALUE_GEQ)
+    if error:
+        raise RuntimeError(f"cuStreamWaitValue32: error {error} of the driver")
+
+
+@functools.cache
+def _driver_call(name: str) -> Any:
+    found = ctypes.c_void_p()
+    version, flags = ctypes.c_uint(DRIVER_VERSION), ctypes.c_ulonglong(0)
+    state = ctypes.c_int()
+    text, there, why = name.encode(), ctypes.byref(found), ctypes.byref(state)
+    call("cudaGetDriverEntryPointByVersion", text, there, version, flags, why)
+    if not found.value:
+        raise MissingCallError(f"no such call: {name}")
+    kind = ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint
+    )
+    return kind(found.value)
+
+
+def new_stream(priority: int) -> torch.cuda.Stream:
+    """Return a stream that nobody else has; it stays until the process ends."""
+    made = ctypes.c_void_p()
+    call("cudaStreamCreateWithPriority", ctypes.byref(made), NON_BLOCKING, priority)
+    return torch.cuda.ExternalStream(made.value)
+
+
+def priorities() -> tuple[int, int]:
+    """Return the lowest and the highest priority of a stream."""
+    lowest, highest = ctypes.c_int(), ctypes.c_int()
+    call("cudaDeviceGetStreamPriorityRange", ctypes.byref(lowest), ctypes.byref(highest))
+    return lowest.value, highest.value
+
+
+class RegisteredPage:
+    """A page of host memory that streams can read, registered as the engine registers its flags."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self.word = ctypes.c_uint32.from_buffer(self._memory)
+        self._here = ctypes.c_void_p(ctypes.addressof(self.word))
+        there = ctypes.c_void_p()
+        size = ctypes.c_size_t(mmap.PAGESIZE)
+        call("cudaHostRegister", self._here, size, PORTABLE_AND_MAPPED)
+        call("cudaHostGetDevicePointer", ctypes.byref(there), self._here, 0)
+        self.address = there.value or 0
+
+    def unregister(self) -> None:
+        """Take it from the device."""
+        call("cudaHostUnregister", self._here)
+
+
+class _CopyAttributes(ctypes.Structure):
+    _fields_ = [
+        ("access_order", ctypes.c_int),
+        ("hints", ctypes.c_int * 4),
+        ("flags", ctypes.c_uint),
+    ]
+
+
+def copy_beside_computation(to: Tensor, source: Tensor) -> None:
+    """Copy on the current stream by a copy engine: the call of csrc/comm/cuda_copy_batch.cpp.
+
+    Raises:
+        MissingCallError: The runtime does not have it, before CUDA 12.8.
+        RuntimeError: The call fails, as it does on the default stream.
+    """
+    attributes = _CopyAttributes(access_order=ACCESS_ORDER_STREAM, flags=PREFER_OVERLAP)
+    first, count = ctypes.c_size_t(0), ctypes.c_size_t(1)
+    size = ctypes.c_size_t(source.nbytes)
+    addresses = [ctypes.byref(ctypes.c_void_p(tensor.data_ptr())) for tensor in (to, source)]
+    described = ctypes.byref(attributes), ctypes.byref(first), count
+    failed = [ctypes.byref(ctypes.c_size_t())] if _version() < 13000 else []
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    call("cudaMemcpyBatchAsync", *addresses, ctypes.byref(size), count, *described, *failed, stream)
+
+
+@functools.cache
+def _version() -> int:
+    version = ctypes.c_int()
+    call("cudaRuntimeGetVersion", ctypes.byref(version))
+    return version.value
