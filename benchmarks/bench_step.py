@@ -19,7 +19,7 @@ from common import (
 from contenders import Work, timed_ours
 from places import Place, place_of
 from sleeping import SleepTimes
-from thread_ranks import in_threads, seconds_of_turns
+from thread_ranks import in_threads, seconds_of_turns, why_not_in_threads
 
 GOAL = 1.04
 
@@ -37,10 +37,15 @@ def step_result(work: Work, num_ranks: int, repeats: int) -> Result:
     return Result(work.transport, seconds_of_turns(spans, 0), facts)
 
 
+def title(num_ranks: int, transport: str) -> str:
+    """Name a measurement."""
+    return f"P={num_ranks}, {transport}: step over simulated makespan"
+
+
 def row(num_ranks: int, transport: str, found: Result | Exception) -> Row:
     """Return the row of one measurement."""
     return row_of(
-        f"P={num_ranks}, {transport}: step over simulated makespan",
+        title(num_ranks, transport),
         found,
         lambda result: result.median / result.facts["early"],
         lambda result: (
@@ -61,8 +66,11 @@ def main(
     """Measure DualPipe on stages of known length, messages of 4 KiB."""
     place = place_of(device)
     report = Report("step", json, place.machine())
-    for num_ranks in ranks:
-        for transport in place.transports:
+    for transport in place.transports:
+        for num_ranks in ranks:
+            if problem := why_not_in_threads(transport, num_ranks):
+                report.add([Row(title(num_ranks, transport), None, note=problem)])
+                continue
             work = work_of(place, transport, chunks, stage_ms)
             found = attempt(step_result, work, num_ranks, repeats)
             cases = {f"P={num_ranks}, {transport}": [found]} if isinstance(found, Result) else {}

@@ -68,13 +68,15 @@ class Work:
         num_ranks: int,
         sends: Literal["early", "late"],
         latency: float = 0.0,
+        message_time: float = 0.0,
     ) -> float:
-        """Return the simulated seconds of a step over links of that latency."""
+        """Return the simulated seconds of a step over links that are so slow, and busy so long."""
         cost = CostModel(
             forward=self.times.forward,
             backward_input=self.times.backward_input,
             backward_weight=self.times.backward_weight,
             latency=latency,
+            message_time=message_time,
         )
         planned = plan(schedule, num_ranks=num_ranks, num_microbatches=self.num_chunks)
         return planned.simulate(cost, sends=sends).makespan

@@ -14,6 +14,17 @@ from places import Place
 from dualpipe_ext.testing import run_ranks
 
 Span = tuple[float, float]  # seconds of one clock
+MOST_OVER_NCCL = 2  # in shared hardware queues more were seen to wait for each other
+
+
+def why_not_in_threads(transport: str, num_ranks: int) -> str | None:
+    """Return why so many ranks are not measured as threads, or None."""
+    if transport != "nccl" or num_ranks <= MOST_OVER_NCCL:
+        return None
+    return (
+        f"not measured: over NCCL more than {MOST_OVER_NCCL} ranks in one process have more streams "
+        f"than there are hardware queues, and may wait for each other for ever"
+    )
 
 
 class StartLine:
