@@ -69,6 +69,15 @@ class Mirrored:
             sync_gradients=True,
         )
 
+    def warm_up(self) -> None:
+        """Does each thing once: what a GPU does for the first time may wait for all that it is at."""
+        self.step()  # tells the shapes, too
+        finish()
+        self.is_summed()
+        if not ON_CPU:
+            torch.cuda._sleep(1000)
+            finish()
+
     def is_summed(self) -> bool:
         """Whether the upper stage has the gradients of both copies; asks no stream that computes."""
         with self.beside:
@@ -89,8 +98,7 @@ def all_summed(layers: list[nn.Linear]) -> bool:
 
 def summed_while_the_host_is_busy(rank: int, num_ranks: int, transport: str) -> bool:
     mirrored = Mirrored(rank, transport)
-    mirrored.step()  # tells the shapes
-    finish()
+    mirrored.warm_up()
     found = []
 
     def look() -> None:
@@ -104,8 +112,7 @@ def summed_while_the_host_is_busy(rank: int, num_ranks: int, transport: str) -> 
 
 def summed_while_the_device_is_busy(rank: int, num_ranks: int, transport: str) -> bool:
     mirrored = Mirrored(rank, transport)
-    mirrored.step()
-    finish()
+    mirrored.warm_up()
     slept = torch.cuda.Event()
 
     def sleep() -> None:

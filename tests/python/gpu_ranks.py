@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from models import _random
 from outcomes import attempt
-from parity import Job, RankResult, own_batch, own_stages, run_rank
+from parity import Job, RankResult, own_batch, own_stages, run_rank, run_unsplit
 from places import Place
 from process_ranks import Dying
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ from dualpipe_ext.testing import run_ranks
 ON_CPU = os.environ.get("GPU_CHECK_DEVICE") == "cpu"
 DEVICE = "cpu" if ON_CPU else "cuda:0"
 WANTED = os.environ.get("GPU_CHECK_TRANSPORTS", "copy nccl").split()
+TIME_LIMIT_S = 50.0  # of ranks; one of pytest's, of 60, would end the tests behind as well
 TRANSPORTS = pytest.mark.parametrize("transport", ["host"] if ON_CPU else WANTED)
 
 
@@ -62,10 +63,22 @@ def gpu_job(
     return Job(case, schedule, num_ranks, 2 * num_ranks, config=config, device=DEVICE, **more)
 
 
+def warm_up(job: Job) -> None:
+    """Has the job's kernels loaded, by a micro-batch on the whole model.
+
+    At its first use one may wait for all that the device is at: in a step, for a message that waits
+    for this very rank.
+    """
+    if not ON_CPU:
+        first = job.microbatches()[:1]
+        run_unsplit(job.stages(), first, job.what(), device_type=job.device_type)
+
+
 class Stepper:
     """A pipeline on the device and the step that it runs."""
 
     def __init__(self, rank: int, job: Job) -> None:
+        warm_up(job)
         stages = own_stages(job, rank)
         self.pipeline = Pipeline(stages, job.schedule, config=DualPipeConfig(**job.config))
         self.job = job
@@ -258,10 +271,14 @@ def check_more_buckets_than_a_channel_takes(
     transport: str, ranks: Literal["threads", "processes"]
 ) -> None:
     count = 300
-    for rank, found in enumerate(run_ranks(copied, 2, ranks, (transport, count), timeout=60.0)):
+    for rank, found in enumerate(
+        run_ranks(copied, 2, ranks, (transport, count), timeout=TIME_LIMIT_S)
+    ):
         of_own_number = (1000 * rank, 1000 * (1 - rank))
         assert found == [[first + i for i in range(count)] for first in of_own_number]
-    for rank, found in enumerate(run_ranks(swapped, 2, ranks, (transport, count), timeout=60.0)):
+    for rank, found in enumerate(
+        run_ranks(swapped, 2, ranks, (transport, count), timeout=TIME_LIMIT_S)
+    ):
         first = 1000 * (1 - rank)
         assert found == [[first + more + i for i in range(count)] for more in (0.0, 500.0)]
 
@@ -311,6 +328,8 @@ def exact_weight_gradients(stages: list[nn.Module], job: Job) -> dict[int, dict[
 
 def run_jobs(rank: int, num_ranks: int, jobs: list[Job]) -> list[RankResult]:
     """Several jobs, one after the other."""
+    for job in jobs:
+        warm_up(job)
     return [run_rank(rank, num_ranks, job) for job in jobs]
 
 
@@ -333,6 +352,7 @@ def over_nccl_alone(
         folder: for the ranks to meet.
         have_own_gpus: whether ranks say that each has another GPU.
     """
+    warm_up(job)
     _meet_again(rank, num_ranks, folder, "gloo" if ON_CPU else "nccl")
     own = patch.object(_transport, "_name_of_gpu", lambda device: f"GPU {rank}")
     with own if have_own_gpus else nullcontext(), warnings.catch_warnings(record=True) as caught:

@@ -5,7 +5,6 @@ NCCL needs version 2.30 and NCCL_MULTI_RANK_GPU_ENABLE=1 for it. benchmarks/gpu_
 
 from __future__ import annotations
 
-from typing import Literal
 
 import pytest
 import torch
@@ -21,12 +20,11 @@ from gpu_ranks import (
     main_grads,
     ranks_in_threads,
     reported_imbalance,
-    run_jobs,
     timed_step,
     trained,
     trained_in_one_piece,
 )
-from parity import Job, check_equal, check_job, check_jobs, run_job, unsplit
+from parity import Job, check_equal, check_job, run_job, unsplit
 from places import Place, place_of
 from test_parity import THREAD_CASES
 
@@ -119,19 +117,6 @@ def test_a_failure_ends_all_ranks_and_the_next_step_works(
     for endings in run_ranks(a_stage_that_fails_once, job.num_ranks, args=(job, in_backward)):
         assert endings[0] == endings[2] == "fine", endings
         assert "out of luck" in endings[1], endings
-
-
-@pytest.mark.parametrize("num_ranks", [2, 4, 8])
-def test_sizes(transport: str, num_ranks: int) -> None:
-    """Where threads would be too many, ranks are processes."""
-    jobs = [
-        gpu_job(transport, "bias", schedule, num_ranks, dtype=dtype)
-        for schedule in ("dualpipe", "dualpipev")
-        for dtype in (torch.float32, BF16)
-    ]
-    are_threads = transport != "nccl" or num_ranks <= ranks_in_threads(transport)
-    ranks: Literal["threads", "processes"] = "threads" if are_threads else "processes"
-    check_jobs(jobs, run_ranks(run_jobs, num_ranks, ranks, (jobs,), timeout=60.0))
 
 
 @pytest.mark.parametrize("case", THREAD_CASES)
