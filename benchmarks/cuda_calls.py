@@ -99,9 +99,15 @@ def priorities() -> tuple[int, int]:
 
 
 class RegisteredPage:
-    """A page of host memory that streams can read, registered as the engine registers its flags."""
+    """A page of host memory that streams can read, registered as the engine registers its flags.
+
+    It stays until the process ends: what is at its address next would count as registered.
+    """
+
+    _all: list[RegisteredPage] = []  # noqa: RUF012 - shared by all on purpose
 
     def __init__(self) -> None:
+        self._all.append(self)
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
         self.word = ctypes.c_uint32.from_buffer(self._memory)
         self._here = ctypes.c_void_p(ctypes.addressof(self.word))
