@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 Facts = dict[str, str]
+Report = dict[str, Any]
+PROBED = ("question", "case", "answer")  # what gpu_probe.py asked
+IDENTITY = ("commit", "device", "torch", "cuda")  # of what is checked, and on what
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -49,10 +52,36 @@ def ending(step: Facts) -> str:
     )
 
 
-def read_benchmarks(folder: Path) -> list[dict[str, Any]]:
-    """Return the reports of all benchmarks, in the order they were written in."""
+def read_benchmarks(folder: Path) -> list[Report]:
+    """Return the reports of all benchmarks, each with its step, in the order they were written in."""
     paths = sorted(folder.glob("bench_*.json"), key=lambda path: path.stat().st_mtime)
-    return [json.loads(path.read_text()) for path in paths]
+    return [{"step": path.stem, **json.loads(path.read_text())} for path in paths]
+
+
+def read_json(path: Path, otherwise: Any) -> Any:
+    """Return what a file has, where there is one."""
+    return json.loads(path.read_text()) if path.exists() else otherwise
+
+
+def merged(earlier: Report, now: Report) -> Report:
+    """Return both parts of a check as one; of what both have, the later one holds.
+
+    Numbers of other code or of another machine are left out.
+    """
+    machine = now["machine"]
+    same = all(machine.get(k) == earlier["machine"].get(k) for k in IDENTITY)
+    if machine and not same:
+        return now
+    keys = {"benchmarks": "step", "tests": "test", "steps": "step"}
+    both = {
+        name: list({fact[key]: fact for fact in earlier[name] + now[name]}.values())
+        for name, key in keys.items()
+    }
+    return {
+        "machine": earlier["machine"] | machine,
+        "probe": now["probe"] or earlier["probe"],
+        **both,
+    }
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -61,7 +90,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def goal_rows(benchmarks: Sequence[dict[str, Any]]) -> list[list[str]]:
+def goal_rows(benchmarks: Sequence[Report]) -> list[list[str]]:
     """Return every number beside what it must reach."""
     words = {True: "yes", False: "**no**", None: ""}
     return [
@@ -78,13 +107,15 @@ def goal_rows(benchmarks: Sequence[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
-def markdown(report: dict[str, Any]) -> str:
+def markdown(report: Report) -> str:
     """Return the report as tables that can be pasted into docs/performance.md."""
     tests = report["tests"]
     bad = [t for t in tests if t["outcome"] != "passed"]
     facts = [[name, one_line(value)] for name, value in report["machine"].items()]
+    probed = [[one_line(fact[key]) for key in PROBED] for fact in report["probe"]]
     parts = [
         table(["", ""], facts),
+        table(PROBED, probed),
         table(
             ["benchmark", "what", "must reach", "measured", "reached", "note"],
             goal_rows(report["benchmarks"]),
@@ -126,7 +157,7 @@ def machine(device: str, processes: str, sanitizer: str) -> Facts:
         or output_of("git", "describe", "--always", "--dirty"),
         "date": time.strftime("%Y-%m-%d"),
         "command": "bash benchmarks/gpu_check.sh",
-        "processes on one GPU share it by": processes,
+        **({"processes on one GPU share it by": processes} if processes else {}),
         "compute-sanitizer": sanitizer,
     }
 
@@ -158,14 +189,20 @@ def check_nccl() -> str | None:
 
 
 def write(work: Path, out: Path) -> None:
-    """Write ``gpu_check.json`` and ``gpu_check.md`` into ``out`` from what lies in ``work``."""
-    facts = work / "machine.json"
+    """Write ``gpu_check.json`` and ``gpu_check.md`` into ``out`` from what lies in ``work``.
+
+    What another part of the check had written there before lies in ``work`` as ``earlier.json``.
+    """
     report = {
-        "machine": json.loads(facts.read_text()) if facts.exists() else {},
+        "machine": read_json(work / "machine.json", {}),
+        "probe": read_json(work / "probe.json", []),
         "benchmarks": read_benchmarks(work),
         "tests": outcomes(work),
         "steps": steps_of(work / "steps.tsv"),
     }
+    earlier = read_json(work / "earlier.json", None)
+    if earlier is not None:
+        report = merged(earlier, report)
     (out / "gpu_check.json").write_text(json.dumps(report, indent=2) + "\n")
     (out / "gpu_check.md").write_text(markdown(report))
 

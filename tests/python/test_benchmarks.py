@@ -24,7 +24,7 @@ from bench_overlap import message_bytes
 from common import Row, attempt, row_of
 from places import Cpu, place_of, slope
 from sleeping import ReusedResults, SleepStage, SleepTimes, free_loss
-from thread_ranks import StartLine, in_threads, step_seconds
+from thread_ranks import StartLine, in_threads, step_seconds, why_not_in_threads
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -141,14 +141,49 @@ def test_the_report_says_what_is_missing(tmp_path: Path) -> None:
     report = {"benchmark": "p2p", "rows": described}
     (tmp_path / "bench_p2p.json").write_text(json.dumps(report))
     (tmp_path / "x.outcomes").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    probed = [{"question": "queues", "case": "one waits", "answer": "blocks | ever"}]
+    (tmp_path / "probe.json").write_text(json.dumps(probed))
     (tmp_path / "steps.tsv").write_text("build\t0\t61\tmake\nbench_p2p\t124\t60\tpython x\n")
     gpu_report.write(tmp_path, tmp_path)
     text = (tmp_path / "gpu_check.md").read_text()
     assert "| p2p | rate / 1 MiB | >= 0.9 | 0.5 | **no** | slow |" in text
     assert "| p2p | other | <= 1 | - | **no** |  |" in text
+    assert "| queues | one waits | blocks / ever |" in text
     assert "1 of 2 passed" in text and "| b | did not end |  |" in text
     assert "| bench_p2p | over its time limit | 60 | `python x` |" in text
     assert json.loads((tmp_path / "gpu_check.json").read_text())["steps"][0]["status"] == "0"
+
+
+def part(commit: str, step: str, **more: Any) -> dict[str, Any]:
+    """What one part of the check has found."""
+    return {
+        "machine": {"commit": commit, **more.pop("machine", {})},
+        "probe": more.pop("probe", []),
+        "benchmarks": [{"step": step, "rows": []}],
+        "tests": [{"test": "a", "outcome": step}],
+        "steps": [{"step": "build"}, {"step": step}],
+    }
+
+
+def test_two_parts_of_a_check_are_one_report() -> None:
+    first = part("c", "bench_p2p", machine={"driver": "1"}, probe=[{"case": "x"}])
+    found = gpu_report.merged(first, part("c", "bench_mirrors", machine={"shared": "by MPS"}))
+    assert found["machine"] == {"commit": "c", "driver": "1", "shared": "by MPS"}
+    assert found["probe"] == [{"case": "x"}]
+    assert [each["step"] for each in found["benchmarks"]] == ["bench_p2p", "bench_mirrors"]
+    assert found["tests"] == [{"test": "a", "outcome": "bench_mirrors"}]
+    assert [each["step"] for each in found["steps"]] == ["build", "bench_p2p", "bench_mirrors"]
+
+
+def test_numbers_of_other_code_are_left_out() -> None:
+    now = part("d", "bench_mirrors")
+    assert gpu_report.merged(part("c", "bench_p2p"), now) == now
+
+
+def test_more_nccl_ranks_than_a_process_takes_are_not_measured() -> None:
+    assert why_not_in_threads("copy", 8) is None and why_not_in_threads("nccl", 2) is None
+    found = why_not_in_threads("nccl", 4)
+    assert found is not None and found.startswith("not measured: over NCCL")
 
 
 def test_outcomes_name_the_tests_that_had_no_time(tmp_path: Path) -> None:

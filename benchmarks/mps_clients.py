@@ -1,0 +1,48 @@
+"""Whether as many processes as a benchmark has ranks can have all their streams on the GPU at once.
+
+Clients of MPS take their hardware queues out of one pool, and one that comes too late gets an error.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from multiprocessing.synchronize import Barrier
+
+import torch
+
+NUM_CLIENTS = 4
+NUM_STREAMS = 15  # twelve ways of a rank, one stream that computes, two that sum
+PATIENCE_S = 25.0
+
+
+def client(all_here: Barrier) -> None:
+    """Use all streams; stay until every other client has done so."""
+    from cuda_calls import new_stream, priorities
+
+    torch.cuda.synchronize()
+    for number in range(NUM_STREAMS):
+        with torch.cuda.stream(new_stream(priorities()[number % 2])):
+            torch.cuda._sleep(1000)
+    torch.cuda.synchronize()
+    all_here.wait(PATIENCE_S)
+    os._exit(0)
+
+
+def main() -> None:
+    """Start them; the exit status is 1 if one fails or does not come."""
+    fork = multiprocessing.get_context("fork")
+    all_here = fork.Barrier(NUM_CLIENTS)
+    clients = [fork.Process(target=client, args=(all_here,)) for _ in range(NUM_CLIENTS)]
+    for each in clients:
+        each.start()
+    for each in clients:
+        each.join(PATIENCE_S)
+        each.kill()
+        each.join(1.0)
+    if any(each.exitcode for each in clients):
+        raise SystemExit("not all clients were served")
+
+
+if __name__ == "__main__":
+    main()
