@@ -10,6 +10,7 @@ import os
 from multiprocessing.synchronize import Barrier
 
 import torch
+from cuda_calls import new_stream, priorities
 
 NUM_CLIENTS = 4
 NUM_STREAMS = 15  # twelve ways of a rank, one stream that computes, two that sum
@@ -18,8 +19,6 @@ PATIENCE_S = 25.0
 
 def client(all_here: Barrier) -> None:
     """Use all streams; stay until every other client has done so."""
-    from cuda_calls import new_stream, priorities
-
     torch.cuda.synchronize()
     for number in range(NUM_STREAMS):
         with torch.cuda.stream(new_stream(priorities()[number % 2])):
