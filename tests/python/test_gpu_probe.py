@@ -12,7 +12,7 @@ from pathlib import Path
 import gpu_probe
 import pytest
 import torch
-from probe_questions import Caller
+from probe_waits import Caller
 
 ROOT = Path(__file__).resolve().parents[2]
 SENT = [("started", "what comes first"), ("case", "a"), ("answer", "yes"), ("case", "b")]
