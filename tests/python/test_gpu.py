@@ -5,7 +5,6 @@ NCCL needs version 2.30 and NCCL_MULTI_RANK_GPU_ENABLE=1 for it. benchmarks/gpu_
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 from busy_machine import holds_in_one_of
