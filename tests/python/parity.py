@@ -191,6 +191,10 @@ def run_rank(rank: int, num_ranks: int, job: Job) -> RankResult:
         )
     if job.sync == "after":
         pipeline.sync_gradients()
+    if (
+        job.device_type != "cpu"
+    ):  # a copy to the host may keep back the calls of other ranks' threads
+        pipeline.synchronize()
     return RankResult(
         None if loss is None else loss.cpu(),
         _on_cpu(outputs),
