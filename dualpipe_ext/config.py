@@ -69,7 +69,8 @@ class DualPipeConfig:
         use_overlapped: run a stage's own ``overlapped_forward_backward`` where it has one.
         seed: reseeds torch before every stage's forward from (seed, step, stage, micro-batch), so
             that dropout does not depend on the ranks that run the stages, or on the schedule
-            (:func:`dualpipe_ext.microbatch_seed`). ``None``: random numbers are the caller's
+            (:func:`dualpipe_ext.microbatch_seed`); the caller's generators stay as they were.
+            ``None``: random numbers are the caller's
             (:class:`~dualpipe_ext.TrainingWrapper` chooses a seed).
             For ranks that are processes: threads share torch's one generator and disturb it.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -454,16 +455,17 @@ class Pipeline(nn.Module):
         self._engine.time_device(self.times_device or self._times_next or is_profiling())
         self._times_next = self._times_next and not step.training
         try:
-            self._engine.run(
-                plan.program,
-                step,
-                training=step.training,
-                keep_outputs=step.overlapped_function is not None,
-                device=str(self._local.device),
-                reducer=reducer,
-                shapes=self._shapes(step),
-                main_grads=step.main_grads,
-            )
+            with self._own_random_numbers():
+                self._engine.run(
+                    plan.program,
+                    step,
+                    training=step.training,
+                    keep_outputs=step.overlapped_function is not None,
+                    device=str(self._local.device),
+                    reducer=reducer,
+                    shapes=self._shapes(step),
+                    main_grads=step.main_grads,
+                )
         except BaseException as error:
             if is_the_stages(error, step):
                 text = f"{self._engine.failure}\n\n{self._where(plan)}"
@@ -473,6 +475,13 @@ class Pipeline(nn.Module):
             raise
         finally:
             self._running = False
+
+    def _own_random_numbers(self) -> AbstractContextManager[Any]:
+        """Leaves the caller's as they are, where a step seeds its own: ranks seeded alike stay alike."""
+        if self.config.seed is None or self.group.are_threads:  # which share one generator
+            return nullcontext()
+        device = self._local.device
+        return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
     def _where(self, plan: PlannedStep) -> str:
         """The schedule around the action at which this rank stopped."""

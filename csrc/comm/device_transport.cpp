@@ -243,7 +243,7 @@ void DeviceTransport::describe(std::size_t way, Rank to, const MessageId& id,
       *known == layout, "rank ", options_.rank, ": the ", to_string(id), " is ", to_string(layout),
       "; it was ", to_string(*known),
       " in an earlier step whose inputs had the same shapes. Where shapes depend on more than "
-      "those, pass DualPipeConfig(dynamic_shapes=True)");
+      "those, or layers are frozen between steps, pass DualPipeConfig(dynamic_shapes=True)");
 }
 
 std::unique_ptr<PendingReceive> DeviceTransport::receive(Rank from, const MessageId& id) {

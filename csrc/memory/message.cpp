@@ -36,6 +36,7 @@ void append_spec(std::ostringstream& out, const TensorSpec& spec) {
   for (int dim = 0; dim < spec.num_dims; ++dim) {
     out << (dim == 0 ? "" : "x") << spec.shape[static_cast<std::size_t>(dim)];
   }
+  if (spec.requires_grad) out << " (requires grad)";
 }
 
 }  // namespace

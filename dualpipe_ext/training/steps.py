@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -103,7 +102,7 @@ class BatchSteps:
             This rank's part of the loss, and its outputs.
         """
         weights = [factor * loss.weight(units, total) for units in part.units]
-        with self._own_random_numbers(), autocasting(self.device, autocast):
+        with autocasting(self.device, autocast):
             losses, outputs = self._pipeline.step(
                 *part.inputs,
                 num_chunks=self._rows.num_microbatches,
@@ -120,14 +119,8 @@ class BatchSteps:
 
     def infer(self, part: Part, autocast: torch.dtype | None = None) -> Any:
         """The outputs of the rows that leave here, those that were added among them."""
-        with torch.no_grad(), self._own_random_numbers(), autocasting(self.device, autocast):
+        with torch.no_grad(), autocasting(self.device, autocast):
             _, outputs = self._pipeline.step(
                 *part.inputs, num_chunks=self._rows.num_microbatches, return_outputs=True
             )
         return outputs
-
-    def _own_random_numbers(self) -> AbstractContextManager[Any]:
-        """Leaves the caller's as they were, so that ranks that were seeded alike stay alike."""
-        if self._pipeline.group.are_threads:
-            return nullcontext()
-        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])

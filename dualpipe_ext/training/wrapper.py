@@ -290,8 +290,9 @@ class TrainingWrapper:
         """The model's outputs for a batch, in evaluation mode and without gradients.
 
         Args:
-            batch: as for :meth:`evaluate`, the same on every rank; labels are not looked at. Inputs
-                alone are a tensor, a mapping, or a pair ``((input, ...), ())``.
+            batch: as for :meth:`evaluate`, the same on every rank; replicas, which all call it, may
+                have others. Labels are not looked at. Inputs alone are a tensor, a mapping, or a
+                pair ``((input, ...), ())``.
 
         Returns:
             All rows' outputs, a tuple where there are several, on the ranks where micro-batches
@@ -301,11 +302,11 @@ class TrainingWrapper:
             ValueError, TypeError, PipelineError: as :meth:`train_step` does; or outputs of
                 micro-batches that do not fit together.
         """
-        part = self._steps.of_inputs(lambda: self._reader.read(batch))
-        self.pipeline.sync_buffers()
+        self._replicas.average_buffers(self.pipeline)
         with evaluating(self._stages):
-            own = self._steps.infer(part, self._options.autocast)
+            part, own = self._replicas.together(lambda: self._infer(batch))
         self._side_by_side.settle()
+        self._side_by_side.summarize(Report(0.0, part.fingerprint))
         outputs = join_ends(self.pipeline, own, self.config.timeout)
         return first_rows(outputs, part.total, self._options.batch_dim)
 
@@ -471,6 +472,11 @@ class TrainingWrapper:
 
     def _read_half(self, given: Any) -> Batch:
         return Batch((), ()) if given is None else self._reader.read(given, partly=True)
+
+    def _infer(self, batch: Any) -> tuple[Part, Any]:
+        """This rank's part of a batch, and the outputs of the rows that leave here."""
+        part = self._steps.of_inputs(lambda: self._reader.read(batch))
+        return part, self._steps.infer(part, self._options.autocast)
 
     def _run(self, part: Part, total: int, sync_gradients: bool = False) -> float:
         """This rank's part of the loss, of which ``total`` units have weight 1."""

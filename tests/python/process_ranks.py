@@ -165,8 +165,22 @@ def everything(rank: int, num_ranks: int) -> dict[str, Any]:
     first, second = (dist.new_group(backend="cuda:gloo") for _ in range(2))
     found["group of GPUs"] = over_group_of_gpus(rank, first, Job("bias", "dualpipev", num_ranks, 8))
     found["fails before it connects"] = attempt(fail_before_connecting, rank, second)
+    found["random numbers"] = draw_around_a_step(rank, num_ranks)
     found["wrong mapping"] = attempt(DualPipe, [nn.Tanh(), nn.ReLU()], rank_mapping=[0, 0, 1, 2])
     return found
+
+
+def draw_around_a_step(rank: int, num_ranks: int) -> list[torch.Tensor]:
+    """What a rank draws before a step that seeds its own random numbers, and after it."""
+    stages = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)) for _ in range(2)]
+    pipeline = DualPipe(stages, config=DualPipeConfig(seed=7))
+    ends = rank in (0, num_ranks - 1)
+    x = torch.ones(8, 4) if ends else None
+    torch.manual_seed(3)
+    before = torch.rand(2)
+    labels = (x,) if ends else None
+    pipeline.step(x, num_chunks=2 * num_ranks, criterion=squared_error, labels=labels)
+    return [before, torch.rand(2)]
 
 
 def say(rank: int, num_ranks: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from loops import IGNORED, make_batch, make_gpt, make_infinite, make_optimizer, token_loss
 from outcomes import Outcome, attempt
 from saved_runs import State, state_of
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader, TensorDataset
@@ -93,6 +94,9 @@ def train(rank: int, size: int, folder: Path) -> dict[str, Any]:
     found["failures"] = [
         fail(wrapper, rank, how) for how in ("batch", "stage", "different", "sum", "update")
     ]
+    found["failures"].append(attempt(wrapper.predict, [] if rank == 1 else make_batch(8, seed=2)))
+    found["num_steps"] = wrapper.pipeline.num_steps
+    found["predicted"] = predict_with_norms(mesh, share["replica"])
     wrong = {"reduction": "median"} if rank == 1 else {}
     found["failures"].append(attempt(make, mesh=mesh, **wrong))
     with torch.no_grad():
@@ -109,6 +113,21 @@ def train(rank: int, size: int, folder: Path) -> dict[str, Any]:
     }
     found["sharded"] = train_sharded(mesh, share, folder)
     found["evaluated again"] = float(wrapper.evaluate(loader(False, **share)))
+    return found
+
+
+def predict_with_norms(mesh: DeviceMesh, replica: int) -> Tensor | None:
+    """Outputs for the same rows on all replicas, whose batch norms have seen different ones."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(4)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that each copy has its own statistics
+        wrapper = TrainingWrapper(model, loss_fn=nn.functional.mse_loss, mesh=mesh)
+    generator = torch.Generator().manual_seed(replica)
+    x = torch.randn(16, 4, generator=generator)
+    wrapper.train_step((x, x.sin()))
+    found = wrapper.predict(torch.ones(16, 4))
+    assert found is None or isinstance(found, Tensor)
     return found
 
 

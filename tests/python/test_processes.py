@@ -52,6 +52,14 @@ def test_dropout_does_drop() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(losses, other, strict=True))
 
 
+def test_a_seed_of_steps_leaves_the_callers_random_numbers(found: list[dict[str, Any]]) -> None:
+    torch.manual_seed(3)
+    expected = [torch.rand(2), torch.rand(2)]
+    for result in found:
+        for drawn, value in zip(result["random numbers"], expected, strict=True):
+            assert torch.equal(drawn, value)
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes(found: list[dict[str, Any]], name: str) -> None:
     check_mistake(name, [result[name] for result in found])

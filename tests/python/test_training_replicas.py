@@ -88,13 +88,15 @@ def test_a_killed_rank_is_told_in_all_replicas(tmp_path: Path) -> None:
 def test_a_failure_is_one_of_all_replicas(found: list[dict[str, Any]]) -> None:
     """Each with its own words, within seconds; training goes on."""
     for rank, result in enumerate(found):
-        batch, stage, different, summed, update, construction = result["failures"]
+        batch, stage, different, summed, update, predict, construction = result["failures"]
         assert batch.is_a("ValueError" if rank == 1 else "PipelineError"), (rank, batch)
         assert stage.is_a("PipelineError"), (rank, stage)
         assert different.is_a("ValueError" if rank < PIPELINE else "PipelineError"), (
             rank,
             different,
         )
+        assert predict.error == ("ValueError" if rank == 1 else "PipelineError"), predict
+        assert result["num_steps"] == found[0]["num_steps"]  # of which random numbers depend
         for outcome in (summed, update):
             assert outcome.error == ("RuntimeError" if rank == 1 else "PipelineError"), outcome
         assert construction.is_a("ValueError" if rank == 1 else "PipelineError"), construction
@@ -103,10 +105,18 @@ def test_a_failure_is_one_of_all_replicas(found: list[dict[str, Any]]) -> None:
             assert "found [3, 8]" in batch.text and "out of luck" in stage.text
             assert "out of luck" in summed.text and "out of luck" in update.text
         else:
-            for outcome in (stage, different, summed, update, construction):
+            for outcome in (stage, different, summed, update, predict, construction):
                 assert "replica 0 has failed" in outcome.text
         assert max(outcome.seconds for outcome in result["failures"]) < 10.0
         assert result["evaluated again"] == result["evaluated"]
+
+
+def test_predictions_do_not_depend_on_the_replica(found: list[dict[str, Any]]) -> None:
+    for rank, result in enumerate(found):
+        ends = rank % PIPELINE in (0, PIPELINE - 1)
+        assert (result["predicted"] is not None) == ends
+        if ends:
+            assert torch.equal(result["predicted"], found[0]["predicted"])
 
 
 def test_replicas_are_cut_alike(found: list[dict[str, Any]]) -> None:

@@ -14,11 +14,12 @@ TEST(Message, LayoutReadsLikeTensors) {
   TensorSpec matrix = bytes_spec(0, 6);
   matrix.num_dims = 3;
   matrix.shape = {4, 128, 256};
+  matrix.requires_grad = true;
   TensorSpec scalar = bytes_spec(2, 15);
   scalar.num_dims = 0;
   EXPECT_EQ(
       to_string(Layout{matrix, bytes_spec(0, TensorSpec::kAbsent), scalar, bytes_spec(8, 44)}),
-      "[f32 4x128x256, None, bf16 scalar, dtype44 8]");
+      "[f32 4x128x256 (requires grad), None, bf16 scalar, dtype44 8]");
   EXPECT_EQ(to_string(Layout{}), "[]");
 }
 
