@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch.distributed as dist
 
-from dualpipe_ext._C import PipelineError
+from dualpipe_ext._handshake import collect
 from dualpipe_ext.adapters.cost import Cost
 from dualpipe_ext.adapters.split import best_for_ranks, best_for_stages, fronts
 from dualpipe_ext.groups import PipelineGroup, has_group, resolve_group
@@ -17,7 +17,7 @@ from dualpipe_ext.schedule import CostModel, plan
 
 __all__ = ["agreed", "balanced_sizes", "step_seconds", "sum_of"]
 
-_TIMEOUT_S = 600.0  # for ranks that measure more slowly than others
+_TIMEOUT_S = 600.0  # for rank 0 to measure
 
 
 def balanced_sizes(
@@ -73,20 +73,15 @@ def agreed(
     """Returns what rank 0 measures, on every rank: all have to cut the model alike.
 
     Raises:
-        Exception: what ``measure`` raised on this rank, once the others know of it.
-        PipelineError: ``measure`` raised on another rank, or a rank did not come.
+        Exception: what ``measure`` raised, on rank 0.
+        PipelineError: ``measure`` raised on rank 0, or a rank did not come.
     """
     if not has_group(process_group):
         return measure()
     group = resolve_group(process_group, None)
-    try:
-        costs = [asdict(cost) for cost in measure()]
-    except Exception as error:  # whatever it is, the other ranks must not wait for this one
-        group.all_gather(json.dumps({"error": f"{type(error).__name__}: {error}"}), _TIMEOUT_S)
-        raise
-    own = {"costs": costs if group.rank == 0 else []}
-    answers = [json.loads(text) for text in group.all_gather(json.dumps(own), _TIMEOUT_S)]
-    for rank, answer in enumerate(answers):
-        if "error" in answer:
-            raise PipelineError(f"rank {rank} could not measure its layers: {answer['error']}")
-    return [Cost(**entry) for entry in answers[0]["costs"]]
+
+    def measured_first() -> list[dict[str, Any]]:  # by rank 0 alone: others would slow it down
+        return [asdict(cost) for cost in measure()] if group.rank == 0 else []
+
+    costs, *_ = collect(group, _TIMEOUT_S, measured_first, "could not measure its layers")
+    return [Cost(**entry) for entry in costs]
