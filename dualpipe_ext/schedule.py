@@ -136,7 +136,7 @@ class Timeline:
         return self._native.bubble(rank)
 
     def peak_activations(self, rank: int) -> int:
-        """The most micro-batches whose activations a rank holds at once."""
+        """The most micro-batches whose activations a rank holds at once, from F to B or W."""
         return self._native.peak_activations(rank)
 
     def grid(self, unit: float = 0.25) -> str:
@@ -304,7 +304,7 @@ class Schedule:
         return Timeline(self._native.simulate(native_costs, when))
 
     def peak_activations(self, rank: int) -> int:
-        """The most micro-batches whose activations a rank holds at once."""
+        """The most micro-batches whose activations a rank holds at once, from F to B or W."""
         return self._native.peak_activations(rank)
 
     def grid(self, rank: int | None = None, step: int = -1) -> str:

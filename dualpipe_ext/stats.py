@@ -35,8 +35,9 @@ class StepStatistics:
         busy_seconds: of these, spent computing.
         measured_bubble: the share of the step in which this rank did not compute.
         planned_bubble: the same in the schedule, with F = I = W and messages that take no time.
-        peak_live_activations: the most micro-batches whose activations were alive at once.
-        planned_peak_activations: the same in the schedule.
+        peak_live_activations: the most micro-batches (those of two stages are two) of which the engine
+            kept something at once, for a backward or for deferred weight gradients; 0 in inference.
+        planned_peak_activations: the same in the schedule, where each keeps them until its B or W.
     """
 
     clock: Literal["host", "device"]

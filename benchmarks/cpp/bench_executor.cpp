@@ -43,8 +43,9 @@ class IdleStages final : public StageRunner {
  public:
   Message forward(Stage, Microbatch, Message) override { return message_; }
   Message backward(Stage, Microbatch, Message, bool) override { return message_; }
-  void backward_weight(Stage, Microbatch) override {}
+  void backward_weight(Stage, Microbatch, const WeightsAdvanced&) override {}
   std::pair<Message, Message> overlapped(Half, Half) override { return {message_, message_}; }
+  [[nodiscard]] int peak_live() const override { return 0; }
 
  private:
   static Message make(std::byte* data) {
@@ -66,9 +67,8 @@ class TimedCommit final : public Transport {
   TimedCommit(std::unique_ptr<Transport> inner, std::int64_t& commit_ns)
       : inner_(std::move(inner)), commit_ns_(commit_ns) {}
   void begin_step(const StepInfo& info) override { inner_->begin_step(info); }
-  void send(Rank to, const MessageId& id, Message message,
-            const std::shared_ptr<Event>& ready) override {
-    inner_->send(to, id, std::move(message), ready);
+  EventPtr send(Rank to, const MessageId& id, Message message, const EventPtr& ready) override {
+    return inner_->send(to, id, std::move(message), ready);
   }
   std::unique_ptr<PendingReceive> receive(Rank from, const MessageId& id) override {
     return inner_->receive(from, id);

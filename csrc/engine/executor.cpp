@@ -19,7 +19,6 @@ void Executor::begin(const Program& program, Run run, StageRunner* runner,
   receives_.resize(program.receives.size());
   slots_.clear();
   slots_.resize(static_cast<std::size_t>(program.num_slots));
-  activations_ = ActivationCounter();
   device_times_.reset();
   trace_ = Trace();
   trace_.events.reserve(program.instructions.size());
@@ -45,7 +44,7 @@ void Executor::run(std::uint64_t shapes) {
   transport_.end_step();
   waiting_since_ns_.store(0, std::memory_order_relaxed);
   trace_.device_times = std::move(device_times_);
-  trace_.peak_live_activations = activations_.peak();
+  trace_.peak_live_activations = runner_ != nullptr ? runner_->peak_live() : 0;
   trace_.duration_ns = now_ns() - step_start_ns_;
 }
 
@@ -107,7 +106,6 @@ void Executor::run_forward(const Instruction& instruction) {
   begin_computation();
   const Action& action = instruction.action;
   Message input = take_input(instruction.first);
-  activations_.forward();
   keep_result(instruction.first,
               runner_->forward(action.stage(), action.microbatch(), std::move(input)));
   end_computation(action);
@@ -120,7 +118,6 @@ void Executor::run_backward(const Instruction& instruction) {
   Message output_grad = take_input(instruction.first);
   keep_result(instruction.first, runner_->backward(action.stage(), action.microbatch(),
                                                    std::move(output_grad), defer_weights));
-  activations_.backward();
   end_computation(action);
 }
 
@@ -141,11 +138,9 @@ void Executor::run_overlap(const Instruction& instruction) {
   const Action backward = instruction.action.backward_half();
   Message input = take_input(instruction.first);
   Message output_grad = take_input(instruction.second);
-  activations_.forward();
   auto [activation, input_grad] =
       runner_->overlapped({forward.stage(), forward.microbatch(), std::move(input)},
                           {backward.stage(), backward.microbatch(), std::move(output_grad)});
-  activations_.backward();
   keep_result(instruction.first, std::move(activation));
   keep_result(instruction.second, std::move(input_grad));
   end_computation(instruction.action);

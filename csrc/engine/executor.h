@@ -80,7 +80,6 @@ class Executor final : public Progress {
   GradientReducer* reducer_ = nullptr;
   std::vector<std::unique_ptr<PendingReceive>> receives_;  // by number
   std::vector<Message> slots_;
-  ActivationCounter activations_;
   Trace trace_;
   StopwatchMaker stopwatches_;
   bool times_device_ = false;

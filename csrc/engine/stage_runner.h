@@ -32,6 +32,10 @@ class StageRunner {
     Message input;
   };
   [[nodiscard]] virtual std::pair<Message, Message> overlapped(Half forward, Half backward) = 0;
+
+  // The most micro-batches so far (those of two stages are two) that it has kept something of at
+  // once, for a backward or for deferred weight gradients.
+  [[nodiscard]] virtual int peak_live() const = 0;
 };
 
 // Sums gradients over the ranks that hold a copy of a stage.

@@ -36,18 +36,6 @@ struct Trace {
   [[nodiscard]] std::int64_t busy_ns() const;
 };
 
-// Counts the micro-batches whose activations are alive: from F to the end of B or I.
-class ActivationCounter {
- public:
-  void forward() { peak_ = ++live_ > peak_ ? live_ : peak_; }
-  void backward() { --live_; }
-  [[nodiscard]] int peak() const { return peak_; }
-
- private:
-  int live_ = 0;
-  int peak_ = 0;
-};
-
 // Nanoseconds on the steady clock.
 [[nodiscard]] inline std::int64_t now_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(

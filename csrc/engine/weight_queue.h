@@ -47,6 +47,8 @@ class WeightQueue {
   // Forgets everything: after a step that threw.
   void clear();
   [[nodiscard]] std::size_t num_pending() const;
+  // Pairs of stage and micro-batch that have some.
+  [[nodiscard]] std::size_t num_microbatches() const { return tasks_.size(); }
 
  private:
   using Key = std::pair<Stage, Microbatch>;

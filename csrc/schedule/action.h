@@ -94,13 +94,14 @@ constexpr void for_each_part(const Action& action, Visit&& visit) {
   visit(action.backward_half());
 }
 
-// Micro-batches whose activations a rank holds, from F to the end of B or I, as its actions run.
+// Micro-batches whose activations a rank holds, from F to the end of B or W, as its actions run. I
+// frees none: weight gradients need the layers' inputs.
 class LiveActivations {
  public:
   constexpr void add(const Action& action) {
     for_each_part(action, [&](const Action& part) {
       if (part.op() == Op::kForward && ++live_ > peak_) peak_ = live_;
-      if (part.op() == Op::kBackward || part.op() == Op::kBackwardInput) --live_;
+      if (part.op() == Op::kBackward || part.op() == Op::kBackwardWeight) --live_;
     });
   }
   [[nodiscard]] constexpr int peak() const { return peak_; }

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <algorithm>
 #include <typeinfo>
 
 #include "common/error.h"
@@ -72,7 +73,7 @@ Message TorchStageRunner::forward(Stage stage, Microbatch microbatch, Message in
 Message TorchStageRunner::backward(Stage stage, Microbatch microbatch, Message output_grad,
                                    bool defer_weights) {
   const WeightQueueScope scope(weight_queue_);
-  const Live live = recall(stage, microbatch);
+  const Live live = forget(stage, microbatch);
   const Tensors output_grads = tensors_of(std::move(output_grad), options_.device, false);
   const BackwardPass pass(*weight_queue_, stage, microbatch, defer_weights);
   run_autograd(live, output_grads);
@@ -91,7 +92,7 @@ std::pair<Message, Message> TorchStageRunner::overlapped(Half forward, Half back
   const WeightQueueScope scope(weight_queue_);
   Live next;
   next.inputs = tensors_of(std::move(forward.input), options_.device, options_.training);
-  const Live live = recall(backward.stage, backward.microbatch);
+  const Live& live = recall(backward.stage, backward.microbatch);
   const Tensors output_grads = tensors_of(std::move(backward.input), options_.device, false);
   const BackwardPass pass(*weight_queue_, backward.stage, backward.microbatch, false);
   StageFunctions::Result result = functions_.overlapped({.forward_stage = forward.stage,
@@ -105,7 +106,8 @@ std::pair<Message, Message> TorchStageRunner::overlapped(Half forward, Half back
   fill_main_grads(backward.stage);
   Message activation =
       remember(forward.stage, forward.microbatch, std::move(next), std::move(result));
-  return {std::move(activation), input_grads(live)};
+  const Live done = forget(backward.stage, backward.microbatch);
+  return {std::move(activation), input_grads(done)};
 }
 
 Message TorchStageRunner::remember(Stage stage, Microbatch microbatch, Live live,
@@ -118,14 +120,21 @@ Message TorchStageRunner::remember(Stage stage, Microbatch microbatch, Live live
       live.roots.push_back(needed ? autograd::impl::gradient_edge(output) : autograd::Edge());
     }
     live_[{stage, microbatch}] = std::move(live);
+    const std::size_t num_live = live_.size() + weight_queue_->num_microbatches();
+    peak_live_ = std::max(peak_live_, static_cast<int>(num_live));
   }
   return message_of(result.outputs, options_.message_device);
 }
 
-TorchStageRunner::Live TorchStageRunner::recall(Stage stage, Microbatch microbatch) {
-  auto node = live_.extract({stage, microbatch});
-  DUALPIPE_CHECK(!node.empty(), "no forward of stage ", stage, ", micro-batch ", microbatch);
-  return std::move(node.mapped());
+const TorchStageRunner::Live& TorchStageRunner::recall(Stage stage, Microbatch microbatch) const {
+  const auto found = live_.find({stage, microbatch});
+  DUALPIPE_CHECK(found != live_.end(), "no forward of stage ", stage, ", micro-batch ", microbatch);
+  return found->second;
+}
+
+TorchStageRunner::Live TorchStageRunner::forget(Stage stage, Microbatch microbatch) {
+  (void)recall(stage, microbatch);
+  return std::move(live_.extract({stage, microbatch}).mapped());
 }
 
 // A step within autocast means its forwards. A backward runs in the types that they chose, as it

@@ -64,6 +64,7 @@ class TorchStageRunner final : public StageRunner {
   void backward_weight(Stage stage, Microbatch microbatch,
                        const WeightsAdvanced& advanced) override;
   [[nodiscard]] std::pair<Message, Message> overlapped(Half forward, Half backward) override;
+  [[nodiscard]] int peak_live() const override { return peak_live_; }
 
  private:
   // What a micro-batch needs for its backward.
@@ -76,7 +77,8 @@ class TorchStageRunner final : public StageRunner {
 
   [[nodiscard]] Message remember(Stage stage, Microbatch microbatch, Live live,
                                  StageFunctions::Result result);
-  [[nodiscard]] Live recall(Stage stage, Microbatch microbatch);
+  [[nodiscard]] const Live& recall(Stage stage, Microbatch microbatch) const;
+  [[nodiscard]] Live forget(Stage stage, Microbatch microbatch);
   static void run_autograd(const Live& live, const Tensors& output_grads);
   [[nodiscard]] Message input_grads(const Live& live) const;
   void fill_main_grads(Stage stage) const;
@@ -84,7 +86,8 @@ class TorchStageRunner final : public StageRunner {
   StageFunctions& functions_;
   std::shared_ptr<WeightQueue> weight_queue_;
   StageRunnerOptions options_;
-  std::map<std::pair<Stage, Microbatch>, Live> live_;
+  std::map<std::pair<Stage, Microbatch>, Live> live_;  // until their backward is through
+  int peak_live_ = 0;
 };
 
 }  // namespace dualpipe

@@ -37,7 +37,7 @@ inline constexpr std::size_t kMaxDiagnostics = 64;
 // first.
 void throw_if_any(const Schedule& schedule, const std::vector<Diagnostic>& diagnostics);
 
-// The most micro-batches whose activations a rank holds at once (from F to the end of B or I).
+// The most micro-batches whose activations a rank holds at once (from F to the end of B or W).
 [[nodiscard]] int peak_live_activations(const Schedule& schedule, Rank rank);
 
 }  // namespace dualpipe

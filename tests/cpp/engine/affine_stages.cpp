@@ -1,5 +1,6 @@
 #include "engine/affine_stages.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "common/error.h"
@@ -66,6 +67,8 @@ void AffineStages::clear() {
   saved_inputs_.assign(placement_.num_cells(), 0);
   handed_over_.clear();
   num_pairs_ = 0;
+  num_live_ = 0;
+  peak_live_ = 0;
 }
 
 Message AffineStages::forward(Stage stage, Microbatch microbatch, Message input) {
@@ -75,6 +78,7 @@ Message AffineStages::forward(Stage stage, Microbatch microbatch, Message input)
                  " tensors");
   const Number value = first ? input_of(microbatch) : from_message(input);
   saved_inputs_[placement_.cell(stage, microbatch)] = value;
+  peak_live_ = std::max(peak_live_, ++num_live_);
   const Number output = scale(stage) * value + shift(stage);
   if (stage == placement_.last_stage()) results_.outputs[microbatch.index()] += output;
   return hand_over(output);
@@ -96,6 +100,7 @@ Message AffineStages::backward(Stage stage, Microbatch microbatch, Message outpu
   } else {
     add_scale();
     add_shift();
+    --num_live_;
   }
   queue_->end_backward();
   if (stage == placement_.first_stage()) {
@@ -108,6 +113,7 @@ void AffineStages::backward_weight(Stage stage, Microbatch microbatch,
                                    const WeightsAdvanced& advanced) {
   before(Action(Op::kBackwardWeight, stage, microbatch));
   queue_->run(stage, microbatch, advanced);
+  --num_live_;
 }
 
 std::pair<Message, Message> AffineStages::overlapped(Half forward_half, Half backward_half) {

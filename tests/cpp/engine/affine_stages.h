@@ -43,6 +43,7 @@ class AffineStages final : public StageRunner {
   void backward_weight(Stage stage, Microbatch microbatch,
                        const WeightsAdvanced& advanced) override;
   std::pair<Message, Message> overlapped(Half forward_half, Half backward_half) override;
+  int peak_live() const override { return peak_live_; }
 
   // Called before each computation (a pair: with its two halves, and then once as a pair).
   std::function<void(const Action&)> before = [](const Action&) {};
@@ -63,6 +64,8 @@ class AffineStages final : public StageRunner {
   std::vector<Number> saved_inputs_;  // by cell
   std::vector<std::weak_ptr<void>> handed_over_;
   int num_pairs_ = 0;
+  int num_live_ = 0;
+  int peak_live_ = 0;
 };
 
 }  // namespace dualpipe::testing

@@ -155,6 +155,12 @@ TEST(Zb1p, DefersTheWeightsOfRankRByRMicrobatches) {
   EXPECT_EQ(text_of(schedule, 2), "2F0 2I0 2F1 2I1 2F2 2I2 2W0 2F3 2I3 2W1 2W2 2W3");
 }
 
+// As many as rank 0 of 1F1B: what I leaves for W needs the layers' inputs.
+TEST(Zb1p, HoldsAMicrobatchForEachRankEverywhere) {
+  const Schedule schedule = plan("zb1p", {8, 32, 0});
+  for (int r = 0; r < 8; ++r) EXPECT_EQ(peak_live_activations(schedule, Rank(r)), 8);
+}
+
 TEST(Gpipe, RunsAllForwardsFirst) {
   EXPECT_EQ(text_of(plan("gpipe", {2, 2, 0}), 1), "1F0 1F1 1B0 1B1");
 }
