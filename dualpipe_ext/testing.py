@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import multiprocessing
 import os
 import pickle
@@ -40,7 +41,7 @@ def run_ranks(
     num_ranks: int,
     ranks: Literal["threads", "processes"] = "threads",
     args: Sequence[Any] = (),
-    timeout: float = 300.0,
+    timeout: float | None = None,
     link_latency: float = 0.0,
     link_bandwidth: float = 0.0,
     faults: FaultInjector | None = None,
@@ -61,7 +62,9 @@ def run_ranks(
         ranks: ``"threads"`` of this process, which exchange messages in memory, or
             ``"processes"`` with torch's gloo backend as their default group.
         args: further arguments of ``fn``, the same on every rank.
-        timeout: seconds for everything; then the stacks are printed and TimeoutError is raised.
+        timeout: seconds for everything; no limit where left out. After it, what each rank that is
+            not through is doing is printed to stderr (its Python stacks), TimeoutError is raised,
+            and ranks that are processes are killed.
         link_latency: threads only: seconds that every message takes.
         link_bandwidth: threads only: bytes a second of each channel; 0: unlimited.
         faults: threads only: ``faults(source, destination, kind, stage, microbatch)`` is asked for
@@ -69,7 +72,7 @@ def run_ranks(
 
     Raises:
         Exception: the first error of a rank that is not the echo of another rank's.
-        TimeoutError: a rank did not finish.
+        TimeoutError: a rank was not through after ``timeout`` seconds, and none had failed.
         ValueError: an unknown kind of ranks, link options for processes, or a function in no file.
         TypeError: ``fn`` or ``args`` cannot be sent to processes.
     """
@@ -85,7 +88,7 @@ def run_ranks(
 
 
 def _run_threads(
-    fn: RankFunction, hubs: LoopbackHubs, args: Sequence[Any], timeout: float
+    fn: RankFunction, hubs: LoopbackHubs, args: Sequence[Any], timeout: float | None
 ) -> list[Any]:
     results: list[Any] = [None] * hubs.num_ranks
     errors: dict[int, BaseException] = {}
@@ -99,7 +102,7 @@ def _run_threads(
             with group, torch.set_grad_enabled(grad_enabled), _stream_after(issued):
                 if issued is not None:
                     _multiply_once()
-                    all_ready.wait(timeout)
+                    all_ready.wait()
                 results[rank] = fn(rank, hubs.num_ranks, *args)
         except BaseException as error:  # noqa: BLE001 - reported by the caller's thread
             errors[rank] = error
@@ -121,7 +124,7 @@ def _run_threads(
     missing = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
     if missing and not errors:
         faulthandler.dump_traceback(file=2, all_threads=True)  # past any capturing of stderr
-        raise TimeoutError(f"ranks {missing} did not finish within {timeout} s")
+        raise _too_late(missing, hubs.num_ranks, timeout)
     if errors:
         raise _first_cause(errors)
     return results
@@ -203,7 +206,7 @@ def _start(processes: Sequence[Any], fn: RankFunction) -> None:
 
 
 def _run_processes(
-    fn: RankFunction, num_ranks: int, args: Sequence[Any], timeout: float
+    fn: RankFunction, num_ranks: int, args: Sequence[Any], timeout: float | None
 ) -> list[Any]:
     context: Any = mp.get_context(START_METHOD)
     output = _Output() if START_METHOD == "forkserver" else None  # else the launcher's already
@@ -211,7 +214,7 @@ def _run_processes(
         processes = [
             context.Process(
                 target=_process_main,
-                args=(fn, rank, num_ranks, folder, tuple(args), output),
+                args=(fn, rank, num_ranks, folder, tuple(args), output, _time_of_end(timeout)),
                 daemon=False,
             )
             for rank in range(num_ranks)
@@ -223,21 +226,23 @@ def _run_processes(
                 lambda: any(process.exitcode not in (None, 0) for process in processes),
                 timeout,
             )
+            late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+            if not any(process.exitcode for process in processes):
+                _print_stacks(folder, late)
         finally:
-            late = [rank for rank, process in enumerate(processes) if _is_alive(process)]
             for process in (one for one in processes if one.pid is not None):
                 process.kill()
                 process.join()
-        return _collect(folder, processes, late)
+        return _collect(folder, processes, late, timeout)
 
 
-def _is_alive(process: Any) -> bool:
-    return process.pid is not None and process.is_alive()
+def _time_of_end(timeout: float | None) -> float:
+    return math.inf if timeout is None else time.monotonic() + timeout
 
 
-def _wait(running: Callable[[], bool], failed: Callable[[], bool], timeout: float) -> None:
+def _wait(running: Callable[[], bool], failed: Callable[[], bool], timeout: float | None) -> None:
     """Waits for all ranks; once one has failed, the others have some seconds to notice."""
-    deadline = time.monotonic() + timeout
+    deadline = _time_of_end(timeout)
     patience = 15.0
     pause = 0.0002
     while running():
@@ -250,7 +255,40 @@ def _wait(running: Callable[[], bool], failed: Callable[[], bool], timeout: floa
         pause = min(2 * pause, 0.01)
 
 
-def _collect(folder: str, processes: Sequence[Any], late: Sequence[int]) -> list[Any]:
+def _too_late(late: Sequence[int], num_ranks: int, timeout: float | None) -> TimeoutError:
+    which = f"ranks {', '.join(map(str, late))} were" if len(late) > 1 else f"rank {late[0]} was"
+    return TimeoutError(
+        f"{which} not through within timeout={timeout:g} s, of {num_ranks} ranks; their stacks are "
+        f"on stderr: if they were at work, give run_ranks() a longer timeout=, or none for no limit"
+    )
+
+
+def _print_stacks(folder: str, ranks: Sequence[int]) -> None:
+    """Prints what ranks write into files when their time is over."""
+    deadline = time.monotonic() + 1.0
+    texts: dict[int, str] = {}
+    while len(texts) < len(ranks) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        texts = {rank: text for rank in ranks if (text := _stacks_of(folder, rank))}
+    for rank, text in texts.items():
+        print(f"\nrank {rank} is not through:\n{text}", file=sys.stderr, flush=True)
+
+
+def _stacks_of(folder: str, rank: int) -> str:
+    try:
+        with open(_path_of_stacks(folder, rank)) as file:
+            return file.read()
+    except FileNotFoundError:  # it has not even begun
+        return ""
+
+
+def _path_of_stacks(folder: str, rank: int) -> str:
+    return os.path.join(folder, f"{rank}.stacks")
+
+
+def _collect(
+    folder: str, processes: Sequence[Any], late: Sequence[int], timeout: float | None
+) -> list[Any]:
     results: list[Any] = []
     errors: dict[int, BaseException] = {}
     for rank, process in enumerate(processes):
@@ -261,15 +299,15 @@ def _collect(folder: str, processes: Sequence[Any], late: Sequence[int]) -> list
                 results.append(value)
             else:
                 errors[rank] = value
-        elif rank in late:
-            errors[rank] = TimeoutError(f"rank {rank} did not finish in time and was killed")
-        else:
+        elif rank not in late:
             errors[rank] = RuntimeError(
                 f"rank {rank} died with exit code {process.exitcode}; what it wrote to stderr may say "
                 f"why"
             )
     if errors:
         raise _first_cause(errors)
+    if len(results) < len(processes):
+        raise _too_late(late, len(processes), timeout)
     return results
 
 
@@ -294,8 +332,10 @@ def _process_main(
     folder: str,
     args: tuple[Any, ...],
     _: _Output | None,
+    time_of_end: float,
 ) -> None:
     _end_with_launcher(folder)
+    _write_stacks_at(time_of_end, _path_of_stacks(folder, rank))
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks
@@ -310,6 +350,16 @@ def _process_main(
     dist.destroy_process_group()
     if not outcome[0]:
         sys.exit(1)
+
+
+def _write_stacks_at(time_of_end: float, path: str) -> None:
+    """Has the stacks of this process written at a time of the monotonic clock, which all share.
+
+    By a thread that needs no lock of the interpreter's: the process may never give that back.
+    """
+    seconds = max(time_of_end - time.monotonic(), 0.001)
+    if seconds < threading.TIMEOUT_MAX:
+        faulthandler.dump_traceback_later(seconds, file=open(path, "w"))  # noqa: SIM115 - until then
 
 
 def _end_with_launcher(folder: str) -> None:

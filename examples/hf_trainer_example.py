@@ -117,7 +117,7 @@ def main(
         dist.destroy_process_group()
         return
     run = Run(layers, width, steps, rows, data, torch.cuda.device_count() < num_gpus)
-    by_rank = run_ranks(train_rank, num_gpus, "processes", args=(run,), timeout=24 * 3600.0)
+    by_rank = run_ranks(train_rank, num_gpus, "processes", args=(run,))
     print_losses(by_rank[0], train_unsplit(run))
 
 

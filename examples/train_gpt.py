@@ -25,7 +25,6 @@ from gpt.options import Options, join_world, world
 from gpt.run import train_rank, train_unsplit
 from gpt.training import StepRecord
 
-A_WEEK = 7 * 24 * 3600.0  # seconds
 SCHEDULES = ", ".join(each.name for each in schedules())
 
 
@@ -34,7 +33,7 @@ def launch(options: Options) -> list[StepRecord]:
     if world() is None:
         print(f"starting {options.ranks} ranks ...", flush=True)
         by_rank: list[list[StepRecord]] = run_ranks(
-            train_rank, options.ranks, ranks="processes", args=(options,), timeout=A_WEEK
+            train_rank, options.ranks, ranks="processes", args=(options,)
         )
         return by_rank[0]
     join_world()

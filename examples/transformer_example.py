@@ -119,7 +119,7 @@ def main(
         raise typer.BadParameter(str(error)) from None
     where = "GPUs" if torch.cuda.device_count() >= num_gpus else "CPU ranks"
     print(f"training on {num_gpus} {where} ...", flush=True)
-    by_rank = run_ranks(train_rank, num_gpus, "processes", args=(run,), timeout=24 * 3600.0)
+    by_rank = run_ranks(train_rank, num_gpus, "processes", args=(run,))
     print_losses(by_rank[0], train_unsplit(run))
 
 

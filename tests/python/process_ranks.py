@@ -189,6 +189,11 @@ def say(rank: int, num_ranks: int) -> None:
         file.flush()
 
 
+def stay_if_even(rank: int, num_ranks: int) -> None:
+    if rank % 2 == 0:
+        time.sleep(60.0)
+
+
 class Dying(nn.Linear):
     """Kills its process in the n-th forward."""
 

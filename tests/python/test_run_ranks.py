@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
 from models import squared_error
 from outcomes import Outcome, attempt
-from process_ranks import say
+from process_ranks import say, stay_if_even
 from torch import nn
 
 from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline
 from dualpipe_ext.testing import run_ranks
+
+TOO_LATE = r"^ranks 0, 2 were not through within timeout=(0.2|5) s, of 3 ranks; .* a longer timeout=, or none"
 
 
 def step(pipeline: DualPipe) -> Outcome:
@@ -51,6 +59,48 @@ def test_a_thread_that_ends_is_not_waited_for(place: str) -> None:
     assert outcome.error == "PipelineError" and outcome.seconds < 4.0
     assert "rank 1 has ended: LookupError: no data" in outcome.text
     assert f"{__file__}(" in outcome.text
+
+
+def test_threads_that_take_longer_than_they_may(capfd: pytest.CaptureFixture[str]) -> None:
+    through = threading.Event()
+
+    def stay_if_even(rank: int, num_ranks: int) -> None:
+        assert rank % 2 or through.wait(60.0)
+
+    try:
+        with pytest.raises(TimeoutError, match=TOO_LATE):
+            run_ranks(stay_if_even, 3, timeout=0.2)
+    finally:
+        through.set()
+    assert capfd.readouterr().err.count("in stay_if_even") == 2
+
+
+def test_processes_that_take_longer_than_they_may(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TimeoutError, match=TOO_LATE):
+        run_ranks(stay_if_even, 3, "processes", timeout=5.0)
+    _, zero, two = re.split(r"rank (?:0|2) is not through:\n", capfd.readouterr().err)
+    assert zero.count("in stay_if_even") == two.count("in stay_if_even") == 1
+
+
+@pytest.mark.parametrize("ranks", ["threads", "processes"])
+@pytest.mark.parametrize("timeout", [math.inf, 1e10])
+def test_more_time_than_there_is(ranks: Literal["threads", "processes"], timeout: float) -> None:
+    assert run_ranks(say, 1, ranks, timeout=timeout) == [None]
+
+
+def test_there_is_no_limit_unless_one_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock says that a year passes at each look at it."""
+    years = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: next(years) * 3e7, sleep=time.sleep)
+    monkeypatch.setattr("dualpipe_ext.testing.time", clock)
+
+    def rank_fn(rank: int, num_ranks: int) -> int:
+        time.sleep(0.2)
+        return rank
+
+    assert run_ranks(rank_fn, 2) == [0, 1]
+    with pytest.raises(TimeoutError):
+        run_ranks(rank_fn, 2, timeout=300.0)
 
 
 def test_seeds_of_threads_are_warned_of() -> None:
