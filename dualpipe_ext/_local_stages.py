@@ -162,6 +162,14 @@ class LocalStages:
                 f"the parameters of rank {self._rank} are on {' and '.join(devices)}; move its "
                 f"stages {self.stages} to one device"
             )
+        for stage, module in zip(self.stages, self.modules, strict=True):
+            tensors = chain(module.named_parameters(), module.named_buffers())
+            if lost := [name for name, tensor in tensors if tensor.is_meta]:
+                raise ValueError(
+                    f"{lost[0]} of stage {stage} (rank {self._rank}) is on the meta device, "
+                    f"without a value; call to_empty(device=...) on the module and load its values "
+                    f"first"
+                )
 
     def _split_weights(self) -> WeightSplitReport:
         stages = nn.ModuleList(self.modules)

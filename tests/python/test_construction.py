@@ -18,8 +18,10 @@ from dualpipe_ext.schedule import Schedule, plan
 pytestmark = pytest.mark.measures  # failures are told within seconds
 
 
-def linears(*sizes: int, dtype: torch.dtype = torch.float32) -> list[nn.Module]:
-    return [nn.Linear(3, size, dtype=dtype) for size in sizes]
+def linears(
+    *sizes: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> list[nn.Module]:
+    return [nn.Linear(3, size, dtype=dtype, device=device) for size in sizes]
 
 
 def tied(*, by_data: bool = False) -> list[nn.Module]:
@@ -58,6 +60,15 @@ WRONG = {
         lambda rank: DualPipe([nn.Linear(3, 3), nn.Linear(3, 3, device="meta" if rank else None)]),
         ("parameters of rank 1 are on cpu and meta", "stages [1, 0] to one device"),
         culprits=(1,),
+    ),
+    "stages without values": Wrong(
+        lambda rank: DualPipe(linears(3, 3, device="meta" if rank else "cpu")),
+        ("weight of stage 1 (rank 1) is on the meta device", "to_empty(device=...)", "load"),
+        culprits=(1,),
+    ),
+    "a buffer without values, and no copying": Wrong(
+        lambda rank: Pipeline([nn.BatchNorm1d(3, affine=False, device="meta")], "1f1b"),
+        ("running_mean of stage", "is on the meta device, without a value"),
     ),
     "unknown schedule": Wrong(
         lambda rank: Pipeline(linears(3), "1f2b"), ("1f2b", "dualpipe", "1f1b", "zb1p")
