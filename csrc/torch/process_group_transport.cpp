@@ -21,9 +21,12 @@ namespace {
 // limit is what a wait without one gets. The watchdog ends waits here.
 constexpr std::chrono::milliseconds kForever = std::chrono::hours(24 * 365 * 10);
 
-// Without the advice that gloo adds to its messages.
+// Without the advice that gloo adds to its messages, and the C++ stack that torch does.
 std::string brief(std::string text) {
-  return text.substr(0, text.find(" This is typically caused"));
+  for (const char* addition : {" This is typically caused", "\nException raised from"}) {
+    text.resize(std::min(text.size(), text.find(addition)));
+  }
+  return text;
 }
 
 template <typename Function>

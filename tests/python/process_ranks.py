@@ -128,6 +128,18 @@ def gather_from_the_dead(rank: int, num_ranks: int, folder: str) -> None:
     Path(folder, str(rank)).write_text(f"{outcome.error}: {outcome.text}")
 
 
+def lose_the_store(rank: int, num_ranks: int, port: int, folder: str) -> None:
+    """Rank 0, which has the store, is killed; the others write what they are told of that."""
+    dist.destroy_process_group()
+    address = f"tcp://localhost:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=num_ranks)
+    pipeline = DualPipe([nn.Linear(4, 4), nn.Linear(4, 4)])
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    outcome = attempt(pipeline.group.all_gather, "", 5.0)
+    Path(folder, str(rank)).write_text(f"{outcome.error}: {outcome.text}")
+
+
 def clip_late(rank: int, num_ranks: int) -> list[Outcome]:
     """Twice; the first time the last rank comes only after the others have given up."""
     pipeline = Pipeline([nn.Linear(2, 2)], "1f1b", config=DualPipeConfig(timeout=2.0))

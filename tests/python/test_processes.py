@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from process_ranks import (
     die_in_a_step,
     everything,
     gather_from_the_dead,
+    lose_the_store,
     over_groups_made_again,
 )
 
@@ -111,6 +113,17 @@ def test_a_killed_rank_of_a_group_of_gpus(tmp_path: Path) -> None:
     told = (tmp_path / "0").read_text()
     assert told.startswith("PipelineError: cannot reach another replica: "), told
     assert "world group map" not in told
+
+
+def test_a_killed_rank_that_has_the_store(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(RuntimeError, match="rank 0 died with exit code -9"):
+        run_ranks(lose_the_store, 2, "processes", (port, str(tmp_path)), timeout=60.0)
+    told = (tmp_path / "1").read_text()
+    assert told.startswith("PipelineError: the rank that hosts the process group's store is gone: ")
+    assert len(told.splitlines()) == 1, told  # without torch's C++ stack
 
 
 @pytest.mark.parametrize("ranks", ["threads", "processes"])
