@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from dualpipe_ext._advice import warn_caller
 from dualpipe_ext._C import PipelineError
 from dualpipe_ext.groups import PipelineGroup
 
 __all__ = ["act_together", "agree", "check_others", "collect"]
 
-_NOT_COMPARED = ("stages", "schedule name", "offer")
+_NOT_COMPARED = ("stages", "schedule name", "offer", "warnings")
 
 Describe = Callable[[], Any]  # of what JSON can hold
 
@@ -20,7 +21,8 @@ def agree(group: PipelineGroup, timeout: float, describe: Describe) -> list[Any]
     """Calls ``describe`` on every rank, compares the results and returns them, by rank.
 
     Entries must be equal on all ranks; those under ``"stages"``, where two ranks have the same.
-    ``"schedule name"`` and ``"offer"`` are not compared.
+    ``"schedule name"`` and ``"offer"`` are not compared. Nor are ``"warnings"``, texts by topic: the
+    first rank warns for all of them, once of each topic.
 
     Raises:
         Exception: what ``describe`` raised on this rank, once the others know of it.
@@ -29,6 +31,12 @@ def agree(group: PipelineGroup, timeout: float, describe: Describe) -> list[Any]
     """
     facts = collect(group, timeout, describe, "could not make its pipeline")
     _compare(facts)
+    if group.rank == 0:
+        warnings: dict[str, str] = {}
+        for told in reversed(facts):  # the text of the first rank that has one
+            warnings |= told.get("warnings", {})
+        for text in warnings.values():
+            warn_caller(text)
     return facts
 
 

@@ -132,6 +132,7 @@ class LocalStages:
             "overlapped": self.overlapped.function is not None,
             "offer": self.offer,
             "stages": described if self.mirrors is not None else {},
+            "warnings": self._warnings_for_all(),
         }
 
     def _check(self) -> None:
@@ -201,14 +202,20 @@ class LocalStages:
                 f"rank {self._rank}: seed={self._config.seed} cannot hold for ranks that are "
                 f"threads: they share torch's one generator; use processes"
             )
+
+    def _warnings_for_all(self) -> dict[str, str]:
+        """By topic, what need not be said by every rank."""
         drifting = self.mirrors.drifting_buffers() if self.mirrors else []
-        if drifting:
-            more = f" and {len(drifting) - 1} more" if len(drifting) > 1 else ""
-            warn_caller(
-                f"rank {self._rank}: {drifting[0]}{more} will differ between the two copies of the "
-                f"stage, for each sees its own half of the batch; call sync_buffers() before "
-                f"evaluating or saving, or use a norm without running statistics"
-            )
+        if not drifting:
+            return {}
+        text = (
+            f"{drifting[0]}, as all running statistics of batch norms, will differ between the two "
+            f"copies of its stage, for each sees its own half of the batch; in a loop of your own "
+            f"call sync_buffers() before evaluating, or saving a state_dict(); TrainingWrapper, the "
+            f"trainers and save_checkpoint() do so by themselves; norms without running statistics "
+            f"do not need it"
+        )
+        return {"batch norms": text}
 
 
 def _device_of(modules: Sequence[nn.Module]) -> torch.device | None:

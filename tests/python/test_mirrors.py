@@ -321,10 +321,10 @@ def test_running_statistics_get_the_mean_of_both_copies() -> None:
         return found
 
     with pytest.warns(
-        UserWarning, match=r"norm\.running_mean of stage .* sync_buffers\(\)"
+        UserWarning, match=r"norm\.running_mean of stage 0 .* sync_buffers\(\)"
     ) as caught:
         (before, after), (other_before, other_after) = run_ranks(rank_fn, 2)
-    assert [warning.filename for warning in caught] == [__file__] * 2  # the user's own line
+    assert [warning.filename for warning in caught] == [__file__]  # the user's own line
     for stage in range(2):
         for name in ("norm.running_mean", "norm.running_var"):
             a, b = before[stage][name], other_before[stage][name]
@@ -334,6 +334,16 @@ def test_running_statistics_get_the_mean_of_both_copies() -> None:
             assert torch.equal(value, other_after[stage][name])
         assert after[stage]["norm.num_batches_tracked"] == 2  # not 4
         assert torch.equal(after[stage]["mask"], before[stage]["mask"])
+
+
+def test_batch_norms_that_the_first_rank_has_not_are_warned_of_by_it() -> None:
+    def rank_fn(rank: int, num_ranks: int) -> None:
+        kind = nn.BatchNorm1d if rank in (1, 2) else nn.LayerNorm
+        DualPipe([kind(WIDTH), kind(WIDTH)])
+
+    with pytest.warns(UserWarning, match=r"^running_mean of stage 1 .*") as caught:
+        run_ranks(rank_fn, 4)
+    assert len(caught) == 1
 
 
 def test_batch_norms_that_cannot_drift_are_not_warned_of() -> None:
