@@ -142,12 +142,15 @@ def together(batches: Iterable[Any], group: PipelineGroup, timeout: float) -> It
     for number in count():
         try:
             found = list(islice(given, 1))
-        except BaseException:
-            group.all_gather_floats([FAILED], timeout)  # the others must not wait, whatever it is
+        except BaseException as error:  # whatever it is, the others must not wait
+            group.all_gather_floats([FAILED], timeout)
+            group.all_gather(f"{type(error).__name__}: {error}", timeout)
             raise
         counts = [each for (each,) in group.all_gather_floats([float(len(found))], timeout)]
         if FAILED in counts:
-            raise PipelineError(f"rank {counts.index(FAILED)} could not read batch {number}")
+            rank = counts.index(FAILED)
+            reason = group.all_gather("", timeout)[rank]
+            raise PipelineError(f"rank {rank} could not read batch {number}: {reason}")
         if not any(counts):
             return
         if not all(counts):

@@ -194,7 +194,7 @@ STEPS = {
         error="both",
     ),
     "a loader that fails": Wrong(
-        ("could not read batch",),
+        ("could not read batch 1: ", "no such file"),
         step=lambda wrapper: wrapper.evaluate(failing_loader()),
         good=lambda wrapper: wrapper.evaluate([(TEXT, LABELS)] * 2),
         culprits=(1,),
