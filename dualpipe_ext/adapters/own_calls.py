@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 __all__ = ["check_call"]
 
@@ -27,6 +28,12 @@ def check_call(module: nn.Module, name: str = "") -> None:
 
 def _problem(module: nn.Module) -> str:
     own = vars(module)
+    if isinstance(module, (DataParallel, DistributedDataParallel)):
+        return (
+            "{place} wraps what it was given, and hides it from the cut: pass what is in it, "
+            "model.module; the gradients of pipelines side by side are summed where "
+            "TrainingWrapper is given mesh= or replica_group="
+        )
     if "_orig_mod" in module._modules:
         return (
             "{place} is what torch.compile() returned: pass the model that was compiled, "

@@ -9,6 +9,7 @@ from torch import nn
 
 from dualpipe_ext.adapters.base import ModelAdapterBase
 from dualpipe_ext.adapters.huggingface import HuggingFaceAdapter
+from dualpipe_ext.adapters.own_calls import check_call
 from dualpipe_ext.adapters.transformer import TransformerLayerAdapter
 from dualpipe_ext.adapters.vision import VisionModelAdapter
 
@@ -47,7 +48,8 @@ def get_model_adapter(model: nn.Module) -> ModelAdapterBase:
     """The adapter for a model: a registered one, or the one for its architecture.
 
     Raises:
-        ValueError: no adapter knows the architecture; the message says how to register one.
+        ValueError: no adapter knows the architecture; the message says how to register one. Or a
+            call of the model is more than the forward of its class.
         TypeError: ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
@@ -55,6 +57,7 @@ def get_model_adapter(model: nn.Module) -> ModelAdapterBase:
     for kind in type(model).__mro__:
         if kind in _registered:
             return _registered[kind](model)
+    check_call(model)
     if _is_huggingface(model):
         return HuggingFaceAdapter(model)
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):

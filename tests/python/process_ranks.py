@@ -22,9 +22,10 @@ from models import squared_error
 from outcomes import Outcome, attempt
 from parity import Job, own_batch, own_stages, run_rank
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import dualpipe_ext.pipeline as pipeline_module
-from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline
+from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline, setup_dual_pipe
 from dualpipe_ext._local_stages import LocalStages
 from dualpipe_ext.checkpoint.replicas import gather_from_replicas
 from dualpipe_ext.compat.ranks import TrainerRanks
@@ -193,6 +194,11 @@ def draw_around_a_step(rank: int, num_ranks: int) -> list[torch.Tensor]:
     labels = (x,) if ends else None
     pipeline.step(x, num_chunks=2 * num_ranks, criterion=squared_error, labels=labels)
     return [before, torch.rand(2)]
+
+
+def cut_wrapped(rank: int, num_ranks: int) -> Outcome:
+    blocks = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    return attempt(setup_dual_pipe, DistributedDataParallel(blocks), num_stages=2)
 
 
 def say(rank: int, num_ranks: int) -> None:

@@ -32,10 +32,12 @@ from plain_models import (
     with_noise,
     without_gradients,
 )
+from process_ranks import cut_wrapped
 from torch import Tensor, fx, nn
 
 from dualpipe_ext.adapters import TransformerLayerAdapter, get_model_adapter
 from dualpipe_ext.adapters.first_call import FirstCall
+from dualpipe_ext.testing import run_ranks
 
 
 def as_module(value: Any) -> nn.Module:
@@ -116,6 +118,10 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: get_model_adapter(as_module(torch.compile(surrounded()))).partition(2),
         r"what torch.compile\(\) returned: pass .* model._orig_mod",
     ),
+    "a wrapper of torch's": (
+        lambda: get_model_adapter(nn.DataParallel(surrounded())),
+        r"the model \(DataParallel\) wraps .*: pass what is in it, model.module",
+    ),
     "another forward in training": (
         lambda: get_model_adapter(ModeDependent()).partition(2),
         "ModeDependent does something else in training than in evaluation.*nn.Dropout",
@@ -144,6 +150,13 @@ def test_mistakes_are_told(name: str) -> None:
     make, message = MISTAKES[name]
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_model_that_is_wrapped_for_data_parallelism() -> None:
+    (outcome,) = run_ranks(cut_wrapped, 1, "processes")
+    assert outcome.is_a("ValueError"), outcome
+    assert "DistributedDataParallel" in outcome.text and "model.module" in outcome.text
+    assert "mesh=" in outcome.text
 
 
 def test_more_inputs_than_a_model_takes_are_told() -> None:
