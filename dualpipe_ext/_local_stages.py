@@ -100,6 +100,12 @@ class LocalStages:
         num_ways = [len(self._ways_of(r)) for r in others] if self._group.are_threads else []
         self.gpu = gpu_settings(transport, self._config, self.device, own_ways, num_ways)
 
+    @property
+    def is_first_with_losses(self) -> bool:
+        """Whether no lower rank holds the last stage."""
+        holding = (r for r in range(self._group.size) if self.num_stages - 1 in self._layout.stages_of(r))
+        return next(holding) == self._rank
+
     def peers(self) -> list[int]:
         """The ranks that this one exchanges messages with."""
         num_ranks = self._group.size

@@ -17,6 +17,7 @@ from dualpipe_ext._batch import check_num_chunks, cut_batch
 from dualpipe_ext._C import PipelineError
 from dualpipe_ext._cuda import clock_by_gpu, shapes_digest
 from dualpipe_ext._failure import is_the_stages
+from dualpipe_ext._frozen import FrozenWatch
 from dualpipe_ext._handshake import agree, collect
 from dualpipe_ext._local_stages import LocalStages
 from dualpipe_ext._plans import PlannedStep, StepPlanner
@@ -101,6 +102,7 @@ class Pipeline(nn.Module):
         self._times_next = False
         self._running = False
         self._unsummed = UnsummedGradients(local.mirrors)
+        self._frozen = FrozenWatch(is_told=local.is_first_with_losses)
         self._engine = self.group.make_engine(
             EngineSettings(local.peers(), self.config.timeout, local.gpu)
         )
@@ -441,7 +443,7 @@ class Pipeline(nn.Module):
             last_stage=self.num_stages - 1,
             inputs=cut_batch(inputs, plan.batch.entering, self.batch_dim, "inputs"),
             labels=cut_batch(labels or (), plan.batch.leaving, self.batch_dim, "labels"),
-            criterion=criterion,
+            criterion=self._frozen.watching(criterion) if criterion else None,
             hooks=self._hooks,
             batch_dim=self.batch_dim,
             training=training,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -388,6 +389,30 @@ def test_which_rows_come_first_does_not_matter_to_a_batch_norm() -> None:
 
     for forwards, backwards in run_ranks(evaluate, 2):
         assert forwards == pytest.approx(backwards, rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["dualpipe", "1f1b"])
+@pytest.mark.parametrize("learning", [None, 0, 3])
+def test_training_nothing_is_warned_of(schedule: str, learning: int | None) -> None:
+    """Of one layer on some rank that learns, the loss depends on all ranks."""
+    whole = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))).requires_grad_(False)
+    if learning is not None:
+        whole[learning].requires_grad_(True)
+
+    def train(rank: int, size: int) -> None:
+        model = copy.deepcopy(whole)
+        config = setup_dual_pipe(model, num_stages=size, schedule=schedule)
+        wrapper = TrainingWrapper(model, config, SGD, loss_fn=nn.functional.mse_loss)
+        x = torch.ones(8, 4)
+        wrapper.evaluate((x, x))
+        for _ in range(2):
+            wrapper.train_step((x, x))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run_ranks(train, 4)
+    told = [each for each in caught if "nothing is trained" in str(each.message)]
+    assert [each.filename for each in told] == ([__file__] if learning is None else [])
 
 
 @pytest.mark.parametrize("rank", range(4))
