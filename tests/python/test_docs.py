@@ -106,6 +106,17 @@ def test_the_training_in_the_readme_learns(
     assert len(curve) == 5 and curve[-1] < 0.7 * curve[0], output
 
 
+def test_the_loop_with_main_grad_learns(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    scripts = SCRIPT.findall((ROOT / "docs" / "your_model.md").read_text())
+    (script,) = (text for text in scripts if "main_grad" in text)
+    path = tmp_path / "train.py"
+    path.write_text(script)
+    run_here(path)
+    output = capfd.readouterr().out
+    curve = [float(value) for value in re.findall(r"loss ([\d.]+)", output)]
+    assert len(curve) == 5 and curve[-1] < 0.5 * curve[0], output
+
+
 def test_the_readme_shows_the_example_as_it_is() -> None:
     scripts = SCRIPT.findall((ROOT / "README.md").read_text())
     assert (ROOT / "examples" / "own_model.py").read_text() in scripts
