@@ -103,7 +103,9 @@ class LocalStages:
     @property
     def is_first_with_losses(self) -> bool:
         """Whether no lower rank holds the last stage."""
-        holding = (r for r in range(self._group.size) if self.num_stages - 1 in self._layout.stages_of(r))
+        holding = (
+            r for r in range(self._group.size) if self.num_stages - 1 in self._layout.stages_of(r)
+        )
         return next(holding) == self._rank
 
     def peers(self) -> list[int]:

@@ -443,7 +443,7 @@ class Pipeline(nn.Module):
             last_stage=self.num_stages - 1,
             inputs=cut_batch(inputs, plan.batch.entering, self.batch_dim, "inputs"),
             labels=cut_batch(labels or (), plan.batch.leaving, self.batch_dim, "labels"),
-            criterion=self._frozen.watching(criterion) if criterion else None,
+            criterion=None if criterion is None else self._frozen.watching(criterion),
             hooks=self._hooks,
             batch_dim=self.batch_dim,
             training=training,

@@ -96,6 +96,7 @@ def test_after_forward_sees_every_loss() -> None:
         with torch.no_grad():
             step(pipeline, rank, job)
         handle.remove()
+        pipeline.zero_grad()
         step(pipeline, rank, job)
         return loss, seen
 
