@@ -132,9 +132,9 @@ def pytest_collection_finish() -> None:
     """Ranks that are processes are forked from one that has imported what the collected tests have."""
     if "dualpipe_ext" not in sys.modules:
         return
-    from dualpipe_ext import testing
+    from dualpipe_ext._launch import processes
 
-    testing.START_METHOD = "forkserver"
+    processes.START_METHOD = "forkserver"
     multiprocessing.set_forkserver_preload([name for name in SLOW_IMPORTS if name in sys.modules])
 
 

@@ -93,7 +93,7 @@ def test_there_is_no_limit_unless_one_is_given(monkeypatch: pytest.MonkeyPatch) 
     """The clock says that a year passes at each look at it."""
     years = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: next(years) * 3e7, sleep=time.sleep)
-    monkeypatch.setattr("dualpipe_ext.testing.time", clock)
+    monkeypatch.setattr("dualpipe_ext._launch.waiting.time", clock)
 
     def rank_fn(rank: int, num_ranks: int) -> int:
         time.sleep(0.2)
