@@ -109,7 +109,7 @@ class LocalStages:
         return next(holding) == self._rank
 
     def peers(self) -> list[int]:
-        """The ranks that this one exchanges messages with."""
+        """The ranks that this one may exchange messages with, and greets in each step."""
         num_ranks = self._group.size
         found = {(self._rank - 1) % num_ranks, (self._rank + 1) % num_ranks}
         if self.mirrors is not None:

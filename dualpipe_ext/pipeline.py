@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +13,12 @@ from torch.utils.hooks import RemovableHandle
 
 from dualpipe_ext import _C
 from dualpipe_ext._batch import check_num_chunks, cut_batch
-from dualpipe_ext._C import PipelineError
-from dualpipe_ext._cuda import clock_by_gpu, shapes_digest
-from dualpipe_ext._failure import is_the_stages
+from dualpipe_ext._cuda import clock_by_gpu
 from dualpipe_ext._frozen import FrozenWatch
 from dualpipe_ext._handshake import agree, collect
 from dualpipe_ext._local_stages import LocalStages
 from dualpipe_ext._plans import PlannedStep, StepPlanner
+from dualpipe_ext._runner import StepRunner
 from dualpipe_ext._step import Criterion, LossHooks, Step, microbatch_seed
 from dualpipe_ext._transport import EngineSettings, Offer, choose_transport
 from dualpipe_ext._unsummed import UnsummedGradients
@@ -32,7 +30,7 @@ from dualpipe_ext.gradients import (
 )
 from dualpipe_ext.groups import PipelineGroup, resolve_group
 from dualpipe_ext.microbatches import Joined
-from dualpipe_ext.profiling import is_profiling, record_step
+from dualpipe_ext.profiling import record_step
 from dualpipe_ext.schedule import Schedule
 from dualpipe_ext.stats import StepStatistics, TraceEvent
 from dualpipe_ext.weight_grad import WeightSplitReport
@@ -56,12 +54,6 @@ class Pipeline(nn.Module):
         process_group: the ranks; torch's default group where left out.
         rank_mapping: entry i is the place in the pipeline of the group's rank i.
         config: the same on every rank.
-
-    Attributes:
-        times_device: whether steps from now on are timed by the GPU's clock: :meth:`stats` and
-            :attr:`last_trace` then wait for the GPU and say what it did. It costs two to four
-            events a computation; always so while profiling is enabled. On a CPU, or where the
-            extension was built without CUDA, there is the host's clock alone.
 
     Raises:
         ValueError: wrong modules, a group that the schedule cannot serve, or ranks that differ in
@@ -96,16 +88,13 @@ class Pipeline(nn.Module):
         self._planner = StepPlanner(
             local.source, self.rank, self.config.lookahead, local.overlapped.function is not None
         )
-        self._last_plan: PlannedStep | None = None
         self._num_steps = 0
-        self.times_device = False
-        self._times_next = False
-        self._running = False
         self._unsummed = UnsummedGradients(local.mirrors)
         self._frozen = FrozenWatch(is_told=local.is_first_with_losses)
         self._engine = self.group.make_engine(
             EngineSettings(local.peers(), self.config.timeout, local.gpu)
         )
+        self._runner = StepRunner(self._engine, local, self.group)
         clock_by_gpu(self._engine, local.device)
         if local.gpu is not None:
             self._engine.connect()
@@ -207,7 +196,7 @@ class Pipeline(nn.Module):
             PipelineError: a stage raised (the cause is chained), or another rank failed. The step
                 failed on every rank; gradients are undefined; the next step works.
         """
-        if self._running:
+        if self._runner.is_running:
             raise ValueError(
                 "step() was called within a step, from a stage, criterion or hook; call it after "
                 "the step has returned"
@@ -229,8 +218,7 @@ class Pipeline(nn.Module):
         except BaseException as error:  # whatever it is, the other ranks must not wait for this one
             self._tell(error, is_step=True)
             raise
-        self._last_plan = plan
-        self._run(plan, step, reducer)
+        self._runner.run(plan, step, reducer)
         if training and not sum_within:
             self._unsummed.add()
             if sync_gradients:
@@ -324,7 +312,14 @@ class Pipeline(nn.Module):
         """Clips the gradients of the whole model by their norm; returns the norm before.
 
         Every parameter counts once, however many copies it has: the norm is that of the unsplit
-        model. Call it on every rank, after gradients are in sync.
+        model. Call it on every rank, after gradients are in sync. It waits for them on a GPU.
+
+        Args:
+            max_norm: above 0; ``float("inf")`` measures alone.
+            norm_type: p of the p-norm, above 0; ``float("inf")`` for the largest element.
+
+        Returns:
+            The norm: a float64 scalar in host memory, the same on every rank.
 
         Raises:
             ValueError: ``max_norm`` or ``norm_type`` is not positive.
@@ -374,14 +369,25 @@ class Pipeline(nn.Module):
     @property
     def last_trace(self) -> list[TraceEvent]:
         """Every computation of the last step on this rank, in order."""
-        return [
-            TraceEvent(action, start * 1e-9, end * 1e-9, wait * 1e-9)
-            for action, start, end, wait in self._engine.trace_events
-        ]
+        return self._runner.trace()
+
+    @property
+    def times_device(self) -> bool:
+        """Whether steps from now on are timed by the GPU's clock.
+
+        :meth:`stats` and :attr:`last_trace` then wait for the GPU and say what it did. It costs two
+        to four events a computation; always so while profiling is enabled. On a CPU, or where the
+        extension was built without CUDA, there is the host's clock alone.
+        """
+        return self._runner.times_device
+
+    @times_device.setter
+    def times_device(self, on: bool) -> None:
+        self._runner.times_device = on
 
     def time_next_step(self) -> None:
         """Has the next training step timed by the GPU's clock, whatever :attr:`times_device` says."""
-        self._times_next = True
+        self._runner.times_next = True
 
     def stats(self) -> StepStatistics:
         """The last step on this rank, measured and planned.
@@ -389,18 +395,7 @@ class Pipeline(nn.Module):
         Raises:
             ValueError: no step was run yet.
         """
-        if self._last_plan is None:
-            raise ValueError("there are no statistics before the first step()")
-        engine, plan = self._engine, self._last_plan
-        return StepStatistics(
-            clock="device" if engine.times_are_of_the_device else "host",
-            step_seconds=engine.step_ns * 1e-9,
-            busy_seconds=engine.busy_ns * 1e-9,
-            measured_bubble=1.0 - engine.busy_ns / max(engine.step_ns, 1),
-            planned_bubble=plan.planned_bubble,
-            peak_live_activations=engine.peak_live_activations,
-            planned_peak_activations=plan.program.planned_peak_activations,
-        )
+        return self._runner.stats()
 
     # Construction
 
@@ -452,53 +447,10 @@ class Pipeline(nn.Module):
             overlapped_function=self._local.overlapped.function,
         )
 
-    def _run(self, plan: PlannedStep, step: Step, reducer: _C.MirrorExchange | None) -> None:
-        self._running = True
-        self._engine.time_device(self.times_device or self._times_next or is_profiling())
-        self._times_next = self._times_next and not step.training
-        try:
-            with self._own_random_numbers():
-                self._engine.run(
-                    plan.program,
-                    step,
-                    training=step.training,
-                    keep_outputs=step.overlapped_function is not None,
-                    device=str(self._local.device),
-                    reducer=reducer,
-                    shapes=self._shapes(step),
-                    main_grads=step.main_grads,
-                )
-        except BaseException as error:
-            if is_the_stages(error, step):
-                text = f"{self._engine.failure}\n\n{self._where(plan)}"
-                raise PipelineError(text) from error
-            if isinstance(error, PipelineError):
-                raise PipelineError(f"{error}\n\n{self._where(plan)}") from None
-            raise
-        finally:
-            self._running = False
-
-    def _own_random_numbers(self) -> AbstractContextManager[Any]:
-        """Leaves the caller's as they are, where a step seeds its own: ranks seeded alike stay alike."""
-        if self.config.seed is None or self.group.are_threads:  # which share one generator
-            return nullcontext()
-        device = self._local.device
-        return torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-    def _where(self, plan: PlannedStep) -> str:
-        """The schedule around the action at which this rank stopped."""
-        return plan.lowered.grid(self.rank, self._engine.cursor)
-
     def _gradient_sum(self) -> _C.MirrorExchange | None:
         if self._local.mirrors is None:
             return None
         return self._local.mirrors.gradient_sum(self._engine, self.config.bucket_bytes)
-
-    def _shapes(self, step: Step) -> int:
-        """What ranks agree on where messages are described in the first step of a kind alone."""
-        return (
-            0 if self._local.gpu is None else shapes_digest(self.rank, list(step.inputs.values()))
-        )
 
 
 def _register(hooks: dict[int, Any], hook: Callable[..., Any]) -> RemovableHandle:

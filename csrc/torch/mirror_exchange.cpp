@@ -177,8 +177,8 @@ void MirrorExchange::complete(StageState& state) {
   Message before;  // lent until the next one has been asked for, which then takes other memory
   for (std::size_t i = 0; i < state.buckets.size(); ++i) {
     begin(state, std::min(state.buckets.size(), kAhead + i));
-    // Its memory is free when the reduction stream is through with what it was given before. Were
-    // that the wait for the own send, both mirrors would wait for each other.
+    // The receive first: its memory is free once the reduction stream is through with what it was
+    // given before. If both mirrors waited there for their own sends, neither would receive.
     Arrival arrival = receives(state) ? state.incoming[i]->wait() : Arrival{};
     if (sends(state)) reduction_stream(state).wait(state.left[i]);
     if (!receives(state)) continue;

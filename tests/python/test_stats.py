@@ -194,8 +194,8 @@ class Watched:
 def test_steps_are_timed_by_the_device_where_it_is_asked_for() -> None:
     def rank_fn(rank: int, num_ranks: int) -> list[bool]:
         model = Pipeline([nn.Linear(3, 3)], "1f1b")
-        watched = Watched(model._engine)
-        model._engine = watched  # type: ignore[assignment]
+        watched = Watched(model._runner._engine)
+        model._runner._engine = watched  # type: ignore[assignment]
         x = torch.ones(4, 3)
 
         def step() -> None:

@@ -1,0 +1,113 @@
+"""Runs of planned steps on the engine of one rank, and what is known of the last one."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from dualpipe_ext import _C
+from dualpipe_ext._C import PipelineError
+from dualpipe_ext._cuda import shapes_digest
+from dualpipe_ext._failure import is_the_stages
+from dualpipe_ext._local_stages import LocalStages
+from dualpipe_ext._plans import PlannedStep
+from dualpipe_ext._step import Step
+from dualpipe_ext.groups import PipelineGroup
+from dualpipe_ext.profiling import is_profiling
+from dualpipe_ext.stats import StepStatistics, TraceEvent
+
+__all__ = ["StepRunner"]
+
+
+class StepRunner:
+    """Runs the steps of one rank.
+
+    Attributes:
+        is_running: whether a step is under way.
+        times_device: as ``Pipeline.times_device``.
+        times_next: whether the next training step is timed by the GPU's clock in any case.
+    """
+
+    def __init__(self, engine: _C.Engine, local: LocalStages, group: PipelineGroup) -> None:
+        self.is_running = False
+        self.times_device = False
+        self.times_next = False
+        self._engine = engine
+        self._local = local
+        self._group = group
+        self._last_plan: PlannedStep | None = None
+
+    def run(self, plan: PlannedStep, step: Step, reducer: _C.MirrorExchange | None) -> None:
+        """Runs a step, and sums gradients in it where there is a reducer.
+
+        Raises:
+            ValueError, TypeError: a mistake of the caller's on this rank.
+            PipelineError: a stage raised (the cause is chained), or another rank failed; with the
+                schedule around the action at which this rank stopped.
+        """
+        self._last_plan = plan
+        self.is_running = True
+        self._engine.time_device(self.times_device or self.times_next or is_profiling())
+        self.times_next = self.times_next and not step.training
+        try:
+            with self._own_random_numbers(step):
+                self._engine.run(
+                    plan.program,
+                    step,
+                    training=step.training,
+                    keep_outputs=step.overlapped_function is not None,
+                    device=str(self._local.device),
+                    reducer=reducer,
+                    shapes=self._shapes(step),
+                    main_grads=step.main_grads,
+                )
+        except BaseException as error:
+            where = plan.lowered.grid(self._group.rank, self._engine.cursor)
+            if is_the_stages(error, step):
+                raise PipelineError(f"{self._engine.failure}\n\n{where}") from error
+            if isinstance(error, PipelineError):
+                raise PipelineError(f"{error}\n\n{where}") from None
+            raise
+        finally:
+            self.is_running = False
+
+    def trace(self) -> list[TraceEvent]:
+        """Every computation of the last step, in order."""
+        return [
+            TraceEvent(action, start * 1e-9, end * 1e-9, wait * 1e-9)
+            for action, start, end, wait in self._engine.trace_events
+        ]
+
+    def stats(self) -> StepStatistics:
+        """The last step, measured and planned.
+
+        Raises:
+            ValueError: no step was run yet.
+        """
+        if self._last_plan is None:
+            raise ValueError("there are no statistics before the first step()")
+        engine, plan = self._engine, self._last_plan
+        return StepStatistics(
+            clock="device" if engine.times_are_of_the_device else "host",
+            step_seconds=engine.step_ns * 1e-9,
+            busy_seconds=engine.busy_ns * 1e-9,
+            measured_bubble=1.0 - engine.busy_ns / max(engine.step_ns, 1),
+            planned_bubble=plan.planned_bubble,
+            peak_live_activations=engine.peak_live_activations,
+            planned_peak_activations=plan.program.planned_peak_activations,
+        )
+
+    def _own_random_numbers(self, step: Step) -> AbstractContextManager[Any]:
+        """Leaves the caller's as they are, where a step seeds its own: ranks seeded alike stay alike."""
+        if step.seed is None or self._group.are_threads:  # which share one generator
+            return nullcontext()
+        device = self._local.device
+        return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+    def _shapes(self, step: Step) -> int:
+        """What ranks agree on where messages are described in the first step of a kind alone."""
+        if self._local.gpu is None:
+            return 0
+        return shapes_digest(self._group.rank, list(step.inputs.values()))
