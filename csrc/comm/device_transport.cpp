@@ -109,7 +109,7 @@ class DeviceTransport final : public Transport {
   std::vector<std::deque<IncomingPtr>> unknown_;  // by way: wait for their layouts, in order
   InFlight in_flight_;
 
-  std::map<StepKind, StepLayouts> known_;
+  KnownLayouts known_;
   std::optional<StepLayouts> unkept_;  // of a step whose layouts nobody may keep
   StepLayouts* layouts_ = nullptr;     // of the step at work; null: none
 };
@@ -185,7 +185,7 @@ void DeviceTransport::begin_step(const StepInfo& info) {
     } else {
       const HostTransport::Extremes all = host_->agree(info.shapes);
       const StepKind kind{info.program_digest, all.smallest, all.largest};
-      layouts_ = &known_.try_emplace(kind, ways_.size()).first->second;
+      layouts_ = &known_.of(kind, ways_.size());
     }
     for (WayLayouts& way : layouts_->ways) way.begin();
   });

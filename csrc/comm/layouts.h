@@ -2,7 +2,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <list>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "memory/message.h"
@@ -39,6 +41,20 @@ using StepKind = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t>;
 struct StepLayouts {
   explicit StepLayouts(std::size_t num_ways) : ways(num_ways) {}
   std::vector<WayLayouts> ways;
+};
+
+// The layouts of the kinds of steps that were run last: inputs of ever new shapes must not fill the
+// memory. All ranks run the same kinds in the same order, and so forget the same ones.
+class KnownLayouts {
+ public:
+  static constexpr std::size_t kMaxKinds = 256;
+
+  // Of a new kind nothing is known. Valid until the next call.
+  [[nodiscard]] StepLayouts& of(const StepKind& kind, std::size_t num_ways);
+  void clear() { recent_.clear(); }
+
+ private:
+  std::list<std::pair<StepKind, StepLayouts>> recent_;  // the last one first
 };
 
 // A layout as a message of host memory, and back.
