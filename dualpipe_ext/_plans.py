@@ -8,7 +8,7 @@ from functools import cached_property
 from dualpipe_ext import _C
 from dualpipe_ext._batch import RankBatch
 from dualpipe_ext._source import ScheduleSource
-from dualpipe_ext.schedule import CostModel, Schedule
+from dualpipe_ext.schedule import CostModel, Schedule, Timeline
 
 __all__ = ["PlannedStep", "StepPlanner"]
 
@@ -25,8 +25,12 @@ class PlannedStep:
     @cached_property
     def planned_bubble(self) -> float:
         """The share of the step in which this rank idles, with F = I = W and instant messages."""
-        timeline = self.schedule.simulate(CostModel(), sends="early")
-        return timeline.bubble(self.batch.rank) / timeline.makespan
+        return self.timeline.bubble(self.batch.rank) / self.timeline.makespan
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """A training step with F = I = W and instant messages."""
+        return self.schedule.simulate(CostModel(), sends="early")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from dualpipe_ext import _C
 from dualpipe_ext._C import PipelineError
 from dualpipe_ext._cuda import shapes_digest
 from dualpipe_ext._failure import is_the_stages
+from dualpipe_ext._handshake import collect
 from dualpipe_ext._local_stages import LocalStages
 from dualpipe_ext._plans import PlannedStep
 from dualpipe_ext._step import Step
+from dualpipe_ext._trace_file import write_trace
 from dualpipe_ext.groups import PipelineGroup
 from dualpipe_ext.profiling import is_profiling
 from dualpipe_ext.stats import StepStatistics, TraceEvent
@@ -80,15 +83,26 @@ class StepRunner:
             for action, start, end, wait in self._engine.trace_events
         ]
 
+    def save_trace(self, path: Path, timeout: float) -> None:
+        """Writes the last step of all ranks, which call it together, on the first one.
+
+        Raises:
+            ValueError: no step was run yet.
+            PipelineError: another rank could not give its own, or did not come.
+        """
+        plan = self._planned()
+        traces = collect(self._group, timeout, self.trace, "has no trace")
+        if self._group.rank == 0:
+            measured = [[TraceEvent(*event) for event in trace] for trace in traces]
+            write_trace(path, measured, plan.timeline)
+
     def stats(self) -> StepStatistics:
         """The last step, measured and planned.
 
         Raises:
             ValueError: no step was run yet.
         """
-        if self._last_plan is None:
-            raise ValueError("there are no statistics before the first step()")
-        engine, plan = self._engine, self._last_plan
+        engine, plan = self._engine, self._planned()
         return StepStatistics(
             clock="device" if engine.times_are_of_the_device else "host",
             step_seconds=engine.step_ns * 1e-9,
@@ -98,6 +112,11 @@ class StepRunner:
             peak_live_activations=engine.peak_live_activations,
             planned_peak_activations=plan.program.planned_peak_activations,
         )
+
+    def _planned(self) -> PlannedStep:
+        if self._last_plan is None:
+            raise ValueError("there are no statistics before the first step()")
+        return self._last_plan
 
     def _own_random_numbers(self, step: Step) -> AbstractContextManager[Any]:
         """Leaves the caller's as they are, where a step seeds its own: ranks seeded alike stay alike."""

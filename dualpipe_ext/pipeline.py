@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -388,6 +390,23 @@ class Pipeline(nn.Module):
     def time_next_step(self) -> None:
         """Has the next training step timed by the GPU's clock, whatever :attr:`times_device` says."""
         self._runner.times_next = True
+
+    def save_trace(self, path: str | os.PathLike[str]) -> None:
+        """Writes the last training step of all ranks for Perfetto or ``chrome://tracing``.
+
+        Call it on every rank; the first one writes the file, with a line for each rank of what it
+        computed and waited for, from where its own step began, and below these the plan with
+        F = I = W. On a GPU the times are the host's unless :attr:`times_device` was set before the
+        step.
+
+        Args:
+            path: the file, JSON.
+
+        Raises:
+            ValueError: no step was run yet.
+            PipelineError: another rank has none, or does not come within ``config.timeout`` seconds.
+        """
+        self._runner.save_trace(Path(path), self.config.timeout)
 
     def stats(self) -> StepStatistics:
         """The last step on this rank, measured and planned.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from models import CASES, squared_error
 from parity import Job, own_batch, own_stages, run_job
 from torch import Tensor, nn
 
-from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline
+from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline, TraceEvent
 from dualpipe_ext.schedule import parse_action
 from dualpipe_ext.testing import run_ranks
 from dualpipe_ext.utils import disable_profiling, enable_profiling
@@ -174,6 +176,40 @@ def test_times_and_bubbles() -> None:
         assert busy == pytest.approx(stats.busy_seconds)
 
     run_ranks(rank_fn, 4)
+
+
+def test_a_trace_is_drawn_above_its_plan(tmp_path: Path) -> None:
+    path = tmp_path / "step.json"
+
+    def rank_fn(rank: int, num_ranks: int) -> list[TraceEvent]:
+        model = DualPipe([nn.Linear(3, 3), nn.Linear(3, 3)])
+        x = torch.ones(4, 3)
+        model.step(x, num_chunks=4, criterion=squared_error, labels=(x,))
+        model.save_trace(path)
+        return model.last_trace
+
+    traces = run_ranks(rank_fn, 2)
+    events = json.loads(path.read_text())["traceEvents"]
+    groups = [e["args"]["name"] for e in events if e["name"] == "process_name"]
+    assert groups == ["measured", "planned"]
+    for rank, trace in enumerate(traces):
+        slices = [
+            [e for e in events if (e.get("tid"), e["pid"]) == (rank, group)] for group in (0, 1)
+        ]
+        measured, planned = ([e for e in own if e["ph"] == "X"] for own in slices)
+        computed = [e for e in measured if e["name"] != "wait"]
+        assert [e["name"] for e in computed] == [event.action for event in trace]
+        for event, drawn in zip(trace, computed, strict=True):
+            assert drawn["ts"] + drawn["dur"] == pytest.approx(1e6 * event.end)
+            assert drawn["dur"] == pytest.approx(1e6 * (event.end - event.start - event.wait))
+        waits = sum(e["dur"] for e in measured if e["name"] == "wait")
+        assert waits == pytest.approx(1e6 * sum(event.wait for event in trace))
+        assert sorted(e["name"] for e in planned) == sorted(event.action for event in trace)
+    last = [
+        max(e["ts"] + e["dur"] for e in events if e["pid"] == group and "ts" in e)
+        for group in (0, 1)
+    ]
+    assert last[1] == pytest.approx(last[0])
 
 
 class Watched:
