@@ -99,8 +99,8 @@ class Transport {
   virtual void connect() {}
 
   // Announces the step to the neighbours and, before the first message to or from each, checks
-  // that they agree (a mismatch is a UserError on every rank, with both descriptions). Does not
-  // block for them, unless a class says when it does.
+  // that they agree. A mismatch is a UserError, with both descriptions, on the ranks that find it,
+  // of which the engine tells the others. Does not block, unless a class says when it does.
   virtual void begin_step(const StepInfo& info) = 0;
 
   // Returns at once. The message is kept until it has left, not longer; `ready` says when its
