@@ -46,9 +46,9 @@ def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 def main_grads(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The ``main_grad`` of each parameter that has one, unless it is its ``.grad`` as well."""
+    """The ``main_grad`` of each parameter that has one, unless ``.grad`` is in the same memory."""
     found = [(p, getattr(p, "main_grad", None)) for p in parameters]
-    return [grad for p, grad in found if grad is not None and grad is not p.grad]
+    return [main for p, main in found if main is not None and not _is_same(p.grad, main)]
 
 
 def parameters_with_main_grad(
@@ -64,7 +64,7 @@ def parameters_with_main_grad(
         pairs = [(p, getattr(p, "main_grad", None)) for p in module.parameters()]
         having: list[tuple[Tensor, Tensor]] = [(p, main) for p, main in pairs if main is not None]
         for parameter, main in having:
-            if parameter.grad is not None and parameter.grad.data_ptr() != main.data_ptr():
+            if parameter.grad is not None and not _is_same(parameter.grad, main):
                 name = next(name for name, p in module.named_parameters() if p is parameter)
                 raise ValueError(
                     f"{name} of stage {stage} has both a main_grad, to which a step adds its "
@@ -73,6 +73,10 @@ def parameters_with_main_grad(
         if having:
             found.append((stage, having))
     return found
+
+
+def _is_same(grad: Tensor | None, main: Tensor) -> bool:
+    return grad is not None and grad.data_ptr() == main.data_ptr()
 
 
 def _power_sum(grads: Sequence[Tensor], norm_type: float) -> float:
