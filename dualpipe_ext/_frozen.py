@@ -12,10 +12,10 @@ __all__ = ["FrozenWatch"]
 
 
 class FrozenWatch:
-    """Warns, once, if losses depend on no parameter that learns, of whatever stage.
+    """Warns if the first loss of a training step depends on no parameter that learns, of any stage.
 
     What a stage receives requires a gradient if what was sent does, so that a loss knows of the
-    stages of all ranks. Looks at losses until one learns.
+    stages of all ranks. (A loss that was detached from them is an error of :class:`Step`'s.)
 
     Args:
         is_told: whether this rank is the one that warns.

@@ -21,6 +21,7 @@ class PlannedStep:
     lowered: Schedule
     program: _C.Program
     batch: RankBatch
+    trains: bool
 
     @cached_property
     def planned_bubble(self) -> float:
@@ -69,4 +70,4 @@ class StepPlanner:
             f"{', summing gradients' if sum_gradients else ''}"
         )
         program = _C.Program(lowered.native, self.rank, description)
-        return PlannedStep(schedule, lowered, program, RankBatch(schedule, self.rank))
+        return PlannedStep(schedule, lowered, program, RankBatch(schedule, self.rank), training)

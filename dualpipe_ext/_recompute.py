@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["Contexts", "buffers_once"]
 
@@ -33,7 +33,7 @@ def buffers_once(module: nn.Module) -> Callable[[], Contexts]:
 def _noting_changes(module: nn.Module, changed: list[nn.Module]) -> Iterator[None]:
     before = [(each, _marks(each)) for each in module.modules()]
     yield
-    changed += [each for each, marks in before if marks != _marks(each)]
+    changed += [each for each, marks in before if _differ(marks, _marks(each))]
 
 
 @contextmanager
@@ -53,7 +53,12 @@ def _putting_back(modules: list[nn.Module]) -> Iterator[None]:
             module._buffers[name] = buffer
 
 
-def _marks(module: nn.Module) -> list[tuple[int, int]]:
-    """What differs once a buffer was changed in place or replaced."""
+def _marks(module: nn.Module) -> list[tuple[Tensor, int]]:
+    """Its buffers, each with what changes once it is changed in place."""
     buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
-    return [(id(b), 0 if b.is_inference() else b._version) for b in buffers]
+    return [(b, 0 if b.is_inference() else b._version) for b in buffers]
+
+
+def _differ(before: list[tuple[Tensor, int]], after: list[tuple[Tensor, int]]) -> bool:
+    pairs = zip(before, after, strict=False)
+    return len(before) != len(after) or any(a is not b or v != w for (a, v), (b, w) in pairs)

@@ -87,14 +87,18 @@ class StepRunner:
         """Writes the last step of all ranks, which call it together, on the first one.
 
         Raises:
-            ValueError: no step was run yet.
-            PipelineError: another rank could not give its own, or did not come.
+            ValueError: the last step was no training step, or there was none.
+            PipelineError: so on another rank alone, or that did not come.
         """
-        plan = self._planned()
-        traces = collect(self._group, timeout, self.trace, "has no trace")
+        traces = collect(self._group, timeout, self._training_trace, "has no trace")
         if self._group.rank == 0:
             measured = [[TraceEvent(*event) for event in trace] for trace in traces]
-            write_trace(path, measured, plan.timeline)
+            write_trace(path, measured, self._planned().timeline)
+
+    def _training_trace(self) -> list[TraceEvent]:
+        if not self._planned().trains:
+            raise ValueError("the last step was inference; call save_trace() after a training step")
+        return self.trace()
 
     def stats(self) -> StepStatistics:
         """The last step, measured and planned.

@@ -68,7 +68,8 @@ def parameters_with_main_grad(
                 name = next(name for name, p in module.named_parameters() if p is parameter)
                 raise ValueError(
                     f"{name} of stage {stage} has both a main_grad, to which a step adds its "
-                    f"gradient, and a .grad from before it: set .grad to None first"
+                    f"gradient, and a .grad from before it or from a step that failed: set .grad to "
+                    f"None first"
                 )
         if having:
             found.append((stage, having))

@@ -166,8 +166,10 @@ class Pipeline(nn.Module):
 
         All ranks call it with the same ``num_chunks``, ``return_outputs`` and ``sync_gradients``.
         Gradients accumulate in ``.grad``, as with ``loss.backward()`` for every micro-batch; those of
-        a parameter that has a ``main_grad`` are added to that instead, whatever its type. Within ``torch.autocast`` forwards and criterion choose their types by it, and
-        backwards run in these, as they do after the end of its scope (in a stage's own
+        a parameter that has a ``main_grad`` are added to that instead, whatever its type.
+
+        Within ``torch.autocast`` forwards and criterion choose their types by it, and backwards run
+        in these, as they do after the end of its scope (in a stage's own
         ``overlapped_forward_backward``, as that has it).
 
         Args:
@@ -196,7 +198,7 @@ class Pipeline(nn.Module):
         Raises:
             ValueError, TypeError: a mistake on this rank: sizes, inputs, labels, criterion.
             PipelineError: a stage raised (the cause is chained), or another rank failed. The step
-                failed on every rank; gradients are undefined; the next step works.
+                failed on every rank; gradients are undefined (zero them); the next step works.
         """
         if self._runner.is_running:
             raise ValueError(
@@ -403,8 +405,8 @@ class Pipeline(nn.Module):
             path: the file, JSON.
 
         Raises:
-            ValueError: no step was run yet.
-            PipelineError: another rank has none, or does not come within ``config.timeout`` seconds.
+            ValueError: the last step was no training step, or there was none yet.
+            PipelineError: so on another rank, or that does not come within ``config.timeout`` seconds.
         """
         self._runner.save_trace(Path(path), self.config.timeout)
 

@@ -118,16 +118,18 @@ std::vector<std::string> FailureBoard::all_gather(Rank rank, const std::string& 
   cv_.wait_for(lock, timeout,
                [&] { return complete() || failure() != nullptr || !round.failure.empty(); });
   if (round.failure.empty() && !complete()) {
-    if (failure() != nullptr) throw PipelineError(failure()->text);
-    round.failure = cat("rank ", rank, " waited ", static_cast<double>(timeout.count()) / 1000,
-                        " s for rank(s) ", missing(round), " of ", num_ranks_,
-                        ": start all ranks, or allow more time");
+    round.failure = failure() != nullptr ? failure()->text
+                                         : cat("rank ", rank, " waited ",
+                                               static_cast<double>(timeout.count()) / 1000,
+                                               " s for rank(s) ", missing(round), " of ",
+                                               num_ranks_, ": start all ranks, or allow more time");
     cv_.notify_all();
   }
-  if (!round.failure.empty()) throw PipelineError(round.failure);
+  const std::string why = round.failure;
   std::vector<std::string> texts;
-  for (const auto& one : round.texts) texts.push_back(*one);
+  for (const auto& one : round.texts) texts.push_back(one.value_or(""));
   if (++round.num_left == static_cast<int>(num_ranks_)) rounds_.erase(number);
+  if (!why.empty()) throw PipelineError(why);
   return texts;
 }
 

@@ -16,6 +16,10 @@ using Clock = std::chrono::steady_clock;
 constexpr std::chrono::milliseconds kFirstPause{1};
 constexpr std::chrono::milliseconds kLongestPause{20};
 
+constexpr const char* kComplete = "complete";  // the outcome of an exchange that did not fail
+
+std::string outcome_key(std::int64_t round) { return cat("exchange/", round, "/outcome"); }
+
 std::string encode(const Failure& failure) {
   return cat(failure.rank, ' ', failure.step, ' ', failure.text);
 }
@@ -77,14 +81,6 @@ std::unique_ptr<ControlPlane> store_control_plane(std::unique_ptr<KeyValueStore>
                                                   int num_ranks) {
   return std::make_unique<StoreControlPlane>(std::move(store), rank, num_ranks);
 }
-
-namespace {
-
-constexpr const char* kComplete = "complete";
-
-std::string outcome_key(std::int64_t round) { return cat("exchange/", round, "/outcome"); }
-
-}  // namespace
 
 std::string StoreExchange::key(std::int64_t round, int rank) const {
   return cat("exchange/", round, "/", rank);

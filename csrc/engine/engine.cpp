@@ -106,7 +106,6 @@ void Engine::fail(const std::string& text, bool is_step) noexcept {
 
 void Engine::raise_failure(GradientReducer* reducer) {
   const std::string where = place();
-  unrecovered_.reset();  // another recovery is tried
   try {
     throw;
   } catch (const PipelineError& error) {
@@ -140,6 +139,7 @@ void Engine::report(const std::string& text) noexcept {
 }
 
 void Engine::recover(GradientReducer* reducer) noexcept {
+  unrecovered_.reset();
   executor_.clear();
   weight_queue_->clear();
   if (reducer != nullptr) reducer->cancel();

@@ -17,6 +17,8 @@
 namespace dualpipe {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 // gloo breaks all connections of the group when a wait reaches its time limit, and the group's
 // limit is what a wait without one gets. The watchdog ends waits here.
 constexpr std::chrono::milliseconds kForever = std::chrono::hours(24 * 365 * 10);
@@ -148,22 +150,21 @@ std::string prefix_of(const c10d::ProcessGroup& group) {
 
 constexpr std::chrono::milliseconds kInterruptPoll{100};
 
-// gloo's connections outlive this limit: who comes late finds what the others gave.
-void await(c10d::Work& work, std::chrono::milliseconds timeout,
+void await(c10d::Work& work, Clock::time_point start, std::chrono::milliseconds timeout,
            const std::function<bool()>& interrupted) {
-  for (auto left = timeout;; left -= kInterruptPoll) {
+  for (;;) {
     try {
-      work.wait(std::min(left, kInterruptPoll));
+      work.wait(kInterruptPoll);
       return;
     } catch (const std::exception&) {
+      if (Clock::now() - start >= timeout) {
+        throw PipelineError(cat("waited ", static_cast<double>(timeout.count()) / 1000,
+                                " s for the other ranks: call this on every rank, or allow more "
+                                "time; the process group is of no use any more"));
+      }
       if (work.isCompleted()) throw;
     }
     if (interrupted()) throw PipelineError("interrupted (Ctrl-C)");
-    if (left <= kInterruptPoll) {
-      throw PipelineError(
-          cat("waited ", static_cast<double>(timeout.count()) / 1000,
-              " s for the other ranks: call this on every rank, or allow more time"));
-    }
   }
 }
 
@@ -210,9 +211,14 @@ std::vector<std::vector<double>> process_group_all_gather(
   std::vector<std::vector<at::Tensor>> gathered(1);
   for (int rank = 0; rank < group.getSize(); ++rank) gathered[0].push_back(at::empty_like(own[0]));
   const auto backend = cpu_backend(group);
+  c10d::AllgatherOptions options;
+  // The limit is gloo's as well: a thread of its own that waited on would keep the process from its
+  // end. At it all connections of the group break, so that who comes late fails, too.
+  options.timeout = std::min(timeout, kForever);
+  const Clock::time_point start = Clock::now();
   or_pipeline_error(
       "the ranks' numbers cannot be gathered (a rank whose process has ended says why)",
-      [&] { await(*backend->allgather(gathered, own), timeout, interrupted); });
+      [&] { await(*backend->allgather(gathered, own, options), start, timeout, interrupted); });
   std::vector<std::vector<double>> by_rank;
   for (const at::Tensor& found : gathered[0]) {
     const double* first = found.const_data_ptr<double>();

@@ -128,20 +128,20 @@ def test_a_killed_rank_that_has_the_store(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranks", ["threads", "processes"])
 def test_a_rank_that_comes_late_to_clipping(ranks: Literal["threads", "processes"]) -> None:
-    """Who waits gives up in time; the next call is not taken for the one that was late.
+    """Who waits gives up in time, and who comes late fails as well. Threads may go on after that.
 
-    Threads tell who comes late; processes do not, over which the numbers arrive.
+    Processes end at once: nothing of the exchange waits on.
     """
     norm = math.sqrt(6 * 1.0 + 6 * 4.0)
+    start = time.monotonic()
     for rank, (first, second) in enumerate(run_ranks(clip_late, 2, ranks, timeout=60.0)):
+        assert first.error == "PipelineError", first
         if rank == 0:
-            assert first.error == "PipelineError" and 1.9 < first.seconds < 2.9, first
-            assert "waited 2" in first.text and "rank" in first.text, first.text
-        elif ranks == "threads":
-            assert first.error == "PipelineError" and first.text.startswith("rank 0 waited 2 s")
-        else:
-            assert first.value == pytest.approx(norm), first
-        assert second.value == pytest.approx(norm), second
+            assert 1.9 < first.seconds < 4.0 and "waited 2" in first.text, first
+        if ranks == "threads":
+            assert first.text.startswith("rank 0 waited 2 s"), first.text
+            assert second.value == pytest.approx(norm), second
+    assert time.monotonic() - start < 40.0
 
 
 def test_a_rank_that_fails_before_ranks_connect(found: list[dict[str, Any]]) -> None:

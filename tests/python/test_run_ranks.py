@@ -75,6 +75,7 @@ def test_threads_that_take_longer_than_they_may(capfd: pytest.CaptureFixture[str
     assert capfd.readouterr().err.count("in stay_if_even") == 2
 
 
+@pytest.mark.measures  # in these seconds all have started and one has ended
 def test_processes_that_take_longer_than_they_may(capfd: pytest.CaptureFixture[str]) -> None:
     run_ranks(say, 1, "processes")  # what they are forked from takes its time to start
     with pytest.raises(TimeoutError, match=TOO_LATE):

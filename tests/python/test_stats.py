@@ -186,7 +186,12 @@ def test_a_trace_is_drawn_above_its_plan(tmp_path: Path) -> None:
         x = torch.ones(4, 3)
         model.step(x, num_chunks=4, criterion=squared_error, labels=(x,))
         model.save_trace(path)
-        return model.last_trace
+        trace = model.last_trace
+        with torch.no_grad():
+            model.step(x, num_chunks=4)
+        with pytest.raises(ValueError, match="the last step was inference"):
+            model.save_trace(path)
+        return trace
 
     traces = run_ranks(rank_fn, 2)
     events = json.loads(path.read_text())["traceEvents"]

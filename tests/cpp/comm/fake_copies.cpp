@@ -42,6 +42,7 @@ std::atomic<std::uint32_t>& flag_at(std::uint32_t* at) {
 struct FakeCopyWorld::State {
   // The fault that this call meets.
   void meet_fault(const std::string& call) {
+    ++num_calls;
     const std::lock_guard lock(mutex);
     const auto found = faults.find(call);
     const bool failing = found != faults.end() && found->second-- <= 0;
@@ -49,6 +50,7 @@ struct FakeCopyWorld::State {
     if (failing || broken) throw PipelineError("the device says no to " + call);
   }
 
+  std::atomic<int> num_calls{0};
   std::mutex mutex;
   std::map<std::string, int> faults;  // how many calls are left before it
   std::map<std::byte*, Handle> blocks;
@@ -189,6 +191,8 @@ void FakeCopyWorld::mend_device() {
 }
 
 std::unique_lock<std::mutex> FakeCopyWorld::hold_calls() { return std::unique_lock(state_->mutex); }
+
+int FakeCopyWorld::num_calls() const { return state_->num_calls; }
 
 int FakeCopyWorld::num_blocks() const {
   const std::lock_guard lock(state_->mutex);

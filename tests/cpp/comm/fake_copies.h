@@ -26,6 +26,7 @@ class FakeCopyWorld {
   // All calls of all threads wait as long as it is held, as they do beside one that waits for the
   // device with the driver's lock.
   [[nodiscard]] std::unique_lock<std::mutex> hold_calls();
+  [[nodiscard]] int num_calls() const;  // begun, those that wait included
 
   [[nodiscard]] int num_blocks() const;      // allocated and not freed
   [[nodiscard]] int num_open() const;        // blocks opened and not closed

@@ -89,10 +89,11 @@ TEST(CopyFaults, AnAbortFreesStreamsWhereNoCallGetsThrough) {
   (void)pair.links[0]->transfer(kDown, {{place, 8}}, nullptr);
   std::vector<std::byte> answer(8);
   auto held = pair.world.hold_calls();
+  const int before = pair.world.num_calls();
   std::thread sender([&] {  // has the link's lock, and waits
     (void)pair.links[1]->transfer(kDown, {{answer.data(), 8}}, nullptr);
   });
-  std::this_thread::sleep_for(20ms);
+  while (pair.world.num_calls() == before) std::this_thread::sleep_for(1ms);
   EXPECT_EQ(pair.links[1]->error(kUp, true), std::nullopt);
   std::thread watchdog([&] { pair.links[1]->abort(); });
   stuck->synchronize();

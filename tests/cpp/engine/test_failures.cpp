@@ -113,24 +113,45 @@ TEST_P(FailingStage, ForgetsDeferredWeights) {
   expect_next_step_works();
 }
 
-// The others must not wait for a rank whose device is broken until their time limit.
-TEST(FailingRecovery, IsToldToAllInTheNextStep) {
+// The first recovery of rank 1 fails.
+class FailingRecovery : public ::testing::Test {
+ protected:
+  void fail_a_step() {
+    job.stages(2).before = [](const Action&) { throw std::runtime_error("out of luck"); };
+    (void)job.step();
+    job.stages(2).before = [](const Action&) {};
+  }
+  PipelineOptions options() {
+    PipelineOptions options;
+    options.over = Over::kFrames;
+    options.wrap = [this](Rank rank, std::unique_ptr<Transport> inner) {
+      return std::make_unique<RecordingTransport>(
+          std::move(inner), [this, rank](const std::string& what) {
+            if (rank == Rank(1) && what == "recover returns" && breaks.exchange(false)) {
+              throw std::runtime_error("the device is broken");
+            }
+          });
+    };
+    return options;
+  }
+
   std::atomic<bool> breaks{true};
-  PipelineOptions options;
-  options.over = Over::kFrames;
-  options.wrap = [&breaks](Rank rank, std::unique_ptr<Transport> inner) {
-    return std::make_unique<RecordingTransport>(
-        std::move(inner), [&breaks, rank](const std::string& what) {
-          if (rank == Rank(1) && what == "recover returns" && breaks.exchange(false)) {
-            throw std::runtime_error("the device is broken");
-          }
-        });
-  };
-  EnginePipeline pipeline(4, options);
-  AffineJob job(pipeline, "dualpipe", 8);
-  job.stages(2).before = [](const Action&) { throw std::runtime_error("out of luck"); };
-  (void)job.step();
-  job.stages(2).before = [](const Action&) {};
+  EnginePipeline pipeline{4, options()};
+  AffineJob job{pipeline, "dualpipe", 8};
+};
+
+TEST_F(FailingRecovery, IsForgottenOnceAnotherOneWorked) {
+  fail_a_step();
+  for (const Outcome& outcome : pipeline.on_all([](Engine& engine) { engine.fail("a mistake"); })) {
+    EXPECT_TRUE(outcome.ok());
+  }
+  expect_all_ok(job.step());
+  EXPECT_EQ(job.results(), unsplit(job.lowered().placement));
+}
+
+// The others must not wait for a rank whose device is broken until their time limit.
+TEST_F(FailingRecovery, IsToldToAllInTheNextStep) {
+  fail_a_step();
   const auto start = Clock::now();
   for (const Outcome& outcome : job.step()) {
     EXPECT_TRUE(outcome.is<PipelineError>());
