@@ -76,9 +76,12 @@ def act_together(
         raise PipelineError(str(error)) from None
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait
         raised = error
-    failed = group.all_gather_floats([float(raised is not None)], timeout)
-    if any(flag for (flag,) in failed):
-        collect(group, timeout, lambda: _raise(raised), failure)
+    try:
+        failed = group.all_gather_floats([float(raised is not None)], timeout)
+        if any(flag for (flag,) in failed):
+            collect(group, timeout, lambda: _raise(raised), failure)
+    finally:
+        raised = None  # its frames hold this one, and would keep what acts with it
 
 
 def check_others(group: PipelineGroup, timeout: float, failure: str) -> None:
@@ -99,8 +102,11 @@ class _ToldError(PipelineError):
 
 
 def _raise(error: Exception | None) -> None:
-    if error is not None:
-        raise error
+    try:
+        if error is not None:
+            raise error
+    finally:
+        del error  # as in act_together()
 
 
 def _compare(facts: list[dict[str, Any]]) -> None:

@@ -75,6 +75,7 @@ class StepRunner:
             raise
         finally:
             self.is_running = False
+            step.forget_errors()
 
     def trace(self) -> list[TraceEvent]:
         """Every computation of the last step, in order."""

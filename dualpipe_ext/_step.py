@@ -187,6 +187,10 @@ class Step:
         # Not a view: an overlapped function of the user may detach the loss in place.
         return loss if loss.dim() == 0 else loss.sum()
 
+    def forget_errors(self) -> None:
+        """Lets go of errors: their frames hold this step, and would keep its pipeline with it."""
+        self.error = self.mistake = None
+
     def _user(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls the user's code and remembers what it raised: the engine needs to tell others."""
         try:

@@ -56,8 +56,11 @@ def run_threads(
     if missing and not errors:
         faulthandler.dump_traceback(file=2, all_threads=True)  # past any capturing of stderr
         raise too_late(missing, hubs.num_ranks, timeout)
-    if errors:
-        raise first_cause(errors)
+    try:
+        if errors:
+            raise first_cause(errors)
+    finally:
+        errors.clear()  # their frames hold this one, and would keep the ranks' pipelines with it
     return results
 
 

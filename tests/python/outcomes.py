@@ -32,15 +32,19 @@ def attempt(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome:
     try:
         return Outcome(fn(*args, **kwargs), seconds=time.monotonic() - start)
     except Exception as error:  # noqa: BLE001 - the caller looks at it
-        cause = error.__cause__
-        return Outcome(
-            error=type(error).__name__,
-            bases=tuple(base.__name__ for base in type(error).__mro__),
-            text=str(error),
-            cause=type(cause).__name__ if cause is not None else "",
-            cause_text=str(cause) if cause is not None else "",
-            seconds=time.monotonic() - start,
-        )
+        return _describe(error, time.monotonic() - start)
+
+
+def _describe(error: Exception, seconds: float) -> Outcome:
+    cause = error.__cause__
+    return Outcome(
+        error=type(error).__name__,
+        bases=tuple(base.__name__ for base in type(error).__mro__),
+        text=str(error),
+        cause=type(cause).__name__ if cause is not None else "",
+        cause_text=str(cause) if cause is not None else "",
+        seconds=seconds,
+    )
 
 
 def _attempt_on_rank(rank: int, num_ranks: int, fn: Callable[..., Any], *args: Any) -> Outcome:
