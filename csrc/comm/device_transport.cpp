@@ -10,6 +10,7 @@
 #include "comm/failure_flag.h"
 #include "comm/in_flight.h"
 #include "comm/layouts.h"
+#include "comm/quiet.h"
 #include "common/error.h"
 #include "device/device_pool.h"
 
@@ -48,6 +49,32 @@ struct Incoming {
 };
 using IncomingPtr = std::shared_ptr<Incoming>;
 
+struct Pools {
+  DevicePool compute;
+  std::map<const Stream*, DevicePool> reductions;
+};
+
+// What is left of a transport.
+struct Remains {
+  Remains() = default;
+  ~Remains();
+  Remains(const Remains&) = delete;
+  Remains& operator=(const Remains&) = delete;
+
+  std::shared_ptr<DeviceLink> link;
+  std::shared_ptr<InFlight> in_flight;
+  std::optional<Pools> pools;
+};
+
+Remains::~Remains() {
+  try {
+    link->abort();
+    link->drain();  // before what is sent goes
+  } catch (const std::exception&) {
+    // The device is broken.
+  }
+}
+
 class DeviceTransport final : public Transport {
  public:
   DeviceTransport(LinkMaker make_link, std::shared_ptr<Device> device,
@@ -58,7 +85,7 @@ class DeviceTransport final : public Transport {
         options_(std::move(options)),
         ways_(options_.rank, options_.ways),
         unknown_(ways_.size()),
-        in_flight_(ways_.size()) {}
+        in_flight_(std::make_shared<InFlight>(ways_.size())) {}
   ~DeviceTransport() override;
 
   void connect() override;
@@ -70,17 +97,13 @@ class DeviceTransport final : public Transport {
   void recover() override;
   [[nodiscard]] bool carries_device_memory() const override { return true; }
   std::optional<std::string> fault() override;
-  bool busy() override { return !failure_.is_set() && in_flight_.any(); }
+  bool busy() override { return !failure_.is_set() && in_flight_->any(); }
 
   // Blocks for the layout if it is not known, never for the device.
   [[nodiscard]] Arrival take(std::size_t way, const IncomingPtr& incoming);
 
  private:
-  struct Pools {
-    DevicePool compute;
-    std::map<const Stream*, DevicePool> reductions;
-  };
-
+  void wait_for_device() noexcept;
   void meet(std::int64_t step);
   [[nodiscard]] std::shared_ptr<DeviceLink> link();
   [[nodiscard]] std::optional<std::size_t> find_way(Rank peer, MessageKind kind,
@@ -107,11 +130,12 @@ class DeviceTransport final : public Transport {
   std::optional<Pools> pools_;        // of the link's memory
 
   std::vector<std::deque<IncomingPtr>> unknown_;  // by way: wait for their layouts, in order
-  InFlight in_flight_;
+  const std::shared_ptr<InFlight> in_flight_;
 
   KnownLayouts known_;
   std::optional<StepLayouts> unkept_;  // of a step whose layouts nobody may keep
   StepLayouts* layouts_ = nullptr;     // of the step at work; null: none
+  std::optional<StepUnderWay> under_way_;
 };
 
 class DeviceReceive final : public PendingReceive {
@@ -126,25 +150,34 @@ class DeviceReceive final : public PendingReceive {
   const IncomingPtr incoming_;
 };
 
+// In the middle of its step the link goes at once, for its peers. Otherwise nobody waits for it.
+DeviceTransport::~DeviceTransport() {
+  wait_for_device();
+  const Failure failure{options_.rank, 0, "the transport is gone"};
+  if (under_way_) abort(failure);
+  under_way_.reset();
+  if (failure_.set(FailureFlag::Kind::kPipeline, failure.text)) host_->abort(failure);
+  if (link_ == nullptr) return;
+  auto remains = std::make_shared<Remains>();
+  remains->link = std::move(link_);
+  remains->in_flight = in_flight_;
+  remains->pools = std::move(pools_);
+  let_go_between_steps(std::move(remains));
+}
+
 // A step is done when all ranks have issued it: the devices of this one and of its peers may still
 // be at it, and get as long as something moves.
-DeviceTransport::~DeviceTransport() {
+void DeviceTransport::wait_for_device() noexcept {
   try {
-    std::size_t num_left = in_flight_.forget_done();
+    std::size_t num_left = in_flight_->forget_done();
     auto deadline = Clock::now() + kExitPatience;
     while (busy() && !fault() && Clock::now() < deadline) {
       std::this_thread::sleep_for(kPoll);
-      if (const std::size_t left = in_flight_.forget_done(); left != num_left) {
+      if (const std::size_t left = in_flight_->forget_done(); left != num_left) {
         num_left = left;
         deadline = Clock::now() + kExitPatience;
       }
     }
-  } catch (const std::exception&) {
-    // The device is broken.
-  }
-  abort({options_.rank, 0, "the transport is gone"});
-  try {
-    if (link_) link_->drain();  // before what is sent goes
   } catch (const std::exception&) {
     // The device is broken.
   }
@@ -170,6 +203,7 @@ auto DeviceTransport::unless_failed(const Call& call) {
 }
 
 void DeviceTransport::connect() {
+  const StepUnderWay connecting;  // of which the device waits for others as well
   unless_failed([&] {
     if (link_ == nullptr) meet(0);
   });
@@ -178,6 +212,7 @@ void DeviceTransport::connect() {
 void DeviceTransport::begin_step(const StepInfo& info) {
   unless_failed([&] {
     DUALPIPE_CHECK(layouts_ == nullptr, "begin_step within a step");
+    under_way_.emplace();
     if (link_ == nullptr) meet(info.step);
     host_->begin_step(info);
     if (options_.dynamic_shapes) {
@@ -226,7 +261,7 @@ EventPtr DeviceTransport::send(Rank to, const MessageId& id, Message message,
     if (pieces.empty()) return nullptr;
     wait_for_room(*way);
     EventPtr end = link_->transfer(*way, pieces, ready);
-    in_flight_.add(*way, id, end, std::move(message.owner));
+    in_flight_->add(*way, id, end, std::move(message.owner));
     return end;
   });
 }
@@ -288,7 +323,7 @@ void DeviceTransport::issue(std::size_t way, Incoming& incoming) {
   const std::vector<Piece> pieces = pieces_of(incoming.arrival.message);
   if (pieces.empty()) return;
   incoming.arrival.ready = link_->transfer(way, pieces, lease.free);
-  in_flight_.add(way, incoming.id, incoming.arrival.ready, nullptr);
+  in_flight_->add(way, incoming.id, incoming.arrival.ready, nullptr);
 }
 
 // Memory belongs to the stream that reads it.
@@ -298,7 +333,7 @@ DevicePool& DeviceTransport::pool_of(MessageKind kind) {
 }
 
 void DeviceTransport::wait_for_room(std::size_t way) {
-  while (in_flight_.num_of(way) >= kMaxInFlight) {
+  while (in_flight_->num_of(way) >= kMaxInFlight) {
     failure_.throw_if_set();
     std::this_thread::sleep_for(kPoll);
   }
@@ -311,7 +346,8 @@ void DeviceTransport::end_step() {
     for (WayLayouts& way : layouts_->ways) way.commit();
     layouts_ = nullptr;
     finish_issuing();
-    in_flight_.forget_done();
+    in_flight_->forget_done();
+    under_way_.reset();
   });
 }
 
@@ -331,9 +367,10 @@ void DeviceTransport::abort(const Failure& failure) noexcept {
 
 void DeviceTransport::recover() {
   abort({options_.rank, 0, "the step failed"});
+  under_way_.reset();
   host_->recover();
   if (link_) link_->drain();
-  in_flight_.clear();
+  in_flight_->clear();
   unknown_ = std::vector<std::deque<IncomingPtr>>(ways_.size());
   pools_.reset();  // what was to be filled is nobody's now
   known_.clear();  // a rank that has committed and one that has not must agree again
@@ -349,7 +386,7 @@ std::optional<std::string> DeviceTransport::fault() {
   const std::shared_ptr<DeviceLink> live = link();
   if (live == nullptr || failure_.is_set()) return std::nullopt;
   for (std::size_t way = 0; way < ways_.size(); ++way) {
-    if (auto error = live->error(way, in_flight_.any_of(way))) return error;
+    if (auto error = live->error(way, in_flight_->any_of(way))) return error;
   }
   return overdue();
 }
@@ -360,7 +397,7 @@ std::shared_ptr<DeviceLink> DeviceTransport::link() {
 }
 
 std::optional<std::string> DeviceTransport::overdue() const {
-  const auto late = in_flight_.overdue(options_.timeout);
+  const auto late = in_flight_->overdue(options_.timeout);
   if (!late) return std::nullopt;
   const MessageWay& way = ways_[late->way];
   return cat("rank ", options_.rank, "'s GPU has waited longer than ",

@@ -269,6 +269,26 @@ TEST_P(DeviceTransport, ARankThatIsThroughMayGo) {
   EXPECT_TRUE(is_right);
 }
 
+// Python's garbage collector may end a pipeline wherever another one is issuing a step.
+TEST_P(DeviceTransport, OneThatIsNobodysEndsBetweenTheStepsOfAnother) {
+  DeviceRanks old(GetParam(), 2);
+  old.connect();
+  DeviceRanks ranks(GetParam(), 2);
+  const std::weak_ptr<Device> device = old.devices[1];
+  step_over_streams(ranks, 1, 1, {bytes_spec(8)}, 1);
+  run_ranks(2, [&](int rank) {
+    Transport& transport = *ranks.transports[static_cast<std::size_t>(rank)];
+    transport.begin_step(shaped_step(2, rank, 1));
+    if (rank == 1) {
+      old.transports[1].reset();
+      old.devices[1].reset();
+      EXPECT_FALSE(device.expired()) << "what frees its memory may wait for this step";
+    }
+    transport.end_step();
+  });
+  EXPECT_TRUE(device.expired());
+}
+
 TEST_P(DeviceTransport, AnAbortEndsWhatTheDeviceWaitsFor) {
   DeviceRanks ranks(GetParam(), 2);
   ranks.connect();
