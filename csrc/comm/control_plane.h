@@ -17,7 +17,8 @@ class ControlPlane {
   // Tells all ranks. The first report of an epoch wins; later ones are dropped.
   virtual void report(const Failure& failure) = 0;
 
-  // The failure of this epoch, if there is one. Cheap, never waits for another rank.
+  // The failure of this epoch, if one is known. Cheap; never waits for another rank, and for a
+  // side channel that is silent some seconds, once.
   [[nodiscard]] virtual std::optional<Failure> poll() = 0;
 
   // Where this rank is ("step 7, action 31 of 94: 2F5, waits for ..."); read by whoever reports.

@@ -4,10 +4,18 @@
 #include <string>
 #include <vector>
 
+#include "common/error.h"
+
 namespace dualpipe {
 
+// What hosts a store is silent. It may go on.
+class NoAnswer : public PipelineError {
+ public:
+  using PipelineError::PipelineError;
+};
+
 // The texts that the ranks of one group share, by key. Calls are short and never wait for a key;
-// they throw PipelineError when the store is gone. Thread-safe.
+// they throw PipelineError when the store is gone, some NoAnswer (limited_store.h). Thread-safe.
 class KeyValueStore {
  public:
   virtual ~KeyValueStore() = default;

@@ -44,10 +44,12 @@ class StoreControlPlane final : public ControlPlane {
     store_->set_first(failure_key(), encode(failure));
   }
 
-  std::optional<Failure> poll() override {
+  std::optional<Failure> poll() override try {
     const std::string key = failure_key();
     if (!store_->has({key})) return std::nullopt;
     return decode(store_->get(key));
+  } catch (const NoAnswer&) {
+    return std::nullopt;  // no news: waits for other ranks have a limit of their own
   }
 
   void publish_position(const std::string& position) override {
@@ -107,10 +109,17 @@ std::string StoreExchange::await(std::int64_t round, std::chrono::milliseconds t
   const Clock::time_point deadline = Clock::now() + timeout;
   for (auto pause = kFirstPause;; pause = std::min(2 * pause, kLongestPause)) {
     const bool is_late = Clock::now() >= deadline;
-    const std::string ranks = missing(round);
-    if (ranks.empty()) return kComplete;
+    std::string ranks;
+    bool is_over = false;
+    try {
+      ranks = missing(round);
+      if (ranks.empty()) return kComplete;
+      is_over = store_->has({outcome_key(round)});
+    } catch (const NoAnswer&) {
+      if (is_late) throw;
+    }
     if (interrupted_()) return cat("rank ", rank_, " was interrupted (Ctrl-C)");
-    if (is_late || store_->has({outcome_key(round)})) {
+    if (is_late || is_over) {
       return cat("rank ", rank_, " waited ", static_cast<double>(timeout.count()) / 1000,
                  " s for rank(s) ", ranks, " of ", num_ranks_,
                  ": start all ranks, or allow more time");

@@ -152,7 +152,8 @@ void Engine::recover(GradientReducer* reducer) noexcept {
 }
 
 std::optional<Failure> Engine::await_report() noexcept {
-  for (auto waited = kReportPoll; waited < kReportPatience; waited += kReportPoll) {
+  const auto deadline = std::chrono::steady_clock::now() + kReportPatience;
+  while (std::chrono::steady_clock::now() < deadline) {
     try {
       if (auto failure = control_->poll(); failure.has_value()) return failure;
     } catch (const std::exception&) {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "comm/framed_transport.h"
+#include "comm/limited_store.h"
 #include "comm/thread_policy.h"
 #include "common/error.h"
 
@@ -133,6 +134,14 @@ class C10dStore final : public KeyValueStore {
   c10d::PrefixStore store_;
 };
 
+// Longer than any store takes that is there, however busy its machine.
+constexpr std::chrono::seconds kStorePatience{10};
+
+std::unique_ptr<KeyValueStore> keys_of(const std::string& prefix,
+                                       const c10::intrusive_ptr<c10d::Store>& store) {
+  return limited_store(std::make_unique<C10dStore>(prefix, store), kStorePatience);
+}
+
 // A connection of its own: who waits for a key on another one holds up nobody here.
 c10::intrusive_ptr<c10d::Store> store_of(const c10d::ProcessGroup& group) {
   const auto store = group.getStore();
@@ -182,9 +191,9 @@ ProcessGroupEnds process_group_ends(c10d::ProcessGroup& group, Rank rank,
   auto backend = cpu_backend(group);
   never_preempt(kGlooLoop);
   const auto store = store_of(group);
-  C10dStore counters(prefix_of(group), store);
-  const std::int64_t instance = counters.add(cat("pipelines/", rank), 1) - 1;
-  auto keys = std::make_unique<C10dStore>(cat(prefix_of(group), "/pipeline/", instance), store);
+  const auto counters = keys_of(prefix_of(group), store);
+  const std::int64_t instance = counters->add(cat("pipelines/", rank), 1) - 1;
+  auto keys = keys_of(cat(prefix_of(group), "/pipeline/", instance), store);
   auto link = std::make_unique<BackendLink>(std::move(backend), std::move(group_ranks));
   FramedOptions options{rank, num_ranks, std::move(peers), static_cast<std::uint32_t>(instance)};
   return {framed_transport(std::move(link), std::move(options)),
@@ -193,7 +202,7 @@ ProcessGroupEnds process_group_ends(c10d::ProcessGroup& group, Rank rank,
 
 std::unique_ptr<StoreExchange> process_group_exchange(c10d::ProcessGroup& group, Rank rank,
                                                       std::function<bool()> interrupted) {
-  auto keys = std::make_unique<C10dStore>(prefix_of(group), store_of(group));
+  auto keys = keys_of(prefix_of(group), store_of(group));
   return std::make_unique<StoreExchange>(std::move(keys), rank, group.getSize(),
                                          std::move(interrupted));
 }

@@ -131,14 +131,37 @@ def gather_from_the_dead(rank: int, num_ranks: int, folder: str) -> None:
 
 def lose_the_store(rank: int, num_ranks: int, port: int, folder: str) -> None:
     """Rank 0, which has the store, is killed; the others write what they are told of that."""
-    dist.destroy_process_group()
-    address = f"tcp://localhost:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=num_ranks)
+    meet_at(port, rank, num_ranks)
     pipeline = DualPipe([nn.Linear(4, 4), nn.Linear(4, 4)])
     if rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     outcome = attempt(pipeline.group.all_gather, "", 5.0)
     Path(folder, str(rank)).write_text(f"{outcome.error}: {outcome.text}")
+
+
+def stop_the_store(rank: int, num_ranks: int, port: int, folder: str) -> None:
+    """Rank 0, which has the store, is stopped before a step; rank 1 is told, and ends it."""
+    meet_at(port, rank, num_ranks)
+    stages = [nn.Linear(4, 4), nn.Linear(4, 4)]
+    pipeline = DualPipe(stages, config=DualPipeConfig(timeout=2.0))
+    pids = pipeline.group.all_gather(str(os.getpid()), 30.0)
+    knows = Path(folder, "rank 1 knows whom to end")
+    if rank == 0:
+        while not knows.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    knows.touch()
+    x = torch.ones(4, 4)
+    outcome = attempt(pipeline.step, x, num_chunks=4, criterion=squared_error, labels=(x,))
+    Path(folder, str(rank)).write_text(f"{outcome.seconds} {outcome.error}: {outcome.text}")
+    os.kill(int(pids[0]), signal.SIGKILL)
+
+
+def meet_at(port: int, rank: int, num_ranks: int) -> None:
+    """A process group with a store in rank 0's process."""
+    dist.destroy_process_group()
+    address = f"tcp://localhost:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=num_ranks)
 
 
 def clip_late(rank: int, num_ranks: int) -> list[Outcome]:

@@ -28,6 +28,7 @@ from process_ranks import (
     gather_from_the_dead,
     lose_the_store,
     over_groups_made_again,
+    stop_the_store,
 )
 
 from dualpipe_ext.testing import run_ranks
@@ -115,15 +116,28 @@ def test_a_killed_rank_of_a_group_of_gpus(tmp_path: Path) -> None:
     assert "world group map" not in told
 
 
-def test_a_killed_rank_that_has_the_store(tmp_path: Path) -> None:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def test_a_killed_rank_that_has_the_store(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="rank 0 died with exit code -9"):
-        run_ranks(lose_the_store, 2, "processes", (port, str(tmp_path)), timeout=60.0)
+        run_ranks(lose_the_store, 2, "processes", (free_port(), str(tmp_path)), timeout=60.0)
     told = (tmp_path / "1").read_text()
     assert told.startswith("PipelineError: the rank that hosts the process group's store is gone: ")
     assert len(told.splitlines()) == 1, told  # without torch's C++ stack
+
+
+def test_a_stopped_rank_that_has_the_store(tmp_path: Path) -> None:
+    """Its connections stay, and its store does not answer: the others' time limit holds."""
+    with pytest.raises(RuntimeError, match="rank 0 died with exit code -9"):
+        run_ranks(stop_the_store, 2, "processes", (free_port(), str(tmp_path)), timeout=60.0)
+    seconds, told = (tmp_path / "1").read_text().split(" ", 1)
+    assert float(seconds) < 20.0  # 10 s of patience with the store
+    assert told.startswith("PipelineError: rank 1, step 1, action ")
+    assert "the process group's store has not answered for 10 s" in told
 
 
 @pytest.mark.parametrize("ranks", ["threads", "processes"])

@@ -159,6 +159,8 @@ int LinkFabric::num_messages() const {
 
 struct SharedStore::State {
   std::mutex mutex;
+  std::condition_variable thawed;
+  bool frozen = false;
   std::map<std::string, std::string> values;
   bool dead = false;
 };
@@ -203,6 +205,7 @@ class MemoryStore final : public KeyValueStore {
  private:
   std::unique_lock<std::mutex> enter() const {
     std::unique_lock lock(state_->mutex);
+    state_->thawed.wait(lock, [this] { return !state_->frozen; });
     if (state_->dead) throw PipelineError("the store is gone");
     return lock;
   }
@@ -219,6 +222,17 @@ std::unique_ptr<KeyValueStore> SharedStore::open() { return std::make_unique<Mem
 void SharedStore::kill() {
   const std::lock_guard lock(state_->mutex);
   state_->dead = true;
+}
+
+void SharedStore::freeze() {
+  const std::lock_guard lock(state_->mutex);
+  state_->frozen = true;
+}
+
+void SharedStore::thaw() {
+  const std::lock_guard lock(state_->mutex);
+  state_->frozen = false;
+  state_->thawed.notify_all();
 }
 
 std::size_t SharedStore::num_keys() const {

@@ -34,6 +34,9 @@ class SharedStore {
 
   // From now on every call throws, as if the process that hosts the store had died.
   void kill();
+  // Until thaw() no call returns, as if that process was stopped.
+  void freeze();
+  void thaw();
   [[nodiscard]] std::size_t num_keys() const;
 
   struct State;

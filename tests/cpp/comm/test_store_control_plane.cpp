@@ -1,8 +1,10 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <thread>
 
 #include "comm/harness.h"
+#include "comm/limited_store.h"
 #include "comm/memory_link.h"
 #include "comm/store_control_plane.h"
 #include "common/error.h"
@@ -101,6 +103,35 @@ TEST(StoreExchange, EndsOnAllRanksWhenOneIsInterrupted) {
   });
   EXPECT_EQ(texts[0], "rank 1 was interrupted (Ctrl-C)");
   EXPECT_EQ(texts[1], texts[0]);
+}
+
+TEST(StoreExchange, WaitsForAStoreThatIsSilentForAWhile) {
+  SharedStore store;
+  std::vector<std::string> texts;
+  run_ranks(2, [&](int rank) {
+    StoreExchange exchange(limited_store(store.open(), 300ms), Rank(rank), 2);
+    if (rank == 0) {
+      std::this_thread::sleep_for(50ms);  // the other one waits
+      store.freeze();
+      std::this_thread::sleep_for(900ms);
+      store.thaw();
+    }
+    const auto found = exchange.all_gather(cat(rank), 20s);
+    if (rank == 1) texts = found;
+  });
+  EXPECT_EQ(texts, (std::vector<std::string>{"0", "1"}));
+}
+
+TEST(StoreExchange, DoesNotWaitForASilentStoreForEver) {
+  SharedStore store;
+  StoreExchange exchange(limited_store(store.open(), 20ms), Rank(0), 2);
+  std::thread freezes([&] {
+    std::this_thread::sleep_for(50ms);
+    store.freeze();
+  });
+  EXPECT_THROW((void)exchange.all_gather("here", 200ms), NoAnswer);
+  freezes.join();
+  store.thaw();
 }
 
 }  // namespace

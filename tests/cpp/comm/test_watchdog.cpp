@@ -8,7 +8,10 @@
 #include <thread>
 
 #include "comm/harness.h"
+#include "comm/limited_store.h"
 #include "comm/loopback.h"
+#include "comm/memory_link.h"
+#include "comm/store_control_plane.h"
 #include "comm/watchdog.h"
 #include "common/error.h"
 
@@ -71,6 +74,23 @@ TEST(Watchdog, PassesOnTheFailureOfAnotherRank) {
   ranks.controls[1]->report({Rank(1), 1, "rank 1, action 5F2: division by zero"});
   EXPECT_EQ(ranks.blocked(0, Rank(1), gradient(2)), "rank 1, action 5F2: division by zero");
   watchdog.disarm();
+}
+
+TEST(Watchdog, SeesItsTimeLimitWithoutNewsOfTheOthers) {
+  Ranks ranks(2);
+  SharedStore store;
+  const auto control = store_control_plane(limited_store(store.open(), 50ms), Rank(0), 2);
+  store.freeze();
+  {
+    Watchdog watchdog(Rank(0), *ranks.transports[0], *control, kFast);
+    ranks.transports[0]->begin_step(step_info(1));
+    const FixedProgress progress("", 10s);
+    watchdog.arm(progress, 1);
+    const std::string text = ranks.blocked(0, Rank(1), gradient(2));
+    EXPECT_NE(text.find("store has not answered"), std::string::npos) << text;
+    watchdog.disarm();
+  }
+  store.thaw();
 }
 
 TEST(Watchdog, AFailureOfALaterStepDoesNotEndThisOne) {
