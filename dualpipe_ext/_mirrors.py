@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dualpipe_ext import _C
+from dualpipe_ext._copies import digest
 from dualpipe_ext.gradients import main_grads
 
 __all__ = ["MirroredStages", "check_memory", "describe_stage", "shared_parameters"]
@@ -165,7 +165,9 @@ def describe_stage(module: nn.Module, shared: set[nn.Parameter], *, with_values:
         for name, buffer in module.named_buffers()
     ]
     if with_values:
-        described.append(f"values with digest {_digest(module)[:16]}")
+        state = module.state_dict().values()
+        held = digest(value for value in state if isinstance(value, Tensor))
+        described.append(f"values with digest {held}")
     return described
 
 
@@ -178,15 +180,6 @@ def _bearer(grad: Tensor) -> Tensor:
     bearer = grad.detach()
     bearer.grad = grad
     return bearer
-
-
-def _digest(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    state = module.state_dict()
-    for tensor in (value for value in state.values() if isinstance(value, Tensor)):
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def check_memory(stages: Sequence[int], modules: Sequence[nn.Module]) -> None:

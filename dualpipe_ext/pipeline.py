@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dualpipe_ext import _C
 from dualpipe_ext._batch import check_num_chunks, cut_batch
+from dualpipe_ext._copies import check_copies
 from dualpipe_ext._cuda import clock_by_gpu
 from dualpipe_ext._frozen import FrozenWatch
 from dualpipe_ext._handshake import agree, collect
@@ -285,6 +286,21 @@ class Pipeline(nn.Module):
             exchange = self._local.mirrors.copy(self._engine, self.config.bucket_bytes)
             self._engine.exchange(exchange, sorted(self.stages), "sync_parameters()")
             self._unsummed.note_copy()
+
+    def check_copies(self) -> None:
+        """Raises where the two copies of a stage have other bits in a parameter; all ranks call it.
+
+        They stay equal by themselves: construction makes them so, and both get the same gradients.
+        What sets them apart is weights that one rank alone has loaded or changed, or an optimizer
+        of other settings. Reads each parameter once. Saving a checkpoint looks as well, and warns.
+
+        Raises:
+            ValueError: they differ; on all ranks, with the first parameter that does.
+            PipelineError: another rank does not come within ``config.timeout`` seconds, or is gone.
+        """
+        if self._local.mirrors is not None:
+            modules = dict(zip(self.stages, self.module, strict=True))
+            check_copies(self.group, self.config.timeout, modules)
 
     def sync_buffers(self) -> None:
         """Gives both copies of each floating-point buffer their mean; others stay as they are.

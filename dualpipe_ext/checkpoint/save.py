@@ -15,6 +15,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dualpipe_ext._advice import warn_caller
 from dualpipe_ext.checkpoint import folders
 from dualpipe_ext.checkpoint.holdings import Holding
 from dualpipe_ext.checkpoint.integrity import Checksums, checksums_of
@@ -33,6 +34,7 @@ from dualpipe_ext.checkpoint.replicas import (
     on_first_replica,
 )
 from dualpipe_ext.checkpoint.storage import DESCRIPTION, FAILURE, Record, write_values
+from dualpipe_ext.pipeline import Pipeline
 
 __all__ = ["save_checkpoint"]
 
@@ -55,7 +57,8 @@ def save_checkpoint(
     Every rank calls it. Each writes its own stages; of two copies of a stage, that on the lower
     rank. The checkpoint is in its place once it is complete and on disk; until then, and if
     anything fails, the last one stays. Statistics of batch norms are averaged over all copies of a
-    stage first (:meth:`dualpipe_ext.Pipeline.sync_buffers`), those of replicas as well.
+    stage first (:meth:`dualpipe_ext.Pipeline.sync_buffers`), those of replicas as well. Parameters
+    that differ between copies are warned of (:meth:`dualpipe_ext.Pipeline.check_copies`).
 
     Args:
         folder: a folder for this run alone, on a file system that all ranks share; made if missing.
@@ -133,6 +136,16 @@ def _settle(holding: Holding) -> None:
     if holding.pipeline is not None:
         holding.pipeline.sync_buffers()
         holding.pipeline.synchronize()
+        _warn_of_copies(holding.pipeline)
+
+
+def _warn_of_copies(pipeline: Pipeline) -> None:
+    """Raises nothing: a run that is about to end is worth saving as it is."""
+    try:
+        pipeline.check_copies()
+    except ValueError as error:
+        if pipeline.rank == 0:
+            warn_caller(f"saved are the copies on the lower ranks, for {error}")
 
 
 def _check(step: int, keep: int | None) -> None:
