@@ -45,8 +45,11 @@ cudaError_t cudaMalloc(void** address, std::size_t num_bytes) {
 // Waits for all that the device was given: what a GPU does as well, and what deadlocks come from.
 cudaError_t cudaFree(void* address) {
   if (address == nullptr) return cudaSuccess;
-  simulated::finish_all();
-  return simulated::release(address) ? cudaSuccess : fail(cudaErrorInvalidValue);
+  if (kind_of(address) != Kind::kDevice) return fail(cudaErrorInvalidValue);
+  simulated::after_all([address] {
+    if (!simulated::release(address)) std::abort();  // not where a block begins
+  });
+  return cudaSuccess;
 }
 cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
   *free = simulated::free_bytes();

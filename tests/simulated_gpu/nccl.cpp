@@ -86,8 +86,10 @@ void issue(const std::vector<Message>& messages) {
 // The kernels end first; then memory is freed, which waits for the whole device.
 void end(const std::vector<ncclComm*>& comms) {
   for (ncclComm* const comm : comms) comm->channel->end();
-  if (!comms.empty()) simulated::finish_all();
-  for (ncclComm* const comm : comms) delete comm;
+  if (comms.empty()) return;
+  simulated::after_all([comms] {
+    for (ncclComm* const comm : comms) delete comm;
+  });
 }
 
 ncclResult_t close_group() {

@@ -14,6 +14,8 @@ namespace {
 
 constexpr int kDefaultQueues = 8;
 
+thread_local bool is_in_kernel = false;
+
 class WithoutPythonsLock {
  public:
   WithoutPythonsLock() {
@@ -95,6 +97,7 @@ void Worker::put(Work work) {
 }
 
 void Worker::run() {
+  is_in_kernel = true;
   for (;;) {
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [this] { return !works_.empty(); });
@@ -159,6 +162,14 @@ void finish_all() {
     issued = ends().points;
   }
   for (const PointPtr& end : issued) wait_on_host(*end);
+}
+
+void after_all(Work work) {
+  const auto wait_and_do = [work = std::move(work)] {
+    finish_all();
+    work();
+  };
+  is_in_kernel ? std::thread(wait_and_do).detach() : wait_and_do();
 }
 
 void wait_on_host(const Point& point) {

@@ -78,6 +78,10 @@ class Stream {
 // Until all that was issued, on any stream, is done.
 void finish_all();
 
+// Does it then. Where a kernel asks, for Python's garbage collector runs in kernels here, behind
+// its back: what it waits for may be itself.
+void after_all(Work work);
+
 // Waits of the host let go of Python's lock: the work that they wait for may be Python's here,
 // where on a GPU it is not.
 void wait_on_host(const Point& point);
