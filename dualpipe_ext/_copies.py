@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from hashlib import sha256
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,14 @@ def digest(tensors: Iterable[Tensor]) -> str:
     """64 bits of the values of all tensors, the same on every device; waits for them.
 
     It finds what went wrong by chance. It is no cryptographic hash, which a GPU has none of.
+
+    Raises:
+        TypeError: a sparse tensor of another kind than COO.
     """
-    found = [_digest_of(tensor.detach()) for tensor in tensors if tensor.layout == torch.strided]
     total = 0
-    for value in torch.stack(found).tolist() if found else []:
-        total = (total * _PRIME + value) & _MASK
+    for tensor in tensors:
+        for part in _parts(tensor.detach()):
+            total = (total * _PRIME + int(_digest_of(part))) & _MASK
     return f"{total:016x}"
 
 
@@ -44,21 +48,27 @@ def check_copies(group: PipelineGroup, timeout: float, modules: Mapping[int, nn.
         ValueError: they differ, with the first one that does.
         PipelineError: a rank did not come.
     """
-
-    def of_stages() -> dict[str, str]:
-        return {str(stage): digest(module.parameters()) for stage, module in modules.items()}
-
-    def of_parameters() -> dict[str, dict[str, str]]:
-        return {
-            str(stage): {name: digest([value]) for name, value in module.named_parameters()}
-            for stage, module in modules.items()
-            if str(stage) in different
-        }
-
     failure = "could not read its parameters"
-    different = _different(collect(group, timeout, of_stages, failure))
+    by_rank = collect(group, timeout, lambda: _by_stage(modules), failure)
+    different = _different(by_rank)
     if different:
-        raise ValueError(_describe(collect(group, timeout, of_parameters, failure)))
+        found = {stage: module for stage, module in modules.items() if str(stage) in different}
+        raise ValueError(_describe(collect(group, timeout, lambda: _by_name(found), failure)))
+
+
+def _by_name(modules: Mapping[int, nn.Module]) -> dict[str, dict[str, str]]:
+    return {
+        str(stage): {name: digest([value]) for name, value in module.named_parameters()}
+        for stage, module in modules.items()
+    }
+
+
+def _by_stage(modules: Mapping[int, nn.Module]) -> dict[str, str]:
+    """One text a stage, whatever the order of its parameters."""
+    return {
+        stage: sha256(repr(sorted(named.items())).encode()).hexdigest()
+        for stage, named in _by_name(modules).items()
+    }
 
 
 def _different(by_rank: list[dict[str, str]]) -> set[str]:
@@ -75,31 +85,44 @@ def _describe(by_rank: list[dict[str, dict[str, str]]]) -> str:
         for stage in own:
             holders.setdefault(stage, []).append(rank)
     stage, (one, other) = min(holders.items(), key=lambda item: int(item[0]))
-    kept, lost = by_rank[one][stage], by_rank[other][stage]
-    names = [name for name in kept if kept[name] != lost[name]]
+    first, second = by_rank[one][stage], by_rank[other][stage]
+    names = [name for name in first | second if first.get(name) != second.get(name)]
     return (
-        f"the two copies of stage {stage}, on ranks {one} and {other}, have different values in "
-        f"{len(names)} of {len(kept)} parameters, the first of them {names[0]}; load weights on both "
+        f"the two copies of stage {stage}, on ranks {one} and {other}, differ in {len(names)} of "
+        f"{len(first | second)} parameters, the first of them {names[0]}; load weights on both "
         f"ranks and give both the same optimizer, or call sync_parameters(), which keeps those of "
         f"rank {stage}"
     )
 
 
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """Tensors that have memory: none of one that is on the meta device."""
+    if tensor.is_meta:
+        return []
+    if tensor.layout == torch.strided:
+        return [tensor]
+    if tensor.layout == torch.sparse_coo:
+        whole = tensor.coalesce()
+        return [whole.indices(), whole.values()]
+    raise TypeError(f"tensors of layout {tensor.layout} cannot be compared")
+
+
 def _digest_of(tensor: Tensor) -> Tensor:
-    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    octets = values.contiguous().flatten().view(torch.uint8)
+    values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    octets = values.resolve_neg().contiguous().flatten().view(torch.uint8)
     total = torch.tensor(octets.numel(), device=octets.device)
     weights = (2 * torch.arange(_PIECE, device=octets.device) + 1) * _FACTOR
-    for piece in _words(octets).split(_PIECE):
-        mixed = piece ^ (piece >> 29)  # a product has nothing of its factors' bits below them
-        total = total * _PRIME + (mixed * weights[: len(piece)]).sum()
+    for piece in octets.split(_PIECE * _WORD):
+        words = _words(piece)
+        mixed = words ^ (words >> 29)  # a product has nothing of its factors' bits below them
+        total = total * _PRIME + (mixed * weights[: len(words)]).sum()
     return total
 
 
 def _words(octets: Tensor) -> Tensor:
     """The same bits as integers, with zeros behind them where they are no multiple of a word."""
     missing = -octets.numel() % _WORD
-    aligned = octets.storage_offset() % _WORD == 0
-    if missing or not aligned:
+    if missing or octets.storage_offset() % _WORD:
         octets = torch.nn.functional.pad(octets, (0, missing))
+        octets = octets if missing else octets.clone()
     return octets.view(torch.int64)

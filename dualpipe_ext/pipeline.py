@@ -292,7 +292,7 @@ class Pipeline(nn.Module):
 
         They stay equal by themselves: construction makes them so, and both get the same gradients.
         What sets them apart is weights that one rank alone has loaded or changed, or an optimizer
-        of other settings. Reads each parameter once. Saving a checkpoint looks as well, and warns.
+        of other settings. Saving a checkpoint looks as well, and warns.
 
         Raises:
             ValueError: they differ; on all ranks, with the first parameter that does.

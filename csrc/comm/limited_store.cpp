@@ -44,7 +44,7 @@ void Work::run() {
   std::unique_lock lock(mutex);
   for (;;) {
     changed.wait(lock, [this] { return is_stopping || !tasks.empty(); });
-    if (is_stopping) return;
+    if (tasks.empty()) return;  // what was written comes first
     is_busy = true;
     const Task task = std::move(tasks.front());
     tasks.pop_front();
@@ -114,7 +114,8 @@ LimitedStore::~LimitedStore() {
   work_->is_stopping = true;
   work_->changed.notify_all();
   const milliseconds patience = work_->is_silent ? limit_ / kImpatience : limit_;
-  const bool ends = work_->changed.wait_for(lock, patience, [this] { return !work_->is_busy; });
+  const bool ends = work_->changed.wait_for(
+      lock, patience, [this] { return !work_->is_busy && work_->tasks.empty(); });
   lock.unlock();
   ends ? thread_.join() : thread_.detach();
 }
@@ -142,8 +143,8 @@ milliseconds LimitedStore::give(const Task& task) {
 void LimitedStore::give_up(const Task& task, bool stays) {
   {
     const std::lock_guard lock(work_->mutex);
-    work_->is_silent = true;
     if (!stays) std::erase(work_->tasks, task);
+    work_->is_silent = work_->is_busy || !work_->tasks.empty();
   }
   throw NoAnswer(cat("the process group's store has not answered for ",
                      static_cast<double>(limit_.count()) / 1000,

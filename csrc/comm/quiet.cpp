@@ -1,5 +1,6 @@
 #include "comm/quiet.h"
 
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <utility>
@@ -8,11 +9,13 @@
 namespace dualpipe {
 namespace {
 
+constexpr std::chrono::seconds kPatience{10};
+
 class Quiet {
  public:
   void begin_step() {
     std::unique_lock lock(mutex_);
-    changed_.wait(lock, [this] { return !is_ending_; });
+    changed_.wait_for(lock, kPatience, [this] { return !is_ending_; });
     ++num_steps_;
   }
 

@@ -4,12 +4,13 @@
 
 namespace dualpipe {
 
-// Ends of connections wait until no step of this process is being issued. They free memory, which
-// may wait for the whole device, and the device for messages that the waiting thread has yet to
-// issue: Python's garbage collector ends pipelines wherever it runs, in the middle of the step of
-// another pipeline as well.
+// The connections of a pipeline that is gone end at the first moment at which no step of this
+// process is being issued. Their end frees memory, which may wait for the whole device, and the
+// device for messages that the waiting thread has yet to issue: Python's garbage collector ends
+// pipelines wherever it runs, in the middle of the step of another pipeline as well.
 
-// A step whose messages are being issued. Its beginning waits for ends that have begun.
+// A step whose messages are being issued. Its beginning waits for an end that has begun; some
+// seconds at most, as that may hang with its device.
 class StepUnderWay {
  public:
   StepUnderWay();

@@ -11,8 +11,6 @@
 namespace dualpipe {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 constexpr std::chrono::milliseconds kFirstPause{1};
 constexpr std::chrono::milliseconds kLongestPause{20};
 
@@ -41,33 +39,43 @@ class StoreControlPlane final : public ControlPlane {
       : store_(std::move(store)), rank_(rank), num_ranks_(num_ranks) {}
 
   void report(const Failure& failure) override {
-    store_->set_first(failure_key(), encode(failure));
+    unless_silent([&] { store_->set_first(failure_key(), encode(failure)); });
   }
 
-  std::optional<Failure> poll() override try {
+  std::optional<Failure> poll() override {
     const std::string key = failure_key();
-    if (!store_->has({key})) return std::nullopt;
-    return decode(store_->get(key));
-  } catch (const NoAnswer&) {
-    return std::nullopt;  // no news: waits for other ranks have a limit of their own
+    std::optional<Failure> found;
+    unless_silent([&] {
+      if (store_->has({key})) found = decode(store_->get(key));
+    });
+    return found;
   }
 
   void publish_position(const std::string& position) override {
-    store_->set(position_key(rank_.value()), position);
+    unless_silent([&] { store_->set(position_key(rank_.value()), position); });
   }
 
   std::vector<std::string> positions() override {
-    std::vector<std::string> texts;
-    for (int rank = 0; rank < num_ranks_; ++rank) {
-      const std::string key = position_key(rank);
-      texts.push_back(store_->has({key}) ? store_->get(key) : std::string());
-    }
+    std::vector<std::string> texts(static_cast<std::size_t>(num_ranks_));
+    unless_silent([&] {
+      for (int rank = 0; rank < num_ranks_; ++rank) {
+        const std::string key = position_key(rank);
+        if (store_->has({key})) texts[static_cast<std::size_t>(rank)] = store_->get(key);
+      }
+    });
     return texts;
   }
 
   void advance_epoch() override { ++epoch_; }
 
  private:
+  // What waits for other ranks has a time limit of its own.
+  template <typename Call>
+  static void unless_silent(const Call& call) try {
+    call();
+  } catch (const NoAnswer&) {
+  }
+
   std::string failure_key() const { return cat("failure/", epoch_.load()); }
   std::string position_key(int rank) const { return cat("position/", epoch_.load(), "/", rank); }
 
@@ -76,6 +84,18 @@ class StoreControlPlane final : public ControlPlane {
   const int num_ranks_;
   std::atomic<std::uint64_t> epoch_{0};
 };
+
+// For calls that may be made twice.
+template <typename Call>
+auto insist(std::chrono::steady_clock::time_point deadline, const Call& call) {
+  for (;;) {
+    try {
+      return call();
+    } catch (const NoAnswer&) {
+      if (std::chrono::steady_clock::now() >= deadline) throw;
+    }
+  }
+}
 
 }  // namespace
 
@@ -90,23 +110,29 @@ std::string StoreExchange::key(std::int64_t round, int rank) const {
 
 std::vector<std::string> StoreExchange::all_gather(const std::string& text,
                                                    std::chrono::milliseconds timeout) {
+  const Clock::time_point deadline = Clock::now() + timeout;
   const std::int64_t round = store_->add(cat("exchanges/", rank_), 1);
-  store_->set(key(round, rank_.value()), text);
+  insist(deadline, [&] { store_->set(key(round, rank_.value()), text); });
   // One outcome for all: who comes late finds what the others have come to.
-  store_->set_first(outcome_key(round), await(round, timeout));
-  const std::string outcome = store_->get(outcome_key(round));
+  const std::string own = await(round, timeout, deadline);
+  insist(deadline, [&] { store_->set_first(outcome_key(round), own); });
+  const auto outcome = insist(deadline, [&] { return store_->get(outcome_key(round)); });
   if (outcome != kComplete) throw PipelineError(outcome);
   std::vector<std::string> texts;
-  for (int rank = 0; rank < num_ranks_; ++rank) texts.push_back(store_->get(key(round, rank)));
+  for (int rank = 0; rank < num_ranks_; ++rank) {
+    texts.push_back(insist(deadline, [&] { return store_->get(key(round, rank)); }));
+  }
   // Everybody is in this round, so everybody has read the one before.
-  if (round > 1) store_->remove(key(round - 1, rank_.value()));
-  if (round > 1 && rank_.value() == 0) store_->remove(outcome_key(round - 1));
+  insist(deadline, [&] {
+    if (round > 1) store_->remove(key(round - 1, rank_.value()));
+    if (round > 1 && rank_.value() == 0) store_->remove(outcome_key(round - 1));
+  });
   return texts;
 }
 
 // What the round comes to, as this rank sees it.
-std::string StoreExchange::await(std::int64_t round, std::chrono::milliseconds timeout) {
-  const Clock::time_point deadline = Clock::now() + timeout;
+std::string StoreExchange::await(std::int64_t round, std::chrono::milliseconds timeout,
+                                 Clock::time_point deadline) {
   for (auto pause = kFirstPause;; pause = std::min(2 * pause, kLongestPause)) {
     const bool is_late = Clock::now() >= deadline;
     std::string ranks;

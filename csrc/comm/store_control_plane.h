@@ -35,8 +35,11 @@ class StoreExchange {
                                                     std::chrono::milliseconds timeout);
 
  private:
+  using Clock = std::chrono::steady_clock;
+
   [[nodiscard]] std::string key(std::int64_t round, int rank) const;
-  [[nodiscard]] std::string await(std::int64_t round, std::chrono::milliseconds timeout);
+  [[nodiscard]] std::string await(std::int64_t round, std::chrono::milliseconds timeout,
+                                  Clock::time_point deadline);
   [[nodiscard]] std::string missing(std::int64_t round);
 
   std::unique_ptr<KeyValueStore> store_;

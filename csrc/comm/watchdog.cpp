@@ -193,9 +193,9 @@ void Watchdog::State::report_timeout(std::unique_lock<std::mutex>& lock) {
   control.report(own);
   const std::optional<Failure> first = control.poll();
   lock.lock();
-  if (!first || !still_in(arming)) return;
-  if (first->step <= failed_step) {
-    abort(*first);
+  if (!still_in(arming)) return;
+  if (!first || first->step <= failed_step) {
+    abort(first.value_or(own));
   } else if (timed_out()) {
     abort(own);  // a report of a later step came first and took the place of this one
   }

@@ -5,6 +5,7 @@
 #include <ATen/ops/tensor.h>
 
 #include <algorithm>
+#include <optional>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
@@ -106,50 +107,71 @@ auto call(Function function) {
   return or_pipeline_error("the rank that hosts the process group's store is gone", function);
 }
 
+// Over a connection of its own, made by the first call: who waits for a key on another one holds up
+// nobody here. One thread at a time.
 class C10dStore final : public KeyValueStore {
  public:
-  C10dStore(const std::string& prefix, const c10::intrusive_ptr<c10d::Store>& store)
-      : store_(prefix, store) {}
+  C10dStore(std::string prefix, c10::intrusive_ptr<c10d::Store> original)
+      : prefix_(std::move(prefix)), original_(std::move(original)) {}
 
   void set(const std::string& key, const std::string& value) override {
-    call([&] { store_.c10d::Store::set(key, value); });
+    call([&] { store().c10d::Store::set(key, value); });
   }
   std::string get(const std::string& key) override {
-    return call([&] { return store_.get_to_str(key); });
+    return call([&] { return store().get_to_str(key); });
   }
   bool has(const std::vector<std::string>& keys) override {
-    return call([&] { return store_.check(keys); });
+    return call([&] { return store().check(keys); });
   }
   void set_first(const std::string& key, const std::string& value) override {
-    call([&] { store_.c10d::Store::compareSet(key, "", value); });
+    call([&] { store().c10d::Store::compareSet(key, "", value); });
   }
   std::int64_t add(const std::string& key, std::int64_t amount) override {
-    return call([&] { return store_.add(key, amount); });
+    return call([&] { return store().add(key, amount); });
   }
   void remove(const std::string& key) override {
-    call([&] { store_.deleteKey(key); });
+    call([&] { store().deleteKey(key); });
   }
 
  private:
-  c10d::PrefixStore store_;
+  c10d::PrefixStore& store() {
+    if (!store_) {
+      store_.emplace(prefix_, original_->clone());
+      original_.reset();
+    }
+    return *store_;
+  }
+
+  const std::string prefix_;
+  c10::intrusive_ptr<c10d::Store> original_;  // null: not needed any more
+  std::optional<c10d::PrefixStore> store_;
 };
 
 // Longer than any store takes that is there, however busy its machine.
 constexpr std::chrono::seconds kStorePatience{10};
+constexpr std::chrono::seconds kConnectPatience{60};  // all ranks of a job connect at once
 
-std::unique_ptr<KeyValueStore> keys_of(const std::string& prefix,
-                                       const c10::intrusive_ptr<c10d::Store>& store) {
-  return limited_store(std::make_unique<C10dStore>(prefix, store), kStorePatience);
+void connect(KeyValueStore& keys) {
+  const Clock::time_point deadline = Clock::now() + kConnectPatience;
+  for (;;) {
+    try {
+      (void)keys.has({"any"});
+      return;
+    } catch (const NoAnswer&) {
+      if (Clock::now() >= deadline) throw;
+    }
+  }
 }
 
-// A connection of its own: who waits for a key on another one holds up nobody here.
-c10::intrusive_ptr<c10d::Store> store_of(const c10d::ProcessGroup& group) {
-  const auto store = group.getStore();
+std::unique_ptr<KeyValueStore> keys_of(const c10d::ProcessGroup& group, std::string prefix) {
+  auto store = group.getStore();
   DUALPIPE_USER_CHECK(store,
                       "the process group has no store: make it with init_process_group() "
                       "or new_group()");
-  return or_pipeline_error("the process group's store cannot be reached",
-                           [&] { return store->clone(); });
+  auto keys = limited_store(std::make_unique<C10dStore>(std::move(prefix), std::move(store)),
+                            kStorePatience);
+  connect(*keys);
+  return keys;
 }
 
 // What is counted for each rank starts anew where an earlier group with the same store had fewer.
@@ -190,10 +212,9 @@ ProcessGroupEnds process_group_ends(c10d::ProcessGroup& group, Rank rank,
   const int num_ranks = static_cast<int>(group_ranks.size());
   auto backend = cpu_backend(group);
   never_preempt(kGlooLoop);
-  const auto store = store_of(group);
-  const auto counters = keys_of(prefix_of(group), store);
+  const auto counters = keys_of(group, prefix_of(group));
   const std::int64_t instance = counters->add(cat("pipelines/", rank), 1) - 1;
-  auto keys = keys_of(cat(prefix_of(group), "/pipeline/", instance), store);
+  auto keys = keys_of(group, cat(prefix_of(group), "/pipeline/", instance));
   auto link = std::make_unique<BackendLink>(std::move(backend), std::move(group_ranks));
   FramedOptions options{rank, num_ranks, std::move(peers), static_cast<std::uint32_t>(instance)};
   return {framed_transport(std::move(link), std::move(options)),
@@ -202,7 +223,7 @@ ProcessGroupEnds process_group_ends(c10d::ProcessGroup& group, Rank rank,
 
 std::unique_ptr<StoreExchange> process_group_exchange(c10d::ProcessGroup& group, Rank rank,
                                                       std::function<bool()> interrupted) {
-  auto keys = keys_of(prefix_of(group), store_of(group));
+  auto keys = keys_of(group, prefix_of(group));
   return std::make_unique<StoreExchange>(std::move(keys), rank, group.getSize(),
                                          std::move(interrupted));
 }

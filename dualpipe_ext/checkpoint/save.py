@@ -143,9 +143,12 @@ def _warn_of_copies(pipeline: Pipeline) -> None:
     """Raises nothing: a run that is about to end is worth saving as it is."""
     try:
         pipeline.check_copies()
-    except ValueError as error:
+    except Exception as error:  # noqa: BLE001 - also what cannot be compared, or not in time
         if pipeline.rank == 0:
-            warn_caller(f"saved are the copies on the lower ranks, for {error}")
+            warn_caller(
+                f"the copies of stages were not found equal; those on the lower ranks are saved: "
+                f"{error}"
+            )
 
 
 def _check(step: int, keep: int | None) -> None:

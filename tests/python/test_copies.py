@@ -11,9 +11,9 @@ from models import squared_error
 from outcomes import Outcome, attempt
 from torch import Tensor, nn
 
-from dualpipe_ext import DualPipe, Pipeline
+from dualpipe_ext import DualPipe, Pipeline, _copies
 from dualpipe_ext._copies import digest
-from dualpipe_ext.checkpoint import save_checkpoint
+from dualpipe_ext.checkpoint import latest_checkpoint, save_checkpoint
 from dualpipe_ext.testing import run_ranks
 
 WIDTH = 6
@@ -64,8 +64,8 @@ def test_a_copy_that_one_rank_has_changed(culprit: int) -> None:
     one, other = sorted((culprit, stage))
     for outcome in run_ranks(change, 4):
         assert outcome.error == "ValueError"
-        assert f"stage {stage}, on ranks {one} and {other}, have different" in outcome.text
-        assert "in 1 of 4 parameters, the first of them 1.bias;" in outcome.text
+        assert f"stage {stage}, on ranks {one} and {other}, differ in 1 of 4 parame" in outcome.text
+        assert "the first of them 1.bias;" in outcome.text
         assert f"sync_parameters(), which keeps those of rank {stage}" in outcome.text
 
 
@@ -98,7 +98,48 @@ def test_saving_warns_of_copies_that_differ(differ: bool, tmp_path: Path) -> Non
     told = [str(warning.message) for warning in caught if "copies" in str(warning.message)]
     assert len(told) == differ
     for text in told:
-        assert text.startswith("saved are the copies on the lower ranks, for the two copies of")
+        assert "those on the lower ranks are saved: the two copies of stage 0," in text
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_parameter_that_one_copy_alone_has(culprit: int, tmp_path: Path) -> None:
+    def add(rank: int, num_ranks: int) -> Outcome:
+        pipeline = make()
+        if rank == culprit:
+            pipeline.module[0].register_parameter("extra", nn.Parameter(torch.ones(2)))
+        save_checkpoint(tmp_path, pipeline, step=1)
+        return attempt(pipeline.check_copies)
+
+    with pytest.warns(UserWarning, match="differ in 1 of 5"):
+        outcomes = run_ranks(add, 2)
+    for outcome in outcomes:
+        assert outcome.error == "ValueError"
+        assert "differ in 1 of 5 parameters, the first of them extra" in outcome.text
+
+
+def test_what_cannot_be_compared_can_be_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> str:
+        raise RuntimeError("out of memory")
+
+    def save(rank: int, num_ranks: int) -> Path:
+        return save_checkpoint(tmp_path, make(), step=1)
+
+    monkeypatch.setattr(_copies, "digest", fail)
+    with pytest.warns(UserWarning, match="not found equal; .* are saved: out of memory"):
+        (place, other) = run_ranks(save, 2)
+    assert place == other == latest_checkpoint(tmp_path)
+
+
+def test_the_order_of_parameters_does_not_count() -> None:
+    def reorder(rank: int, num_ranks: int) -> None:
+        pipeline = make()
+        for module in pipeline.module[1].children() if rank == 1 else ():
+            module.register_parameter("weight", module._parameters.pop("weight"))
+        pipeline.check_copies()
+
+    run_ranks(reorder, 2)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +177,10 @@ def test_only_values_count() -> None:
     def same(one: Tensor, other: Tensor) -> bool:
         return torch.equal(one, other) and digest([one]) == digest([other])
 
+    complex_values = torch.randn(3, dtype=torch.complex64)
+    assert same(complex_values.conj(), complex_values.conj().resolve_conj())
+    sparse = torch.eye(3).to_sparse()
+    assert digest([sparse]) == digest([sparse.clone()]) != digest([7 * sparse])
     square = torch.randn(5, 5)
     assert same(square.t(), square.t().contiguous())
     assert same(square[:, 1], square[:, 1].clone())

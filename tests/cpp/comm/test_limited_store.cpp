@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <memory>
+#include <optional>
 #include <thread>
 
 #include "comm/harness.h"
@@ -83,10 +84,24 @@ TEST(LimitedStore, NoNewsOfASilentStoreIsNoFailure) {
   auto plane = store_control_plane(limited_store(store.open(), 20ms), Rank(0), 2);
   store.freeze();
   EXPECT_EQ(plane->poll(), std::nullopt);
-  EXPECT_THROW(plane->report({Rank(0), 1, "a failure"}), NoAnswer);
+  plane->publish_position("somewhere");
+  EXPECT_EQ(plane->positions(), (std::vector<std::string>{"", ""}));
+  plane->report({Rank(0), 1, "a failure"});
   store.thaw();
-  while (!plane->poll()) std::this_thread::sleep_for(1ms);
-  EXPECT_EQ(plane->poll()->text, "a failure");
+  std::optional<Failure> found;
+  while (!found) found = plane->poll();
+  EXPECT_EQ(found->text, "a failure");
+}
+
+TEST(LimitedStore, WhatWasWrittenArrivesAfterItsEnd) {
+  SharedStore store;
+  auto limited = limited_store(store.open(), 50ms);
+  store.freeze();
+  EXPECT_THROW(limited->set("a", "1"), NoAnswer);
+  limited.reset();
+  store.thaw();
+  const auto other = store.open();
+  while (!other->has({"a"})) std::this_thread::sleep_for(1ms);
 }
 
 }  // namespace

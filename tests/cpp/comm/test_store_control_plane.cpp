@@ -105,13 +105,18 @@ TEST(StoreExchange, EndsOnAllRanksWhenOneIsInterrupted) {
   EXPECT_EQ(texts[1], texts[0]);
 }
 
+// Until a rank has counted its exchange and written its text.
+void await_first_text(const SharedStore& store) {
+  while (store.num_keys() < 2) std::this_thread::sleep_for(1ms);
+}
+
 TEST(StoreExchange, WaitsForAStoreThatIsSilentForAWhile) {
   SharedStore store;
   std::vector<std::string> texts;
   run_ranks(2, [&](int rank) {
     StoreExchange exchange(limited_store(store.open(), 300ms), Rank(rank), 2);
     if (rank == 0) {
-      std::this_thread::sleep_for(50ms);  // the other one waits
+      await_first_text(store);
       store.freeze();
       std::this_thread::sleep_for(900ms);
       store.thaw();
@@ -126,10 +131,10 @@ TEST(StoreExchange, DoesNotWaitForASilentStoreForEver) {
   SharedStore store;
   StoreExchange exchange(limited_store(store.open(), 20ms), Rank(0), 2);
   std::thread freezes([&] {
-    std::this_thread::sleep_for(50ms);
+    await_first_text(store);
     store.freeze();
   });
-  EXPECT_THROW((void)exchange.all_gather("here", 200ms), NoAnswer);
+  EXPECT_THROW((void)exchange.all_gather("here", 1s), NoAnswer);
   freezes.join();
   store.thaw();
 }
