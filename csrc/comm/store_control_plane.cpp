@@ -33,6 +33,13 @@ Failure decode(const std::string& encoded) {
   return failure;
 }
 
+// What is written arrives later, and what waits for other ranks has a time limit of its own.
+template <typename Call>
+void unless_silent(const Call& call) try {
+  call();
+} catch (const NoAnswer&) {
+}
+
 class StoreControlPlane final : public ControlPlane {
  public:
   StoreControlPlane(std::unique_ptr<KeyValueStore> store, Rank rank, int num_ranks)
@@ -69,13 +76,6 @@ class StoreControlPlane final : public ControlPlane {
   void advance_epoch() override { ++epoch_; }
 
  private:
-  // What waits for other ranks has a time limit of its own.
-  template <typename Call>
-  static void unless_silent(const Call& call) try {
-    call();
-  } catch (const NoAnswer&) {
-  }
-
   std::string failure_key() const { return cat("failure/", epoch_.load()); }
   std::string position_key(int rank) const { return cat("position/", epoch_.load(), "/", rank); }
 
@@ -84,18 +84,6 @@ class StoreControlPlane final : public ControlPlane {
   const int num_ranks_;
   std::atomic<std::uint64_t> epoch_{0};
 };
-
-// For calls that may be made twice.
-template <typename Call>
-auto insist(std::chrono::steady_clock::time_point deadline, const Call& call) {
-  for (;;) {
-    try {
-      return call();
-    } catch (const NoAnswer&) {
-      if (std::chrono::steady_clock::now() >= deadline) throw;
-    }
-  }
-}
 
 }  // namespace
 
@@ -112,22 +100,31 @@ std::vector<std::string> StoreExchange::all_gather(const std::string& text,
                                                    std::chrono::milliseconds timeout) {
   const Clock::time_point deadline = Clock::now() + timeout;
   const std::int64_t round = store_->add(cat("exchanges/", rank_), 1);
-  insist(deadline, [&] { store_->set(key(round, rank_.value()), text); });
+  unless_silent([&] { store_->set(key(round, rank_.value()), text); });
   // One outcome for all: who comes late finds what the others have come to.
   const std::string own = await(round, timeout, deadline);
-  insist(deadline, [&] { store_->set_first(outcome_key(round), own); });
-  const auto outcome = insist(deadline, [&] { return store_->get(outcome_key(round)); });
+  unless_silent([&] { store_->set_first(outcome_key(round), own); });
+  const std::string outcome = get(outcome_key(round), deadline);
   if (outcome != kComplete) throw PipelineError(outcome);
   std::vector<std::string> texts;
-  for (int rank = 0; rank < num_ranks_; ++rank) {
-    texts.push_back(insist(deadline, [&] { return store_->get(key(round, rank)); }));
-  }
+  for (int rank = 0; rank < num_ranks_; ++rank) texts.push_back(get(key(round, rank), deadline));
   // Everybody is in this round, so everybody has read the one before.
-  insist(deadline, [&] {
+  unless_silent([&] {
     if (round > 1) store_->remove(key(round - 1, rank_.value()));
     if (round > 1 && rank_.value() == 0) store_->remove(outcome_key(round - 1));
   });
   return texts;
+}
+
+// A key that exists.
+std::string StoreExchange::get(const std::string& key, Clock::time_point deadline) {
+  for (;;) {
+    try {
+      return store_->get(key);
+    } catch (const NoAnswer&) {
+      if (Clock::now() >= deadline || interrupted_()) throw;
+    }
+  }
 }
 
 // What the round comes to, as this rank sees it.

@@ -38,6 +38,7 @@ class StoreExchange {
   using Clock = std::chrono::steady_clock;
 
   [[nodiscard]] std::string key(std::int64_t round, int rank) const;
+  [[nodiscard]] std::string get(const std::string& key, Clock::time_point deadline);
   [[nodiscard]] std::string await(std::int64_t round, std::chrono::milliseconds timeout,
                                   Clock::time_point deadline);
   [[nodiscard]] std::string missing(std::int64_t round);

@@ -33,7 +33,7 @@ std::string describe_timeout(Rank rank, std::chrono::milliseconds timeout,
       cat("rank ", rank, " has waited longer than ", static_cast<double>(timeout.count()) / 1000,
           " s: ", own_position, "\npositions of all ranks:");
   for (std::size_t other = 0; other < positions.size(); ++other) {
-    const std::string& known = positions[other];
+    const std::string& known = other == rank.index() ? own_position : positions[other];
     text +=
         cat("\n  rank ", other, ": ",
             known.empty() ? "unknown (not in a step, gone, or ahead of its first report)" : known);
