@@ -111,7 +111,8 @@ def _digest_of(tensor: Tensor) -> Tensor:
     values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     octets = values.resolve_neg().contiguous().flatten().view(torch.uint8)
     total = torch.tensor(octets.numel(), device=octets.device)
-    weights = (2 * torch.arange(_PIECE, device=octets.device) + 1) * _FACTOR
+    num_weights = min(_PIECE, octets.numel() // _WORD + 1)
+    weights = (2 * torch.arange(num_weights, device=octets.device) + 1) * _FACTOR
     for piece in octets.split(_PIECE * _WORD):
         words = _words(piece)
         mixed = words ^ (words >> 29)  # a product has nothing of its factors' bits below them
