@@ -15,7 +15,7 @@ __all__ = ["check_copies", "digest"]
 
 _WORD = 8  # bytes
 _PIECE = 1 << 17  # words at a time, which a cache holds
-# Odd, and without a pattern in its bits: its odd multiples tell places apart.
+# Odd, and without a pattern in its bits.
 _FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
 _PRIME = 31
 _MASK = (1 << 64) - 1
@@ -111,13 +111,22 @@ def _digest_of(tensor: Tensor) -> Tensor:
     values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     octets = values.resolve_neg().contiguous().flatten().view(torch.uint8)
     total = torch.tensor(octets.numel(), device=octets.device)
-    num_weights = min(_PIECE, octets.numel() // _WORD + 1)
-    weights = (2 * torch.arange(num_weights, device=octets.device) + 1) * _FACTOR
+    weights = _weights(min(_PIECE, octets.numel() // _WORD + 1), octets.device)
     for piece in octets.split(_PIECE * _WORD):
         words = _words(piece)
-        mixed = words ^ (words >> 29)  # a product has nothing of its factors' bits below them
-        total = total * _PRIME + (mixed * weights[: len(words)]).sum()
+        total = total * _PRIME + (_mixed(words) * weights[: len(words)]).sum()
     return total
+
+
+def _weights(count: int, device: torch.device) -> Tensor:
+    """Odd numbers, one for each place, of which no two sums of small multiples are likely equal."""
+    multiples = torch.arange(1, count + 1, device=device) * _FACTOR
+    return (_mixed(multiples) * _FACTOR) | 1
+
+
+def _mixed(words: Tensor) -> Tensor:
+    """With high bits in low places too: a product has nothing of a factor's bits below them."""
+    return words ^ (words >> 29)
 
 
 def _words(octets: Tensor) -> Tensor:

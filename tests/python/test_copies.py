@@ -171,6 +171,16 @@ def test_every_place_counts() -> None:
     assert digest([values[:2], values[2:]]) != digest([values[2:], values[:2]])
 
 
+def test_every_swap_counts() -> None:
+    """With weights that are multiples of one number, one of these swaps looks like none."""
+    values = torch.randn(120, generator=torch.Generator().manual_seed(23)).to(torch.bfloat16)
+    for i in range(120):
+        for j in (other for other in range(i) if values[other] != values[i]):
+            swapped = values.clone()
+            swapped[i], swapped[j] = values[j], values[i]
+            assert digest([swapped]) != digest([values]), (i, j)
+
+
 def test_only_values_count() -> None:
     """Neither strides nor where they begin in memory."""
 
