@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 import typer
+from ports import free_port
 from programs import TORCHRUN, run, run_here, torchrun_here
 from typer.testing import CliRunner
 
@@ -49,13 +49,6 @@ def read_losses(path: Path) -> dict[int, list[float]]:
     """The micro-batch losses of each step."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return {record["step"]: record["losses"] for record in records}
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def mean(values: list[float]) -> float:

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import torch
 from faults import check_failure
 from mistakes import check_mistake
 from parity import Job, check_results, unsplit
+from ports import free_port
 from process_ranks import (
     JOBS,
     MISTAKES,
@@ -114,12 +114,6 @@ def test_a_killed_rank_of_a_group_of_gpus(tmp_path: Path) -> None:
     told = (tmp_path / "0").read_text()
     assert told.startswith("PipelineError: cannot reach another replica: "), told
     assert "world group map" not in told
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return int(free.getsockname()[1])
 
 
 def test_a_killed_rank_that_has_the_store(tmp_path: Path) -> None:

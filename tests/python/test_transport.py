@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch._C._distributed_c10d import TCPStore
+from ports import free_port
 from transport_checks import CHECKS, Ends, outcome_of, tensor
 from transport_processes import (
     Outcomes,
@@ -94,12 +94,6 @@ def test_pipeline_ranks_may_differ_from_group_ranks() -> None:
     """Messages and texts go by the pipeline's ranks."""
     texts = ["at 2", "at 1", "at 0"]
     assert run_ranks(mapped_ring, 3, "processes") == [["1", *texts], ["0", *texts], ["2", *texts]]
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    store = TCPStore("127.0.0.1", 0, 1, is_master=True)
-    return int(store.port)
 
 
 @pytest.mark.measures

@@ -8,12 +8,12 @@ in the gradient check of one: it gathers into a tensor [P, n, m], where NCCL tak
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 CHANGES = [
     ("from dualpipe import", "from dualpipe_ext import"),
@@ -36,13 +36,6 @@ def upstream() -> Path:
     if not folder:
         pytest.fail("set DUALPIPE_UPSTREAM to a checkout of deepseek-ai/DualPipe")
     return Path(folder)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.mark.upstream

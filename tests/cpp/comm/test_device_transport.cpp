@@ -10,6 +10,7 @@
 #include "comm/conformance.h"
 #include "comm/device_steps.h"
 #include "comm/harness.h"
+#include "comm/quiet.h"
 #include "common/error.h"
 
 namespace dualpipe {
@@ -287,6 +288,21 @@ TEST_P(DeviceTransport, OneThatIsNobodysEndsBetweenTheStepsOfAnother) {
     transport.end_step();
   });
   EXPECT_TRUE(device.expired());
+}
+
+// What is put off until then must not stay for ever.
+TEST_P(DeviceTransport, AStepThatHasFailedIsOver) {
+  DeviceRanks ranks(GetParam(), 2);
+  run_ranks(2, [&](int rank) {
+    Transport& transport = *ranks.transports[static_cast<std::size_t>(rank)];
+    transport.begin_step(shaped_step(1, rank, 1));
+    transport.abort({Rank(0), 1, "rank 0 gave up"});
+    transport.recover();
+  });
+  auto connection = std::make_shared<int>();
+  const std::weak_ptr<int> seen = connection;
+  let_go_between_steps(std::move(connection));
+  EXPECT_TRUE(seen.expired());
 }
 
 TEST_P(DeviceTransport, AnAbortEndsWhatTheDeviceWaitsFor) {
