@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dualpipe_ext._handshake import collect
+from dualpipe_ext._sharded import local_part
 from dualpipe_ext.groups import PipelineGroup
 
 __all__ = ["check_copies", "digest"]
@@ -24,6 +25,8 @@ _MASK = (1 << 64) - 1
 def digest(tensors: Iterable[Tensor]) -> str:
     """64 bits of the values of all tensors, the same on every device; waits for them.
 
+    Of sharded ones, of this rank's parts.
+
     It finds what went wrong by chance. It is no cryptographic hash, which a GPU has none of.
 
     Raises:
@@ -31,7 +34,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
     """
     total = 0
     for tensor in tensors:
-        for part in _parts(tensor.detach()):
+        for part in _parts(local_part(tensor.detach())):
             total = (total * _PRIME + int(_digest_of(part))) & _MASK
     return f"{total:016x}"
 

@@ -12,7 +12,7 @@ from dualpipe_ext.groups import PipelineGroup
 
 __all__ = ["act_together", "agree", "check_others", "collect"]
 
-_NOT_COMPARED = ("stages", "schedule name", "offer", "warnings")
+_NOT_COMPARED = ("stages", "schedule name", "offer", "are sharded", "warnings")
 
 Describe = Callable[[], Any]  # of what JSON can hold
 
@@ -21,8 +21,8 @@ def agree(group: PipelineGroup, timeout: float, describe: Describe) -> list[Any]
     """Calls ``describe`` on every rank, compares the results and returns them, by rank.
 
     Entries must be equal on all ranks; those under ``"stages"``, where two ranks have the same.
-    ``"schedule name"`` and ``"offer"`` are not compared. Nor are ``"warnings"``, texts by topic: the
-    first rank warns for all of them, once of each topic.
+    ``"schedule name"``, ``"offer"`` and ``"are sharded"`` are not compared. Nor are ``"warnings"``,
+    texts by topic: the first rank warns for all of them, once of each topic.
 
     Raises:
         Exception: what ``describe`` raised on this rank, once the others know of it.

@@ -12,6 +12,7 @@ from torch import nn
 
 from dualpipe_ext import _C
 from dualpipe_ext._advice import warn_caller
+from dualpipe_ext._fsdp import FullyShardedStages
 from dualpipe_ext._memory import save_memory
 from dualpipe_ext._mirrors import (
     MirroredStages,
@@ -47,6 +48,7 @@ class LocalStages:
         overlapped: the stages' own ``overlapped_forward_backward``, if they have one.
         weight_split: which weight gradients W computes.
         mirrors: the other copies of the stages; ``None``: there are none.
+        fully_sharded: what of them FSDP2 keeps in shards.
         offer: what the messages of this rank can travel over.
         transport: what they do travel over, after :meth:`use_transport`.
         gpu: how messages travel from GPU to GPU; ``None``: in host memory.
@@ -78,6 +80,7 @@ class LocalStages:
         self.weight_split = self._split_weights()
         save_memory(self.modules, config.memory_optimization)
         self.mirrors = self._find_mirrors()
+        self.fully_sharded = FullyShardedStages(self.modules)
         self.offer = offered_transport(config, found, threads=group.are_threads)
         self.transport: Transport = "host"
         self.gpu: GpuSettings | None = None
@@ -139,6 +142,7 @@ class LocalStages:
             "layers of stages": split_of(self.modules),
             "overlapped": self.overlapped.function is not None,
             "offer": self.offer,
+            "are sharded": self.mirrors is not None and self.mirrors.are_sharded,
             "stages": described if self.mirrors is not None else {},
             "warnings": self._warnings_for_all(),
         }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dualpipe_ext import _C
 from dualpipe_ext._copies import digest
+from dualpipe_ext._sharded import as_sharded, describe_sharding, is_sharded, local_part
 from dualpipe_ext.gradients import main_grads
 
 __all__ = ["MirroredStages", "check_memory", "describe_stage", "shared_parameters"]
@@ -38,6 +40,12 @@ class MirroredStages:
         self._device = device
         self._sum: _C.MirrorExchange | None = None
         self._summed: list[list[int]] = []  # the identities of what it sums
+        self._shards: list[tuple[Tensor, Tensor]] = []  # (sharded parameter, stand-in for its part)
+
+    @property
+    def are_sharded(self) -> bool:
+        """Whether replicas or ranks beside this one hold parts of the parameters."""
+        return any(is_sharded(p) for _, module in self._modules for p in module.parameters())
 
     def gradient_sum(self, engine: _C.Engine, bucket_bytes: int) -> _C.MirrorExchange:
         """What sums gradients: those in ``.grad``, and those in ``main_grad``."""
@@ -45,17 +53,37 @@ class MirroredStages:
         in_main = [main_grads(own) for _, own in parameters]
         present = _identities([own for _, own in parameters] + in_main)
         if self._sum is None or present != self._summed:  # parameters may be replaced
+            self._shards = []
             tensors = [
-                (stage, own + [_bearer(grad) for grad in grads])
+                (stage, [self._summable(p) for p in own] + [_bearer(grad) for grad in grads])
                 for (stage, own), grads in zip(parameters, in_main, strict=True)
             ]
             self._sum = self._exchange(engine, tensors, bucket_bytes, copy=False)
             self._summed = present
         return self._sum
 
+    @contextmanager
+    def lending_shards(self) -> Iterator[None]:
+        """Has sums work on this rank's parts of sharded gradients."""
+        for parameter, stand_in in self._shards:
+            stand_in.grad = None if parameter.grad is None else local_part(parameter.grad)
+        try:
+            yield
+            for parameter, stand_in in self._shards:
+                if parameter.grad is None and stand_in.grad is not None:  # the other copy's
+                    assert is_sharded(parameter)
+                    parameter.grad = as_sharded(stand_in.grad, parameter)
+        finally:
+            for _, stand_in in self._shards:
+                stand_in.grad = None
+
     def copy(self, engine: _C.Engine, bucket_bytes: int) -> _C.MirrorExchange:
         """What overwrites parameters and buffers of the second copies with those of the first."""
-        return self._exchange(engine, self._tensors(with_buffers=True), bucket_bytes, copy=True)
+        tensors = [
+            (stage, [local_part(tensor) for tensor in own])
+            for stage, own in self._tensors(with_buffers=True)
+        ]
+        return self._exchange(engine, tensors, bucket_bytes, copy=True)
 
     def swap(
         self,
@@ -79,7 +107,9 @@ class MirroredStages:
         """Gives both copies of each floating-point buffer their mean, in the same bits."""
         sums, pairs = [], []
         for stage, module in self._modules:
-            buffers = [b for b in module.buffers() if b.is_floating_point() or b.is_complex()]
+            buffers = [
+                local_part(b) for b in module.buffers() if b.is_floating_point() or b.is_complex()
+            ]
             # In a wider type: the mean of equal numbers is that number, however small or large.
             own = [
                 b.detach().to(torch.complex128 if b.is_complex() else torch.float64, copy=True)
@@ -107,7 +137,7 @@ class MirroredStages:
     def num_changes(self) -> int:
         """A number that grows whenever a parameter that learns is changed in place."""
         return sum(
-            parameter._version
+            local_part(parameter)._version
             for _, module in self._modules
             for parameter in module.parameters()
             if parameter.requires_grad and not parameter.is_inference()
@@ -117,11 +147,19 @@ class MirroredStages:
         """For each gradient a pair that it has only as long as it is neither replaced nor changed."""
         parameters = [p for _, module in self._modules for p in module.parameters()]
         grads = [p.grad for p in parameters if p.grad is not None] + main_grads(parameters)
-        return [(id(grad), grad._version) for grad in grads if not grad.is_inference()]
+        return [(id(grad), local_part(grad)._version) for grad in grads if not grad.is_inference()]
 
     def counted_parameters(self) -> list[Tensor]:
         """The parameters that this rank adds to a norm: each one on one rank alone."""
         return next(own for stage, own in self._tensors(False) if stage == self._rank)
+
+    def _summable(self, parameter: Tensor) -> Tensor:
+        """The parameter itself, or what stands in for this rank's part of it."""
+        if not is_sharded(parameter):
+            return parameter
+        stand_in = local_part(parameter)
+        self._shards.append((parameter, stand_in))
+        return stand_in
 
     def _exchange(
         self,
@@ -157,7 +195,8 @@ def describe_stage(module: nn.Module, shared: set[nn.Parameter], *, with_values:
 
     def kind(p: nn.Parameter) -> str:
         frozen = "" if p.requires_grad else ", frozen"
-        return f"{p.dtype}{frozen}{', shared with the other stage' if p in shared else ''}"
+        in_both = ", shared with the other stage" if p in shared else ""
+        return f"{p.dtype}{frozen}{in_both}{describe_sharding(p)}"
 
     described: list[Any] = [[n, list(p.shape), kind(p)] for n, p in module.named_parameters()]
     described += [
@@ -190,9 +229,11 @@ def check_memory(stages: Sequence[int], modules: Sequence[nn.Module]) -> None:
     owners: dict[tuple[torch.device, int], tuple[nn.Parameter, int, str]] = {}
     for stage, module in zip(stages, modules, strict=True):
         for name, parameter in module.named_parameters():
-            if parameter.layout != torch.strided or parameter.data_ptr() == 0:  # meta, empty, ...
+            if parameter.layout != torch.strided:
                 continue
-            place = parameter.device, parameter.data_ptr()
+            place = parameter.device, local_part(parameter).data_ptr()
+            if place[1] == 0:  # meta, empty, ...
+                continue
             owner, other, owned = owners.setdefault(place, (parameter, stage, name))
             if owner is not parameter and other != stage:
                 raise ValueError(

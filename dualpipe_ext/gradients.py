@@ -6,7 +6,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from dualpipe_ext._sharded import ShardGroups, local_part, shard_groups
 
 __all__ = [
     "MainGrads",
@@ -34,7 +37,7 @@ def total_norm(parameters: Iterable[Tensor], norm_type: float, gather: GatherFlo
 def clip_local_gradients(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scales gradients in place by ``min(1, max_norm / (norm + 1e-6))``, as torch does."""
     scale = max_norm / (float(norm) + 1e-6)
-    grads = gradients_of(parameters)
+    grads = [local_part(grad) for grad in gradients_of(parameters)]
     if not scale >= 1.0 and grads:  # a norm that is NaN spreads
         torch._foreach_mul_(grads, scale)
 
@@ -77,14 +80,33 @@ def parameters_with_main_grad(
 
 
 def _is_same(grad: Tensor | None, main: Tensor) -> bool:
-    return grad is not None and grad.data_ptr() == main.data_ptr()
+    return grad is not None and local_part(grad).data_ptr() == local_part(main).data_ptr()
 
 
 def _power_sum(grads: Sequence[Tensor], norm_type: float) -> float:
-    """sum(|g|^p) of all elements, or the largest |g| for p = inf."""
-    if not grads:
-        return 0.0
-    norms = torch.stack([norm.double() for norm in torch._foreach_norm(list(grads), norm_type)])
-    if math.isinf(norm_type):
-        return float(norms.max())
-    return float(norms.pow(norm_type).sum())
+    """sum(|g|^p) of all elements, or the largest |g| for p = inf; of sharded ones, of all parts."""
+    by_sharding: dict[ShardGroups, list[Tensor]] = {}
+    for grad in grads:
+        by_sharding.setdefault(shard_groups(grad), []).append(local_part(grad))
+    is_max = math.isinf(norm_type)
+    powers = [
+        _sum_over(groups, _local_power_sum(parts, norm_type), is_max)
+        for groups, parts in by_sharding.items()
+    ]
+    return max(powers, default=0.0) if is_max else math.fsum(powers)
+
+
+def _local_power_sum(grads: Sequence[Tensor], norm_type: float) -> Tensor:
+    """A float64 scalar on the gradients' device."""
+    there = [grad for grad in grads if grad.numel()]  # an empty one has no largest element
+    if not there:
+        return torch.zeros((), dtype=torch.float64, device=grads[0].device)
+    norms = torch.stack([norm.double() for norm in torch._foreach_norm(there, norm_type)])
+    return norms.max() if math.isinf(norm_type) else norms.pow(norm_type).sum()
+
+
+def _sum_over(groups: ShardGroups, power: Tensor, is_max: bool) -> float:
+    """The same of all parts: ranks of these groups hold one each."""
+    for group in groups:
+        dist.all_reduce(power, dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=group)
+    return float(power)

@@ -86,6 +86,10 @@ class Pipeline(nn.Module):
             lambda: self._adopt(list(modules), schedule or self.config.schedule),
         )
         self._settle([each["offer"] for each in facts])
+        # A sharded gradient is there after the step alone.
+        self._can_sum_within = self.config.overlap_strategy == "full" and not any(
+            each["are sharded"] for each in facts
+        )
         self._hooks = LossHooks()
         local = self._local
         self._planner = StepPlanner(
@@ -214,7 +218,7 @@ class Pipeline(nn.Module):
             if training:
                 self._unsummed.warn_if_used(self.rank)
                 self._unsummed.begin_step()
-            sum_within = sync_gradients and self.config.overlap_strategy == "full"
+            sum_within = sync_gradients and self._can_sum_within
             if training and sum_within:
                 self._unsummed.warn_if_accumulated(self.rank)
             plan = self._planner.plan(num_chunks, training, sum_within)
@@ -223,7 +227,8 @@ class Pipeline(nn.Module):
         except BaseException as error:  # whatever it is, the other ranks must not wait for this one
             self._tell(error, is_step=True)
             raise
-        self._runner.run(plan, step, reducer)
+        with self._local.fully_sharded.step(training=training):
+            self._runner.run(plan, step, reducer)
         if training and not sum_within:
             self._unsummed.add()
             if sync_gradients:
@@ -255,10 +260,12 @@ class Pipeline(nn.Module):
         Call it after the last :meth:`step` of an accumulation, on every rank. Nothing happens
         where stages have one copy. A gradient that is ``None`` on both copies stays so.
         """
-        exchange = self._gradient_sum()
-        if exchange is not None:
+        mirrors = self._local.mirrors
+        if mirrors is not None:
             self._unsummed.warn_if_summed(self.rank)
-            self._engine.exchange(exchange, sorted(self.stages), "sync_gradients()")
+            exchange = mirrors.gradient_sum(self._engine, self.config.bucket_bytes)
+            with mirrors.lending_shards():
+                self._engine.exchange(exchange, sorted(self.stages), "sync_gradients()")
             self._unsummed.note_sum()
 
     def synchronize(self) -> None:

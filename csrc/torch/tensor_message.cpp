@@ -10,6 +10,22 @@
 namespace dualpipe {
 namespace {
 
+bool is_subclass(const at::Tensor& tensor) {
+  return tensor.key_set().has(c10::DispatchKey::Python);
+}
+
+// The values in memory of their own: what torch's collectives return is a subclass that waits for
+// them in whatever is computed with it, but has no memory itself.
+at::Tensor unwrapped(const at::Tensor& tensor) {
+  if (!is_subclass(tensor)) return tensor.detach();
+  at::Tensor plain = at::clone(tensor.detach());
+  DUALPIPE_USER_CHECK(!is_subclass(plain),
+                      "only plain tensors travel between ranks; found a subclass that keeps its "
+                      "values elsewhere, as a DTensor does; convert it, a DTensor with to_local() "
+                      "or full_tensor(), in the stage's forward");
+  return plain;
+}
+
 void check_can_travel(const at::Tensor& tensor) {
   DUALPIPE_USER_CHECK(tensor.layout() == at::kStrided, "stages exchange dense tensors; found ",
                       tensor.layout(), "; convert it with to_dense() in the stage's forward");
@@ -49,7 +65,7 @@ Message message_of(const Tensors& tensors, at::Device device) {
       continue;
     }
     check_can_travel(tensor);
-    at::Tensor plain = tensor.detach().resolve_conj().resolve_neg().to(device).contiguous();
+    at::Tensor plain = unwrapped(tensor).resolve_conj().resolve_neg().to(device).contiguous();
     message.layout.push_back(spec_of(plain, tensor.requires_grad()));
     message.data.push_back(static_cast<std::byte*>(plain.mutable_data_ptr()));
     owner->push_back(std::move(plain));

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualpipe_ext._sharded import check_whole
 from dualpipe_ext.adapters import Partition
 from dualpipe_ext.checkpoint.ranks import Ranks, alone
 from dualpipe_ext.pipeline import Pipeline
@@ -79,6 +80,11 @@ class Holding:
                 f"a {type(model).__name__} cannot be saved or loaded by itself; give the pipeline, "
                 f"or the model in one piece"
             )
+        check_whole(
+            model,
+            "checkpoints of dualpipe_ext hold whole parameters",
+            "save and load shards with torch.distributed.checkpoint",
+        )
         if not isinstance(model, Pipeline):
             whole = Piece(0, model, "", is_saved=True)
             return cls(type(model).__name__, (whole,), Ranks(alone(), timeout), None)

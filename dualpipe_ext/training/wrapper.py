@@ -18,6 +18,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dualpipe_ext._handshake import act_together, agree
+from dualpipe_ext._sharded import check_whole
 from dualpipe_ext.adapters import Cost
 from dualpipe_ext.checkpoint import Resumed, load_checkpoint, save_checkpoint
 from dualpipe_ext.config import DualPipeConfig
@@ -158,9 +159,9 @@ class TrainingWrapper:
             batch_dim=batch_dim,
         )
         self._replicas = Replicas(replica_group)
+        self._replicas.together(lambda: self._agree(lambda: self._check(model)))
         # Before the model is given memory with whatever is in it.
         weights = self._replicas.together(lambda: weights_digest(model))
-        self._replicas.together(lambda: self._agree(self._checked_options))
         costs = measured_costs(model, self.config, sample_inputs, self._group, self._replicas.group)
         with self._replicas.telling_failures():
             self._agree(lambda: self._adopt(model, device, costs))
@@ -392,9 +393,16 @@ class TrainingWrapper:
     def _agree(self, describe: Callable[[], dict[str, Any]]) -> None:
         agree(self._group, self.config.timeout, describe)
 
-    def _checked_options(self) -> dict[str, Any]:
+    def _check(self, model: nn.Module | Sequence[nn.Module]) -> dict[str, Any]:
         """What can be wrong before a model is measured and cut; nothing to compare yet."""
         self._options.check()
+        given = model if isinstance(model, Sequence) else [model]
+        for module in (each for each in given if isinstance(each, nn.Module)):
+            check_whole(
+                module,
+                "TrainingWrapper, which sums gradients over replicas by itself, trains whole models",
+                "train its stages over a Pipeline with a loop of your own, or do not shard it",
+            )
         return {"stages": {}}
 
     def _adopt(
