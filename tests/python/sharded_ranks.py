@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import torch
 import torch.distributed as dist
@@ -34,8 +34,9 @@ CHUNKS, ROWS, WIDTH, HIDDEN = 8, 2, 5, 4  # rows of a micro-batch; a width in un
 HALF = CHUNKS * ROWS // 2
 STEPS = 6
 NAMES = ("dp", "pp")
-# What FSDP calls, under the name that torch has for it from 2.13 on, or the one before.
+# What FSDP calls, under the names that torch has for it from 2.13 on, or those before.
 REDUCE = next(n for n in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, n))
+GATHER = next(n for n in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, n))
 Shard = Callable[[nn.Module, DeviceMesh], object]
 
 
@@ -60,7 +61,7 @@ def whole_stages() -> list[nn.Module]:
 
 
 def criterion(output: Tensor, target: Tensor) -> Tensor:
-    return nn.functional.mse_loss(output, target) / CHUNKS
+    return nn.functional.mse_loss(output.to(target.dtype), target) / CHUNKS
 
 
 def batch(step: int, replica: int) -> Tensor:
@@ -92,6 +93,11 @@ def fsdp(module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
     for block in module.children():
         fully_shard(block, mesh=mesh, **options)
     fully_shard(module, mesh=mesh, **options)
+
+
+def fsdp_kept(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Whose forwards leave weights gathered."""
+    fsdp(module, mesh, reshard_after_forward=False)
 
 
 def fsdp_in_one(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -148,13 +154,18 @@ def whole(tensor: Tensor | None) -> Tensor | None:
     return gathered.detach().clone()
 
 
+def counting(name: str) -> AbstractContextManager[Mock]:
+    """Counts the calls of a collective."""
+    return patch.object(dist, name, wraps=getattr(dist, name))
+
+
 def one_step(shard: Shard, replicas: bool, **options: Any) -> dict[str, Any]:
     """A step, its sum, and the norm."""
     within = options.pop("within", False)
     rank = Rank(**options)
     pipeline = rank.pipeline(shard)
     rows = batch(0, rank.beside if replicas else 0)
-    with patch.object(dist, REDUCE, wraps=getattr(dist, REDUCE)) as reduce_scatter:
+    with counting(REDUCE) as reduce_scatter, counting(GATHER) as all_gather:
         loss = run_step(pipeline, rank.place, rows, sync_gradients=within)
     if not within:
         pipeline.sync_gradients()
@@ -167,6 +178,7 @@ def one_step(shard: Shard, replicas: bool, **options: Any) -> dict[str, Any]:
         "largest": float(pipeline.clip_grad_norm_(float("inf"), float("inf"))),
         "split": pipeline.weight_split.to_dict()["shares"],
         "reductions": reduce_scatter.call_count,
+        "gathers": all_gather.call_count,
     }
 
 
@@ -366,6 +378,7 @@ def everything(number: int, size: int, folder: Path) -> dict[str, Any]:
     return {
         "fsdp": one_step(fsdp, replicas=True),
         "fsdp, within": one_step(fsdp, replicas=True, within=True),
+        "fsdp, kept": one_step(fsdp_kept, replicas=True),
         "fsdp, 1f1b": one_step(fsdp, replicas=True, schedule="1f1b"),
         "fsdp, zb1p": one_step(fsdp, replicas=True, schedule="zb1p"),
         "fsdp, recomputed": one_step(

@@ -196,8 +196,9 @@ def refusal(app: typer.Typer, arguments: list[str]) -> str:
     return " ".join(re.sub(r"[^\x20-\x7e]", " ", result.output).split())
 
 
-def test_own_model_learns(capfd: pytest.CaptureFixture[str]) -> None:
-    run_here(ROOT / "examples" / "own_model.py")
+@pytest.mark.parametrize("name", ["own_model.py", "sharded_stages.py"])
+def test_an_own_model_learns(capfd: pytest.CaptureFixture[str], name: str) -> None:
+    run_here(ROOT / "examples" / name)
     curve = [float(value) for value in re.findall(r"loss ([\d.]+)", capfd.readouterr().out)]
     assert len(curve) == 5 and curve[-1] < 0.5 * curve[0]
 

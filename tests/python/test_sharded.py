@@ -29,6 +29,7 @@ Found = list[dict[str, Any]]
 CASES = [
     "fsdp",
     "fsdp, within",
+    "fsdp, kept",
     "fsdp, 1f1b",
     "fsdp, zb1p",
     "fsdp, recomputed",
@@ -136,6 +137,12 @@ def test_fsdp_reduces_once_a_step(found: Found) -> None:
     for rank in found:
         assert rank["fsdp"]["reductions"] == 2 * 2
         assert rank["fsdp, 1f1b"]["reductions"] == 2
+
+
+def test_fsdp_gathers_once_a_step_where_forwards_leave_weights(found: Found) -> None:
+    for rank in found:
+        assert rank["fsdp, kept"]["gathers"] == 2 * 2
+        assert rank["fsdp"]["gathers"] > 2 * 2
 
 
 def test_gradients_add_up_over_steps(found: Found) -> None:
