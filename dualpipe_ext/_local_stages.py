@@ -12,7 +12,7 @@ from torch import nn
 
 from dualpipe_ext import _C
 from dualpipe_ext._advice import warn_caller
-from dualpipe_ext._fsdp import FullyShardedStages
+from dualpipe_ext._data_parallel import FullyShardedStages, check_not_wrapped
 from dualpipe_ext._memory import save_memory
 from dualpipe_ext._mirrors import (
     MirroredStages,
@@ -176,6 +176,7 @@ class LocalStages:
                 f"stages {self.stages} to one device"
             )
         for stage, module in zip(self.stages, self.modules, strict=True):
+            check_not_wrapped(stage, module)
             tensors = chain(module.named_parameters(), module.named_buffers())
             if lost := [name for name, tensor in tensors if tensor.is_meta]:
                 raise ValueError(

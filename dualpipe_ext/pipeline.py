@@ -215,6 +215,7 @@ class Pipeline(nn.Module):
         num_chunks = num_chunks or self.config.num_microbatches
         try:
             check_num_chunks(num_chunks)
+            self._local.fully_sharded.check()
             if training:
                 self._unsummed.warn_if_used(self.rank)
                 self._unsummed.begin_step()

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from dualpipe_ext._data_parallel import plain_in_forward
 from dualpipe_ext._deferred_forward import DeferredForward
-from dualpipe_ext._fsdp import plain_in_forward
 
 TRANSFORMERS_MODULES = ("transformers.pytorch_utils", "transformers.modeling_utils")
 

@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -25,6 +29,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline, TrainingWrapper
 from dualpipe_ext.checkpoint import save_checkpoint
@@ -323,10 +328,24 @@ def refused(folder: Path) -> dict[str, Outcome]:
         )
         parallelize_module(module, mesh, output)
 
+    def whole_only(module: nn.Module, mesh: DeviceMesh) -> None:
+        """It is as it is."""
+
+    def in_ddp(stage: nn.Module) -> nn.Module:
+        return nn.Sequential(DistributedDataParallel(stage, process_group=beside))
+
+    def in_fsdp1(stage: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(stage, process_group=beside, device_id=torch.device("cpu"))
+
     returning = rank.pipeline(sharded_output)
-    group = rank.mesh.get_group("pp")
+    late = rank.pipeline(whole_only)
+    fsdp_in_one(late.module[0], rank.mesh["dp"])
+    group, beside = rank.mesh.get_group("pp"), rank.mesh.get_group("dp")
     return {
         "save": attempt(save_checkpoint, folder, pipeline, step=1),
+        "late": attempt(run_step, late, rank.place, batch(0, 0)),
+        "ddp": attempt(rank.pipeline, whole_only, [in_ddp(stage) for stage in whole_stages()]),
+        "fsdp1": attempt(rank.pipeline, whole_only, [in_fsdp1(stage) for stage in whole_stages()]),
         "wrapper": attempt(TrainingWrapper, stages, process_group=group),
         "output": attempt(run_step, returning, rank.place, batch(0, 0)),
     }

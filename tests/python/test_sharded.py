@@ -235,9 +235,12 @@ def test_copies_that_are_held_in_other_ways(found: Found) -> None:
         ("save", "torch.distributed.checkpoint"),
         ("wrapper", "loop of your own"),
         ("output", r"to_local()"),
+        ("late", "call fully_shard() on stages first"),
+        ("ddp", "is wrapped in DistributedDataParallel"),
+        ("fsdp1", "is wrapped in FullyShardedDataParallel"),
     ],
 )
-def test_what_needs_whole_tensors_says_so(found: Found, what: str, remedy: str) -> None:
+def test_what_cannot_be_sharded_says_so(found: Found, what: str, remedy: str) -> None:
     for rank in found:
         assert remedy in rank["refused"][what].text
 

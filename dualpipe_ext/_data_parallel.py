@@ -1,4 +1,4 @@
-"""Stages that ``torch.distributed.fsdp.fully_shard`` (FSDP2) keeps in shards on replicas.
+"""Stages that torch's data parallelism has changed: sharded by FSDP2, or wrapped, which is refused.
 
 FSDP gathers a stage's parameters for its forward, and reduces their gradients as soon as autograd is
 through with a stage's backward: once for every micro-batch, and before the W that computes most of
@@ -14,11 +14,30 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["FullyShardedStages", "plain_in_forward"]
+__all__ = ["FullyShardedStages", "check_not_wrapped", "plain_in_forward"]
+
+
+def check_not_wrapped(stage: int, module: nn.Module) -> None:
+    """Raises where a wrapper would reduce gradients in each backward, before W has computed them.
+
+    Raises:
+        ValueError: the stage, or a part of it, is in ``DistributedDataParallel``, or in FSDP1.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    wrappers = (DistributedDataParallel, *((fsdp.FullyShardedDataParallel,) if fsdp else ()))
+    wrapped = [(name, part) for name, part in module.named_modules() if isinstance(part, wrappers)]
+    if wrapped:
+        name, part = wrapped[0]
+        raise ValueError(
+            f"{name or 'the module'} of stage {stage} is wrapped in {type(part).__name__}, which "
+            f"reduces gradients in the middle of a step; give the module within it, and shard that "
+            f"by fully_shard(module, mesh=...), or have TrainingWrapper(mesh=...) run replicas"
+        )
 
 
 def plain_in_forward(module: nn.Module) -> set[int]:
@@ -41,7 +60,22 @@ class FullyShardedStages:
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._roots = [root for module in modules for root in _outermost(module)]
+        self._modules = modules
+        self._roots = self._find()
+        self._is_known = False  # that nothing was sharded since
+
+    def check(self) -> None:
+        """For the first step of a pipeline.
+
+        Raises:
+            ValueError: something was sharded after the pipeline was made.
+        """
+        if not self._is_known and self._find() != self._roots:
+            raise ValueError(
+                "a stage was sharded after the pipeline was made, which knows nothing of it; call "
+                "fully_shard() on stages first"
+            )
+        self._is_known = True
 
     @contextmanager
     def step(self, *, training: bool) -> Iterator[None]:
@@ -63,6 +97,9 @@ class FullyShardedStages:
             for root in self._roots:
                 _set_last(root, True)
                 root.reshard()
+
+    def _find(self) -> list[FSDPModule]:
+        return [root for module in self._modules for root in _outermost(module)]
 
 
 def _outermost(module: nn.Module) -> Iterator[FSDPModule]:
