@@ -16,6 +16,7 @@ NON_BLOCKING = 1  # cudaStreamNonBlocking
 PORTABLE_AND_MAPPED = 1 | 2  # cudaHostRegisterPortable, cudaHostRegisterMapped
 WAIT_VALUE_GEQ = 0  # CU_STREAM_WAIT_VALUE_GEQ
 ACCESS_ORDER_STREAM = 1  # cudaMemcpySrcAccessOrderStream
+NOT_READY = 600  # cudaErrorNotReady
 PREFER_OVERLAP = 1  # cudaMemcpyFlagPreferOverlapWithCompute
 
 
@@ -54,6 +55,18 @@ def call(name: str, *arguments: Any) -> None:
     if error:
         runtime().cudaGetLastError()  # or torch finds it and takes it for its own
         raise RuntimeError(f"{name}: error {error} of CUDA")
+
+
+def query_event(event: torch.cuda.Event) -> None:
+    """Ask whether the device is past the event; unlike torch's, with Python's lock let go.
+
+    Raises:
+        RuntimeError: The call fails.
+    """
+    error = runtime().cudaEventQuery(ctypes.c_void_p(event.cuda_event))
+    if error not in (0, NOT_READY):
+        raise RuntimeError(f"cudaEventQuery: error {error} of CUDA")
+    runtime().cudaGetLastError()  # "not ready" is an answer
 
 
 def wait_for_value(stream: torch.cuda.Stream, address: int, value: int) -> None:

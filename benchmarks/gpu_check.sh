@@ -42,13 +42,14 @@ device=${GPU_CHECK_DEVICE:-cuda}
 python=${PYTHON:-python3}
 failed=0
 
-needs=(torch platformdirs filelock numpy yaml typer rich tqdm pytest pytest_timeout)
+needs=(torch filelock numpy yaml typer rich tqdm pytest pytest_timeout)
 "$python" -c "import ${needs[*]/%/,} sys" || {
   echo "$python lacks a package that the check needs (${needs[*]}): install it first" >&2
   exit 2
 }
 
 export GPU_CHECK_DEVICE=$device PYTHONUNBUFFERED=1
+export DUALPIPE_EXT_CACHE=${DUALPIPE_EXT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dualpipe_ext}
 export PYTHONPATH=$PWD:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}
 export COLUMNS=140
 if [[ $device == cuda ]]; then

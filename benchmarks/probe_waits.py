@@ -9,10 +9,17 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from cuda_calls import RegisteredPage, call, copy_beside_computation, wait_for_value
+from cuda_calls import (
+    RegisteredPage,
+    call,
+    copy_beside_computation,
+    query_event,
+    wait_for_value,
+)
 from torch import Tensor
 
 PATIENCE_S = 0.2  # what takes longer blocks
+LAUNCHES = 3000  # more than a queue is said to hold, which is 1000
 
 Case = tuple[str, Callable[[], str]]  # its name, and what finds the answer
 Work = Callable[[], object]
@@ -54,6 +61,7 @@ class Scene:
         self.result = torch.ones(1024, device="cuda")  # of what waits
         self.source, self.target = (torch.ones(1 << 20, device="cuda") for _ in "01")
         self.event = torch.cuda.Event()
+        self.event.record()  # or it is not made
         for work in (*self.calls().values(), self.read_back):  # at first they may do something more
             work()
         torch.cuda.synchronize()
@@ -64,7 +72,7 @@ class Scene:
         All of it lets go of Python's lock: where it blocks, this thread can still say so.
         """
         return {
-            "cudaEventQuery": self.event.query,
+            "cudaEventQuery": partial(query_event, self.event),
             "launch of a kernel": partial(self.on_idle, lambda: self.target.add_(1)),
             "cudaMemcpyAsync": partial(self.on_idle, lambda: self.target.copy_(self.source)),
             "cudaMemcpyBatchAsync": partial(
@@ -112,13 +120,24 @@ def meanwhile(prepare: Callable[[Scene], Work]) -> Iterator[Case]:
                 caller.end()
             torch.cuda.synchronize()
 
-    for name in ("cudaEventQuery", "launch of a kernel", "cudaMemcpyAsync", "cudaMemcpyBatchAsync"):
+    for name in ("launch of a kernel", "cudaMemcpyAsync", "cudaMemcpyBatchAsync", "cudaEventQuery"):
         yield f"the other is {name}", partial(find, name)
 
 
 def nothing(scene: Scene) -> Work:
     """Return what does nothing: what the waiting stream does to others by itself."""
     return lambda: None
+
+
+def fill_queue(scene: Scene) -> Work:
+    """Return launches until the queue of the waiting stream has no room: a host far ahead."""
+
+    def launch() -> None:
+        with torch.cuda.stream(scene.waiting):
+            for _ in range(LAUNCHES):
+                scene.result.add_(1)
+
+    return launch
 
 
 def read_back(scene: Scene) -> Work:
@@ -145,6 +164,13 @@ def allocate_host_memory(scene: Scene) -> Work:
     return lambda: call("cudaHostAlloc", ctypes.byref(memory), ctypes.c_size_t(1 << 20), 0)
 
 
+def free_host_memory(scene: Scene) -> Work:
+    """Return ``cudaFreeHost``, as NCCL calls it when a communicator is aborted."""
+    memory = ctypes.c_void_p()
+    call("cudaHostAlloc", ctypes.byref(memory), ctypes.c_size_t(1 << 20), 0)
+    return lambda: call("cudaFreeHost", memory)
+
+
 def unregister_host_memory(scene: Scene) -> Work:
     """Return ``cudaHostUnregister``, as the link of copy engines calls it at its end."""
     return RegisteredPage().unregister
@@ -162,10 +188,12 @@ def load_kernel(scene: Scene) -> Work:
 
 CALLS: dict[str, Callable[[Scene], Work]] = {
     "nothing is called": nothing,
+    "its queue is filled": fill_queue,
     "Tensor.cpu() of its result is called": read_back,
     "a kernel is loaded": load_kernel,
     "cudaFree is called": free_memory,
     "cudaMalloc is called": allocate_memory,
     "cudaHostUnregister is called": unregister_host_memory,
     "cudaHostAlloc is called": allocate_host_memory,
+    "cudaFreeHost is called": free_host_memory,
 }

@@ -17,6 +17,7 @@ __all__ = [
     "has_cuda",
     "num_queues",
     "require_cuda",
+    "require_environment",
     "reserve_queues",
     "shapes_digest",
     "shared_queues",
@@ -41,6 +42,22 @@ def require_cuda(transport: str) -> None:
         )
     if transport == "nccl":
         _C.require_one_nccl()  # type: ignore[attr-defined]
+
+
+def require_environment(transport: str) -> None:
+    """Raises ValueError if a variable would have messages from GPU to GPU wait for ever, or fail."""
+    found = os.environ.get
+    if found("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0"):
+        raise ValueError(
+            f"transport={transport!r} cannot be used with CUDA_LAUNCH_BLOCKING="
+            f"{found('CUDA_LAUNCH_BLOCKING')}, under which the launch of a message waits for its "
+            f"peer's; unset it, or look for the mistake with transport='host'"
+        )
+    if transport == "nccl" and found("NCCL_COMM_BLOCKING") == "0":
+        raise ValueError(
+            "transport='nccl' cannot be used with NCCL_COMM_BLOCKING=0, under which NCCL returns "
+            "before a message was issued; unset it"
+        )
 
 
 def gpu_engine(*, threads: bool = False, **settings: Any) -> _C.Engine:

@@ -36,6 +36,8 @@ from dualpipe_ext.weight_grad import (
 
 __all__ = ["LocalStages"]
 
+HOST_LOOKAHEAD = 2
+
 
 class LocalStages:
     """The stages of one rank, checked and made ready for the engine.
@@ -102,6 +104,14 @@ class LocalStages:
         others = [r for r in range(self._group.size) if r != self._rank]
         num_ways = [len(self._ways_of(r)) for r in others] if self._group.are_threads else []
         self.gpu = gpu_settings(transport, self._config, self.device, own_ways, num_ways)
+
+    @property
+    def lookahead(self) -> int:
+        """Computations ahead of its use at which a receive is posted (``DualPipeConfig``)."""
+        chosen = self._config.lookahead
+        if chosen is not None:
+            return chosen
+        return HOST_LOOKAHEAD if self.gpu is None else 0
 
     @property
     def is_first_with_losses(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from dualpipe_ext import _C
 from dualpipe_ext._advice import warn_caller
-from dualpipe_ext._cuda import num_queues, require_cuda, shared_queues
+from dualpipe_ext._cuda import num_queues, require_cuda, require_environment, shared_queues
 from dualpipe_ext.config import DualPipeConfig, Transport
 
 __all__ = [
@@ -100,6 +100,7 @@ def offered_transport(
     offer = Offer(transport=config.transport, gpu="", is_anywhere=device is None, problem="")
     if config.transport in ("nccl", "copy"):
         require_cuda(config.transport)
+        require_environment(config.transport)
         if device is not None and device.type != "cuda":
             raise ValueError(
                 f"transport={config.transport!r} is for stages on a GPU, and these are on "
@@ -109,6 +110,7 @@ def offered_transport(
     elif config.transport == "auto" and not threads and _has_gpu(device):
         try:
             require_cuda("nccl")
+            require_environment("nccl")
             offer["gpu"] = _name_of_gpu(device or torch.device("cuda"))
         except (ValueError, RuntimeError) as error:
             offer["problem"] = str(error)

@@ -46,7 +46,11 @@ class DualPipeConfig:
             to host memory, which does nothing for stages that are there. Losses and gradients are
             the same numbers. Offloading has not run on a GPU yet.
         lookahead: computations ahead of its use at which a receive is posted. More hides more
-            latency and holds more receive buffers.
+            latency and holds more receive buffers. Left out: 2 through the host's memory, and 0 from
+            GPU to GPU. There the host is ahead of the device anyway, and a posted receive keeps the
+            device busy: whatever waits for all of it in a stage (``torch.cuda.synchronize()``,
+            memory given back, a kernel's first use) would wait for messages that depend on this
+            rank.
         timeout: seconds that a rank waits for one message, before the step fails on all ranks; or
             for the others at construction and in calls like ``clip_grad_norm_``.
         bucket_bytes: mirrored gradients are exchanged in pieces of about this size.
@@ -81,7 +85,7 @@ class DualPipeConfig:
     balance: Balance = "parameters"
     overlap_strategy: OverlapStrategy = "full"
     memory_optimization: MemoryOptimization = "none"
-    lookahead: int = 2
+    lookahead: int | None = None
     timeout: float = 600.0
     bucket_bytes: int = 4 * 1024 * 1024
     mirror_init: MirrorInit = "broadcast"
@@ -95,7 +99,8 @@ class DualPipeConfig:
     def __post_init__(self) -> None:
         _at_least("num_stages", self.num_stages, 0)
         _at_least("num_microbatches", self.num_microbatches, 0)
-        _at_least("lookahead", self.lookahead, 0)
+        if self.lookahead is not None:
+            _at_least("lookahead", self.lookahead, 0)
         _at_least("bucket_bytes", self.bucket_bytes, 1)
         _at_least("nccl_max_ctas", self.nccl_max_ctas, 0)
         object.__setattr__(self, "balance", _checked_balance(self.balance))

@@ -93,7 +93,7 @@ class Pipeline(nn.Module):
         self._hooks = LossHooks()
         local = self._local
         self._planner = StepPlanner(
-            local.source, self.rank, self.config.lookahead, local.overlapped.function is not None
+            local.source, self.rank, local.lookahead, local.overlapped.function is not None
         )
         self._num_steps = 0
         self._unsummed = UnsummedGradients(local.mirrors)

@@ -26,9 +26,9 @@ constexpr std::chrono::milliseconds kPoll{1};
 constexpr std::chrono::milliseconds kPatience{100};
 constexpr std::chrono::seconds kExitPatience{30};  // with a device that finishes nothing
 
-// A device that is stuck must not fill its queues: who issues then waits in the driver, where no
-// abort reaches it.
-constexpr std::size_t kMaxInFlight = 256;
+// A device that is stuck must not fill its queues, of some 1000 entries: who issues then waits in
+// the driver, where no abort reaches it. A message takes about five.
+constexpr std::size_t kMaxInFlight = 128;
 
 std::vector<Piece> pieces_of(const Message& message) {
   std::vector<Piece> pieces;

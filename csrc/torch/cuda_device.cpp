@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -101,21 +102,28 @@ class CudaEvent final : public Event {
   const LentEvent event_;
 };
 
-class CudaStream final : public Stream {
+enum class Priority { kLowest, kHighest };
+
+cudaStream_t make_stream(int device, Priority priority) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  int lowest = 0;
+  int highest = 0;
+  cudaStream_t stream = nullptr;
+  C10_CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
+  C10_CUDA_CHECK(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking,
+                                              priority == Priority::kHighest ? highest : lowest));
+  return stream;
+}
+
+// A stream of this device's own, and what becomes of it in the end.
+class OwnStream final : public Stream {
  public:
-  enum class Priority { kLowest, kHighest };
-  CudaStream(std::shared_ptr<EventPool> pool, int device, Priority priority)
-      : pool_(std::move(pool)), device_(device) {
-    const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device_));
-    int lowest = 0;
-    int highest = 0;
-    C10_CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
-    C10_CUDA_CHECK(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking,
-                                                priority == Priority::kHighest ? highest : lowest));
-  }
-  ~CudaStream() override { (void)cudaStreamDestroy(stream_); }
-  CudaStream(const CudaStream&) = delete;
-  CudaStream& operator=(const CudaStream&) = delete;
+  using Release = std::function<void(cudaStream_t)>;
+  OwnStream(std::shared_ptr<EventPool> pool, int device, cudaStream_t stream, Release release)
+      : pool_(std::move(pool)), device_(device), stream_(stream), release_(std::move(release)) {}
+  ~OwnStream() override { release_(stream_); }
+  OwnStream(const OwnStream&) = delete;
+  OwnStream& operator=(const OwnStream&) = delete;
 
   EventPtr record() override { return std::make_shared<CudaEvent>(pool_, device_, stream_); }
   [[nodiscard]] void* handle() const override { return stream_; }
@@ -123,7 +131,38 @@ class CudaStream final : public Stream {
  private:
   const std::shared_ptr<EventPool> pool_;
   const int device_;
-  cudaStream_t stream_ = nullptr;
+  const cudaStream_t stream_;
+  const Release release_;
+};
+
+// Streams that last as long as the process: torch's allocator knows the stream that memory was
+// allocated on, and may synchronize with it whenever it gives that memory back.
+class LastingStreams {
+ public:
+  static LastingStreams& all() {
+    static auto* const streams = new LastingStreams;
+    return *streams;
+  }
+  cudaStream_t take(int device) {
+    {
+      const std::lock_guard lock(mutex_);
+      std::vector<cudaStream_t>& free = free_[device];
+      if (!free.empty()) {
+        cudaStream_t stream = free.back();
+        free.pop_back();
+        return stream;
+      }
+    }
+    return make_stream(device, Priority::kLowest);
+  }
+  void give_back(int device, cudaStream_t stream) {
+    const std::lock_guard lock(mutex_);
+    free_[device].push_back(stream);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<int, std::vector<cudaStream_t>> free_;
 };
 
 class CudaAllocator final : public Allocator {
@@ -212,16 +251,20 @@ class CudaDevice final : public Device {
   }
   [[nodiscard]] bool reductions_may_wait() const override { return reductions_may_wait_; }
   std::unique_ptr<Stream> new_stream() override {
-    return std::make_unique<CudaStream>(events_, index_, CudaStream::Priority::kHighest);
+    return std::make_unique<OwnStream>(
+        events_, index_, make_stream(index_, Priority::kHighest),
+        [](cudaStream_t stream) { (void)cudaStreamDestroy(stream); });
   }
   std::shared_ptr<Allocator> allocator() override { return allocator_; }
 
  private:
   // One for all where they may not wait, so that as few as possible share a queue with computation.
-  [[nodiscard]] std::vector<std::unique_ptr<CudaStream>> make_reductions() const {
-    std::vector<std::unique_ptr<CudaStream>> made(reductions_may_wait_ ? kNumReductions : 1);
+  [[nodiscard]] std::vector<std::unique_ptr<Stream>> make_reductions() const {
+    std::vector<std::unique_ptr<Stream>> made(reductions_may_wait_ ? kNumReductions : 1);
     for (auto& stream : made) {
-      stream = std::make_unique<CudaStream>(events_, index_, CudaStream::Priority::kLowest);
+      stream = std::make_unique<OwnStream>(
+          events_, index_, LastingStreams::all().take(index_),
+          [index = index_](cudaStream_t past) { LastingStreams::all().give_back(index, past); });
     }
     return made;
   }
@@ -231,7 +274,7 @@ class CudaDevice final : public Device {
   const std::shared_ptr<EventPool> events_;
   const std::shared_ptr<Allocator> allocator_;
   ComputeStream compute_;
-  std::vector<std::unique_ptr<CudaStream>> reductions_;
+  std::vector<std::unique_ptr<Stream>> reductions_;
 };
 
 }  // namespace

@@ -13,8 +13,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
 from dualpipe_ext._build.errors import BuildError
 from dualpipe_ext._build.plan import BuildPlan
 
@@ -77,7 +75,13 @@ class Cache:
 def default_cache() -> Cache:
     """``DUALPIPE_EXT_CACHE``, or the user's cache folder."""
     chosen = os.environ.get("DUALPIPE_EXT_CACHE")
-    return Cache(Path(chosen or platformdirs.user_cache_dir("dualpipe_ext")).absolute())
+    return Cache(Path(chosen or _users_cache()).absolute())
+
+
+def _users_cache() -> str:
+    import platformdirs  # not needed by who names a folder, on a machine that may lack it
+
+    return platformdirs.user_cache_dir("dualpipe_ext")
 
 
 def install(

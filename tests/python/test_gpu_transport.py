@@ -148,6 +148,20 @@ def test_a_gpu_that_a_build_without_cuda_cannot_use(
     assert transport == "host" and "on rank 0" in reason and "built without" in reason
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"), [("CUDA_LAUNCH_BLOCKING", "1"), ("NCCL_COMM_BLOCKING", "0")]
+)
+def test_variables_under_which_messages_would_hang_are_refused(
+    with_cuda: None, gpu: None, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=f"{variable}={value}.* unset it"):
+        offered_transport(DualPipeConfig(transport="nccl"), CUDA, threads=False)
+    offer = offered_transport(DualPipeConfig(), CUDA, threads=False)
+    transport, reason = choose_transport([offer, other(offer)])
+    assert transport == "host" and variable in reason
+
+
 def test_a_process_with_two_nccls_uses_the_host(
     with_cuda: None, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +177,9 @@ def test_a_process_with_two_nccls_uses_the_host(
 
 def make_without_tensors(rank: int, num_ranks: int) -> str:
     """What a pipeline whose second stage has no tensor says of its transport."""
-    return Pipeline([nn.Tanh() if rank else nn.Linear(2, 2)], "1f1b").transport
+    pipeline = Pipeline([nn.Tanh() if rank else nn.Linear(2, 2)], "1f1b")
+    assert pipeline._planner.lookahead == 0
+    return pipeline.transport
 
 
 def test_a_pipeline_takes_what_was_chosen(with_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,41 @@ def test_receives_are_posted_ahead(lookahead: int) -> None:
     used = actions.index("1F10")
     between = [text for text in actions[posted:used] if "RECV" not in text and "SEND" not in text]
     assert len(between) == lookahead
+
+
+def gets_through_device_wide_waits(lowered: Schedule) -> bool:
+    """Whether all ranks end where each computation waits for every receive posted before it."""
+    left = [lowered.actions(rank) for rank in range(lowered.num_ranks)]
+    sent: set[tuple[str, int, int]] = set()
+    posted: list[set[tuple[str, int, int]]] = [set() for _ in left]
+    moved = True
+    while moved:
+        moved = False
+        for rank, actions in enumerate(left):
+            while actions:
+                message = re.fullmatch(r"(\d+)(SEND|RECV)_([FB])(\d+)", actions[0])
+                if message is None and not posted[rank] <= sent:
+                    break
+                if message is not None:
+                    stage, what, kind, microbatch = message.groups()
+                    towards = {"F": -1, "B": 1}[kind] if what == "RECV" else 0
+                    key = (kind, int(stage) + towards, int(microbatch))
+                    (sent if what == "SEND" else posted[rank]).add(key)
+                actions.pop(0)
+                moved = True
+    return not any(left)
+
+
+@pytest.mark.parametrize("name", [info.name for info in schedules()])
+def test_receives_posted_where_they_are_used_stand_device_wide_waits(name: str) -> None:
+    """As torch.cuda.synchronize() in a stage is one: what GPU ranks are planned for by default."""
+    for num_ranks, num_microbatches in ((2, 8), (4, 12), (8, 24)):
+        schedule = plan(name, num_ranks, num_microbatches)
+        assert gets_through_device_wide_waits(schedule.lower(lookahead=0))
+
+
+def test_receives_posted_ahead_do_not_stand_device_wide_waits() -> None:
+    assert not gets_through_device_wide_waits(plan("dualpipe", 4, 12).lower(lookahead=1))
 
 
 def test_the_simulated_bubble_is_half_the_published_one() -> None:
