@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dualpipe_ext import _C
+from dualpipe_ext._buffers import assign_means, wide_copies
 from dualpipe_ext._copies import digest
 from dualpipe_ext._sharded import as_sharded, describe_sharding, is_sharded, local_part
 from dualpipe_ext.gradients import main_grads
@@ -105,25 +106,14 @@ class MirroredStages:
 
     def average_buffers(self, engine: _C.Engine, bucket_bytes: int, stages: Sequence[int]) -> None:
         """Gives both copies of each floating-point buffer their mean, in the same bits."""
-        sums, pairs = [], []
-        for stage, module in self._modules:
-            buffers = [
-                local_part(b) for b in module.buffers() if b.is_floating_point() or b.is_complex()
-            ]
-            # In a wider type: the mean of equal numbers is that number, however small or large.
-            own = [
-                b.detach().to(torch.complex128 if b.is_complex() else torch.float64, copy=True)
-                for b in buffers
-            ]
-            pairs += list(zip(buffers, own, strict=True))
-            sums.append((stage, [_bearer(b) for b in own]))
+        wide = [(stage, wide_copies(module.buffers())) for stage, module in self._modules]
+        sums = [(stage, [_bearer(total) for _, total in own]) for stage, own in wide]
         exchange = self._exchange(engine, sums, bucket_bytes, copy=False)
         engine.exchange(
             exchange, sorted(stages), "sync_buffers(), which saving and evaluating call as well"
         )
-        with torch.no_grad():
-            for buffer, total in pairs:
-                buffer.copy_(total / 2)
+        for _, own in wide:
+            assign_means(own, 2)
 
     def drifting_buffers(self) -> list[str]:
         """Statistics of batch norms, which each copy keeps of its own half of the batch."""

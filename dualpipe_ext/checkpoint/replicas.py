@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dualpipe_ext._C import PipelineError
-from dualpipe_ext.host_groups import group_at, host_group, reaching
+from dualpipe_ext.host_groups import host_group, reaching
 
 __all__ = [
-    "average_buffers",
     "gather_from_replicas",
     "on_all_replicas",
     "on_first_replica",
@@ -26,17 +23,6 @@ T = TypeVar("T")
 def replica_of(replicas: dist.ProcessGroup | None) -> int:
     """Which replica this rank belongs to."""
     return 0 if replicas is None else dist.get_rank(replicas)
-
-
-def average_buffers(replicas: dist.ProcessGroup | None, buffers: Iterable[Tensor]) -> None:
-    """Gives all replicas the mean of each floating-point buffer, as their mirrors have it."""
-    if replicas is None:
-        return
-    for buffer in (each for each in buffers if each.is_floating_point()):
-        total = buffer.to(torch.float64, copy=True)
-        with reaching("another replica"):
-            dist.all_reduce(total, group=group_at(replicas, total.device))
-        buffer.copy_(total / replicas.size())
 
 
 def gather_from_replicas(replicas: dist.ProcessGroup | None, value: T) -> list[T]:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dualpipe_ext._advice import warn_caller
+from dualpipe_ext._buffers import average_over
 from dualpipe_ext.checkpoint import folders
 from dualpipe_ext.checkpoint.holdings import Holding
 from dualpipe_ext.checkpoint.integrity import Checksums, checksums_of
@@ -28,7 +29,6 @@ from dualpipe_ext.checkpoint.optimizers import (
 from dualpipe_ext.checkpoint.random_state import random_state
 from dualpipe_ext.checkpoint.ranks import Ranks
 from dualpipe_ext.checkpoint.replicas import (
-    average_buffers,
     gather_from_replicas,
     on_all_replicas,
     on_first_replica,
@@ -86,7 +86,7 @@ def save_checkpoint(
     """
     holding = Holding.of(model, timeout)
     on_all_replicas(replicas, lambda: _settle(holding), FAILURE)
-    average_buffers(replicas, model.buffers())
+    average_over(replicas, model.buffers())
     if optimizer is not None:
         gather_shards(optimizer)
     generators = gather_from_replicas(replicas, random_state(holding.device))

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from dualpipe_ext._buffers import average_over
 from dualpipe_ext._C import PipelineError, process_group_all_gather
 from dualpipe_ext._handshake import collect
-from dualpipe_ext.checkpoint.replicas import average_buffers
 from dualpipe_ext.host_groups import TIMEOUT_S, group_at, host_group, reaching
 from dualpipe_ext.pipeline import Pipeline
 from dualpipe_ext.training.gradient_sums import find_gradients, make_buckets
@@ -168,12 +168,12 @@ class Replicas:
             bucket.sum(group)
 
     def average_buffers(self, pipeline: Pipeline) -> None:
-        """Gives all copies the mean of each floating-point buffer, such as a batch norm's statistics.
+        """Gives all copies the mean of each buffer that has one, such as a batch norm's statistics.
 
         What is evaluated or saved must not depend on the copy. All ranks call it.
         """
         pipeline.sync_buffers()
-        average_buffers(self.group, pipeline.buffers())
+        average_over(self.group, pipeline.buffers())
 
 
 def _tensors(pipeline: Pipeline) -> list[tuple[str, Tensor]]:

@@ -1,0 +1,55 @@
+"""Means of buffers over replicas, and over the copies of a stage."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dualpipe_ext import DualPipe
+from dualpipe_ext._buffers import average_over
+from dualpipe_ext.testing import run_ranks
+
+KINDS = [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.int64, torch.bool]
+
+
+class Buffers(nn.Module):
+    """One of each kind, of which a rank has its own values."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        for number, kind in enumerate(KINDS):
+            value = torch.arange(3) + 2.0 * rank
+            turned = torch.complex(value, -value) if kind.is_complex else value
+            self.register_buffer(f"buffer{number}", turned.to(kind))
+
+
+def over_replicas(rank: int, num_ranks: int) -> list[Tensor]:
+    buffers = list(Buffers(rank).buffers())
+    average_over(dist.group.WORLD, buffers)
+    average_over(None, buffers)
+    return buffers
+
+
+def over_mirrors(rank: int, num_ranks: int) -> list[Tensor]:
+    pipeline = DualPipe([Buffers(rank), Buffers(rank)])
+    for stage in pipeline.module:
+        stage.load_state_dict(Buffers(rank).state_dict())
+    pipeline.sync_buffers()
+    return list(pipeline.module[0].buffers())
+
+
+def check(found: list[list[Tensor]]) -> None:
+    own = [list(Buffers(rank).buffers()) for rank in range(2)]
+    for rank, buffers in enumerate(found):
+        for kind, buffer, mine, first, second in zip(KINDS, buffers, own[rank], *own, strict=True):
+            has_mean = kind.is_floating_point or kind.is_complex
+            assert torch.equal(buffer, (first + second) / 2 if has_mean else mine)
+
+
+def test_replicas_have_the_mean_of_what_has_one() -> None:
+    check(run_ranks(over_replicas, 2, "processes", timeout=60.0))
+
+
+def test_mirrors_have_the_mean_of_what_has_one() -> None:
+    check(run_ranks(over_mirrors, 2, timeout=60.0))
