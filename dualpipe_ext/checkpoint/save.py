@@ -80,12 +80,12 @@ def save_checkpoint(
         The place of the checkpoint, on every rank.
 
     Raises:
-        ValueError: an invalid ``step`` or ``keep``.
+        ValueError, TypeError: an invalid ``step`` or ``keep``; before anything is changed.
         Exception: what went wrong on this rank.
         PipelineError: another rank could not save, with its reason.
     """
     holding = Holding.of(model, timeout)
-    on_all_replicas(replicas, lambda: _settle(holding), FAILURE)
+    on_all_replicas(replicas, lambda: _settle(holding, step, keep), FAILURE)
     average_over(replicas, model.buffers())
     if optimizer is not None:
         gather_shards(optimizer)
@@ -97,7 +97,6 @@ def save_checkpoint(
         values: dict[str, Any] = {}
 
         def gather() -> None:
-            _check(step, keep)
             values.update(_trained(holding, optimizer))
             values[f"random.{ranks.rank}"] = generators
             if ranks.is_first:
@@ -131,8 +130,12 @@ def _own_checksums(ranks: Ranks, draft: Path, own: list[Record]) -> dict[Record,
     return checksums_of(draft, own)
 
 
-def _settle(holding: Holding) -> None:
-    """Makes the buffers of both copies of a stage equal; raises what late messages failed with."""
+def _settle(holding: Holding, step: int, keep: int | None) -> None:
+    """Makes the buffers of both copies of a stage equal; raises what late messages failed with.
+
+    And what is wrong with the arguments, before anything is changed.
+    """
+    holding.ranks.share_here(lambda: _check(step, keep), FAILURE)
     if holding.pipeline is not None:
         holding.pipeline.sync_buffers()
         holding.pipeline.synchronize()
@@ -152,10 +155,13 @@ def _warn_of_copies(pipeline: Pipeline) -> None:
 
 
 def _check(step: int, keep: int | None) -> None:
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise ValueError(f"step={step!r}: it must be a number of steps, 0 or more")
-    if keep is not None and (not isinstance(keep, int) or keep < 1):
-        raise ValueError(f"keep={keep!r}: it must be at least 1, or None to keep all checkpoints")
+    for name, value in (("step", step), ("keep", 1 if keep is None else keep)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}={value!r}: it must be an int")
+    if step < 0:
+        raise ValueError(f"step={step}: it must be a number of steps, 0 or more")
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep={keep}: it must be at least 1, or None to keep all checkpoints")
 
 
 def _trained(holding: Holding, optimizer: Optimizer | None) -> dict[str, Any]:

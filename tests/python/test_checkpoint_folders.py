@@ -135,6 +135,10 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, model, step=-1)
     with pytest.raises(ValueError, match="keep=0"):
         save_checkpoint(tmp_path, model, step=1, keep=0)
+    with pytest.raises(TypeError, match="keep=True"):
+        save_checkpoint(tmp_path, model, step=1, keep=True)
+    with pytest.raises(TypeError, match=r"step=1\.5"):
+        save_checkpoint(tmp_path, model, step=1.5)  # type: ignore[arg-type]
     save_checkpoint(tmp_path, model, sgd, step=1)
     with pytest.raises(ValueError, match="with the optimizer SGD, and the optimizer here is AdamW"):
         load_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()))
