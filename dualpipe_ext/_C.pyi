@@ -16,7 +16,6 @@ __all__: list[str] = [
     "Fault",
     "InternalError",
     "LoopbackHub",
-    "MemoryStatistics",
     "MessageKind",
     "MessageWay",
     "MirrorExchange",
@@ -325,19 +324,6 @@ class Fault:
     @property
     def value(self) -> int: ...
 
-class MemoryStatistics:
-    """
-    Of a pool of buffers.
-    """
-    @property
-    def bytes_allocated(self) -> int: ...
-    @property
-    def bytes_in_use(self) -> int: ...
-    @property
-    def num_allocations(self) -> int: ...
-    @property
-    def peak_bytes_in_use(self) -> int: ...
-
 class LoopbackHub:
     """
     What the ranks of a pipeline share when they are threads.
@@ -376,8 +362,6 @@ class LoopbackHub:
         Asks injector(source, destination, kind, stage, microbatch) what happens to each message that is sent.
         """
     def transport(self, rank: typing.SupportsInt | typing.SupportsIndex) -> Transport: ...
-    @property
-    def memory(self) -> MemoryStatistics: ...
 
 class StoreExchange:
     """
@@ -447,8 +431,6 @@ class MessageWay:
     @property
     def kind(self) -> MessageKind: ...
     @property
-    def outgoing(self) -> bool: ...
-    @property
     def peer(self) -> int: ...
 
 class Program:
@@ -461,8 +443,6 @@ class Program:
     def __len__(self) -> int: ...
     @property
     def description(self) -> str: ...
-    @property
-    def digest(self) -> int: ...
     @property
     def message_ways(self) -> list[MessageWay]:
         """
@@ -550,8 +530,6 @@ class Engine:
         """
         What this rank last told the others; empty: nothing yet.
         """
-    @property
-    def num_deferred(self) -> int: ...
     @property
     def num_steps(self) -> int: ...
     @property

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from dualpipe_ext import _C
 
 __all__ = [
     "gpu_engine",
+    "gpu_options",
+    "gpu_thread_engine",
     "has_cuda",
     "num_queues",
     "require_cuda",
@@ -60,10 +63,28 @@ def require_environment(transport: str) -> None:
         )
 
 
-def gpu_engine(*, threads: bool = False, **settings: Any) -> _C.Engine:
-    """An engine whose messages stay on the GPU; ``threads``: ranks share this process and a hub."""
-    make: Callable[..., _C.Engine] = getattr(_C, "gpu_thread_engine" if threads else "gpu_engine")
-    return make(**settings)
+def gpu_options(settings: object) -> Any:
+    """The native ``GpuOptions`` of :class:`dualpipe_ext._transport.GpuSettings`, name by name."""
+    return _C.GpuOptions(**vars(settings))  # type: ignore[attr-defined]
+
+
+def gpu_engine(
+    group: ProcessGroup,
+    rank: int,
+    group_ranks: Sequence[int],
+    peers: Sequence[int],
+    options: Any,
+    timeout: float,
+) -> _C.Engine:
+    """An engine whose messages stay on the GPU, for a rank that is a process."""
+    make: Callable[..., _C.Engine] = _C.gpu_engine  # type: ignore[attr-defined]
+    return make(group, rank, group_ranks, peers, options, timeout)
+
+
+def gpu_thread_engine(hub: _C.LoopbackHub, rank: int, options: Any, timeout: float) -> _C.Engine:
+    """The same for a rank that is a thread."""
+    make: Callable[..., _C.Engine] = _C.gpu_thread_engine  # type: ignore[attr-defined]
+    return make(hub, rank, options, timeout)
 
 
 def clock_by_gpu(engine: _C.Engine, device: torch.device) -> None:

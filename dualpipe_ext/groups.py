@@ -6,12 +6,12 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import final
 
 import torch.distributed as dist
 
 from dualpipe_ext import _C
-from dualpipe_ext._cuda import gpu_engine
+from dualpipe_ext._cuda import gpu_engine, gpu_options, gpu_thread_engine
 from dualpipe_ext._transport import EngineSettings
 from dualpipe_ext.host_groups import host_group
 
@@ -110,7 +110,8 @@ class LoopbackGroup(PipelineGroup):
         if settings.gpu is None:
             engine = _C.Engine.loopback(hub, self.rank, settings.timeout)
         else:
-            engine = gpu_engine(threads=True, hub=hub, rank=self.rank, **_on_gpu(settings))
+            options = gpu_options(settings.gpu)
+            engine = gpu_thread_engine(hub, self.rank, options, settings.timeout)
         self._engines.append(weakref.ref(engine))
         return engine
 
@@ -160,11 +161,12 @@ class _ProcessGroup(PipelineGroup):
                 host_group(self._group), self.rank, self._group_ranks, peers, settings.timeout
             )
         return gpu_engine(
-            group=host_group(self._group),
-            rank=self.rank,
-            group_ranks=self._group_ranks,
-            peers=peers,
-            **_on_gpu(settings),
+            host_group(self._group),
+            self.rank,
+            self._group_ranks,
+            peers,
+            gpu_options(settings.gpu),
+            settings.timeout,
         )
 
     def all_gather(self, text: str, timeout: float) -> list[str]:
@@ -173,20 +175,6 @@ class _ProcessGroup(PipelineGroup):
     def all_gather_floats(self, values: Sequence[float], timeout: float) -> list[list[float]]:
         gathered = _C.process_group_all_gather(host_group(self._group), values, timeout)
         return [gathered[self._group_ranks[rank]] for rank in range(self.size)]
-
-
-def _on_gpu(settings: EngineSettings) -> dict[str, Any]:
-    assert settings.gpu is not None
-    return {
-        "ways": list(settings.gpu.ways),
-        "device": settings.gpu.device,
-        "by_copies": settings.gpu.by_copies,
-        "queues_are_shared": settings.gpu.queues_are_shared,
-        "reductions_may_wait": settings.gpu.reductions_may_wait,
-        "max_ctas": settings.gpu.max_ctas,
-        "dynamic_shapes": settings.gpu.dynamic_shapes,
-        "timeout_seconds": settings.timeout,
-    }
 
 
 def has_group(process_group: dist.ProcessGroup | PipelineGroup | None) -> bool:

@@ -121,12 +121,10 @@ std::optional<std::tuple<int, std::int64_t, std::string>> poll(ControlPlane& con
 
 auto make_process_group_ends(const py::object& group, int rank, std::vector<int> group_ranks,
                              const std::vector<int>& peers) {
-  std::vector<Rank> peer_ranks;
-  for (const int peer : peers) peer_ranks.emplace_back(peer);
   c10d::ProcessGroup& native = process_group(group);
   const py::gil_scoped_release unlocked;
   ProcessGroupEnds ends =
-      process_group_ends(native, Rank(rank), std::move(group_ranks), std::move(peer_ranks));
+      process_group_ends(native, Rank(rank), std::move(group_ranks), ids_of<Rank>(peers));
   return std::pair(std::unique_ptr<Transport>(std::move(ends.transport)), std::move(ends.control));
 }
 
@@ -185,12 +183,6 @@ void bind_loopback(py::module_& module) {
       .value("FAIL", Fault::kFail)
       .value("DROP", Fault::kDrop);
 
-  py::class_<BufferPool::Statistics>(module, "MemoryStatistics", "Of a pool of buffers.")
-      .def_readonly("num_allocations", &BufferPool::Statistics::num_allocations)
-      .def_readonly("bytes_allocated", &BufferPool::Statistics::bytes_allocated)
-      .def_readonly("bytes_in_use", &BufferPool::Statistics::bytes_in_use)
-      .def_readonly("peak_bytes_in_use", &BufferPool::Statistics::peak_bytes_in_use);
-
   py::class_<LoopbackHub, std::shared_ptr<LoopbackHub>>(
       module, "LoopbackHub", "What the ranks of a pipeline share when they are threads.")
       .def(py::init(&make_hub), py::arg("num_ranks"), py::arg("latency") = 0.0,
@@ -212,8 +204,7 @@ void bind_loopback(py::module_& module) {
           [](LoopbackHub& hub, int rank, const std::string& text, double timeout) {
             return hub.all_gather(Rank(rank), text, milliseconds_of(timeout));
           },
-          py::arg("rank"), py::arg("text"), py::arg("timeout"), Unlocked())
-      .def_property_readonly("memory", &LoopbackHub::memory);
+          py::arg("rank"), py::arg("text"), py::arg("timeout"), Unlocked());
 }
 
 void bind_process_group(py::module_& module) {

@@ -22,11 +22,13 @@ namespace dualpipe {
 namespace {
 
 struct GpuOptions {
+  std::vector<MessageWay> ways;
   int device;
   bool by_copies;          // and not over NCCL
   bool queues_are_shared;  // copies alone
   bool reductions_may_wait;
   int max_ctas;
+  bool dynamic_shapes;
 };
 
 LinkMaker link_maker(const GpuOptions& gpu, const std::shared_ptr<Device>& device, Rank rank) {
@@ -43,46 +45,43 @@ LinkMaker link_maker(const GpuOptions& gpu, const std::shared_ptr<Device>& devic
 }
 
 EngineHolder engine_over(std::unique_ptr<HostTransport> host, std::unique_ptr<ControlPlane> control,
-                         DeviceTransportOptions options, const GpuOptions& gpu) {
-  const Rank rank = options.rank;
+                         Rank rank, const GpuOptions& gpu, std::chrono::milliseconds timeout) {
   const std::shared_ptr<Device> device = cuda_device(gpu.device, gpu.reductions_may_wait);
-  Watchdog::Options watchdog;
-  watchdog.timeout = options.timeout;
-  watchdog.interrupted = &InterruptScope::interrupted;
+  DeviceTransportOptions options{
+      .rank = rank, .ways = gpu.ways, .timeout = timeout, .dynamic_shapes = gpu.dynamic_shapes};
   return EngineHolder(new Engine(
       rank,
       device_transport(link_maker(gpu, device, rank), device, std::move(host), std::move(options)),
-      std::move(control), watchdog, device));
+      std::move(control), watchdog_options(timeout), device));
 }
 
 EngineHolder process_engine(c10d::ProcessGroup& group, int rank, std::vector<int> group_ranks,
-                            const std::vector<int>& peers, std::vector<MessageWay> ways, int device,
-                            bool by_copies, bool queues_are_shared, bool reductions_may_wait,
-                            int max_ctas, bool dynamic_shapes, double timeout_seconds) {
-  std::vector<Rank> peer_ranks;
-  for (const int peer : peers) peer_ranks.emplace_back(peer);
+                            const std::vector<int>& peers, const GpuOptions& gpu,
+                            double timeout_seconds) {
   const py::gil_scoped_release unlocked;
   ProcessGroupEnds ends =
-      process_group_ends(group, Rank(rank), std::move(group_ranks), std::move(peer_ranks));
-  return engine_over(std::move(ends.transport), std::move(ends.control),
-                     {.rank = Rank(rank),
-                      .ways = std::move(ways),
-                      .timeout = milliseconds_of(timeout_seconds),
-                      .dynamic_shapes = dynamic_shapes},
-                     {device, by_copies, queues_are_shared, reductions_may_wait, max_ctas});
+      process_group_ends(group, Rank(rank), std::move(group_ranks), ids_of<Rank>(peers));
+  return engine_over(std::move(ends.transport), std::move(ends.control), Rank(rank), gpu,
+                     milliseconds_of(timeout_seconds));
 }
 
-EngineHolder thread_engine(const std::shared_ptr<LoopbackHub>& hub, int rank,
-                           std::vector<MessageWay> ways, int device, bool by_copies,
-                           bool queues_are_shared, bool reductions_may_wait, int max_ctas,
-                           bool dynamic_shapes, double timeout_seconds) {
+EngineHolder thread_engine(const std::shared_ptr<LoopbackHub>& hub, int rank, const GpuOptions& gpu,
+                           double timeout_seconds) {
   const py::gil_scoped_release unlocked;
-  return engine_over(hub->transport(Rank(rank)), hub->control_plane(Rank(rank)),
-                     {.rank = Rank(rank),
-                      .ways = std::move(ways),
-                      .timeout = milliseconds_of(timeout_seconds),
-                      .dynamic_shapes = dynamic_shapes},
-                     {device, by_copies, queues_are_shared, reductions_may_wait, max_ctas});
+  return engine_over(hub->transport(Rank(rank)), hub->control_plane(Rank(rank)), Rank(rank), gpu,
+                     milliseconds_of(timeout_seconds));
+}
+
+GpuOptions make_options(std::vector<MessageWay> ways, int device, bool by_copies,
+                        bool queues_are_shared, bool reductions_may_wait, int max_ctas,
+                        bool dynamic_shapes) {
+  return {.ways = std::move(ways),
+          .device = device,
+          .by_copies = by_copies,
+          .queues_are_shared = queues_are_shared,
+          .reductions_may_wait = reductions_may_wait,
+          .max_ctas = max_ctas,
+          .dynamic_shapes = dynamic_shapes};
 }
 
 void bind_cuda(py::module_& module) {
@@ -94,15 +93,16 @@ void bind_cuda(py::module_& module) {
       [](Engine& engine, int device) { engine.clock_with(cuda_stopwatches(device)); },
       py::arg("engine"), py::arg("device"),
       "Its stages are on this GPU, whose clock is asked for.");
+  py::class_<GpuOptions>(module, "GpuOptions", "What _transport.GpuSettings says.")
+      .def(py::init(&make_options), py::kw_only(), py::arg("ways"), py::arg("device"),
+           py::arg("by_copies"), py::arg("queues_are_shared"), py::arg("reductions_may_wait"),
+           py::arg("max_ctas"), py::arg("dynamic_shapes"));
   module.def("gpu_engine", &process_engine, py::arg("group"), py::arg("rank"),
-             py::arg("group_ranks"), py::arg("peers"), py::arg("ways"), py::arg("device"),
-             py::arg("by_copies"), py::arg("queues_are_shared"), py::arg("reductions_may_wait"),
-             py::arg("max_ctas"), py::arg("dynamic_shapes"), py::arg("timeout_seconds"),
-             "An engine whose messages stay on the GPU.");
-  module.def("gpu_thread_engine", &thread_engine, py::arg("hub"), py::arg("rank"), py::arg("ways"),
-             py::arg("device"), py::arg("by_copies"), py::arg("queues_are_shared"),
-             py::arg("reductions_may_wait"), py::arg("max_ctas"), py::arg("dynamic_shapes"),
-             py::arg("timeout_seconds"), "The same for ranks that are threads of one process.");
+             py::arg("group_ranks"), py::arg("peers"), py::arg("options"),
+             py::arg("timeout_seconds"), "An engine whose messages stay on the GPU.");
+  module.def("gpu_thread_engine", &thread_engine, py::arg("hub"), py::arg("rank"),
+             py::arg("options"), py::arg("timeout_seconds"),
+             "The same for ranks that are threads of one process.");
 }
 
 const PartOfModule part(&bind_cuda);

@@ -21,29 +21,20 @@ namespace py = pybind11;
 namespace dualpipe {
 namespace {
 
-Watchdog::Options watchdog_options(double timeout_seconds) {
-  Watchdog::Options options;
-  options.timeout = milliseconds_of(timeout_seconds);
-  options.interrupted = &InterruptScope::interrupted;
-  return options;
-}
-
 EngineHolder loopback_engine(const std::shared_ptr<LoopbackHub>& hub, int rank,
                              double timeout_seconds) {
   return EngineHolder(new Engine(Rank(rank), hub->transport(Rank(rank)),
                                  hub->control_plane(Rank(rank)),
-                                 watchdog_options(timeout_seconds)));
+                                 watchdog_options(milliseconds_of(timeout_seconds))));
 }
 
 EngineHolder process_group_engine(c10d::ProcessGroup& group, int rank, std::vector<int> group_ranks,
                                   const std::vector<int>& peers, double timeout_seconds) {
-  std::vector<Rank> peer_ranks;
-  for (const int peer : peers) peer_ranks.emplace_back(peer);
   const py::gil_scoped_release unlocked;
   ProcessGroupEnds ends =
-      process_group_ends(group, Rank(rank), std::move(group_ranks), std::move(peer_ranks));
+      process_group_ends(group, Rank(rank), std::move(group_ranks), ids_of<Rank>(peers));
   return EngineHolder(new Engine(Rank(rank), std::move(ends.transport), std::move(ends.control),
-                                 watchdog_options(timeout_seconds)));
+                                 watchdog_options(milliseconds_of(timeout_seconds))));
 }
 
 at::Device message_device(Engine& engine, const std::string& device) {
@@ -75,9 +66,7 @@ void run(Engine& engine, const Program& program, py::object functions, bool trai
 
 void exchange(Engine& engine, MirrorExchange& reducer, const std::vector<int>& stages,
               const std::string& description) {
-  std::vector<Stage> ids;
-  for (const int stage : stages) ids.emplace_back(stage);
-  const Program program = make_reduce_program(engine.rank(), ids, description);
+  const Program program = make_reduce_program(engine.rank(), ids_of<Stage>(stages), description);
   interruptible([&] { engine.exchange(program, reducer); });
 }
 
@@ -119,7 +108,6 @@ void bind_engine(py::module_& module) {
   py::class_<MessageWay>(module, "MessageWay", "One way for one kind of message to or from a rank.")
       .def_property_readonly("peer", [](const MessageWay& way) { return way.peer.value(); })
       .def_readonly("kind", &MessageWay::kind)
-      .def_readonly("outgoing", &MessageWay::outgoing)
       .def(py::self == py::self);
 
   py::class_<Program>(module, "Program", "One rank's schedule, resolved for the engine.")
@@ -129,7 +117,6 @@ void bind_engine(py::module_& module) {
            py::arg("lowered"), py::arg("rank"), py::arg("description"))
       .def_readonly("planned_peak_activations", &Program::planned_peak_activations)
       .def_property_readonly("message_ways", &message_ways, "All that it sends and receives by.")
-      .def_readonly("digest", &Program::digest)
       .def_readonly("description", &Program::description)
       .def("__len__", [](const Program& program) { return program.instructions.size(); });
 
@@ -164,8 +151,6 @@ void bind_engine(py::module_& module) {
       .def_property_readonly("failure", &Engine::failure,
                              "What this rank last told the others; empty: nothing yet.")
       .def_property_readonly("cursor", &Engine::cursor)
-      .def_property_readonly("num_deferred",
-                             [](Engine& engine) { return engine.weight_queue()->num_pending(); })
       .def_property_readonly(
           "trace_events", [](Engine& engine) { return trace_events(trace_of(engine)); },
           "(action, start, end, wait) of each computation of the last step; nanoseconds.")

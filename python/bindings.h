@@ -36,4 +36,12 @@ inline std::chrono::milliseconds milliseconds_of(double seconds) {
   return std::chrono::milliseconds(static_cast<std::int64_t>(limited * 1000));
 }
 
+// Strong ids of the numbers that Python has for them.
+template <typename Id>
+std::vector<Id> ids_of(const std::vector<int>& numbers) {
+  std::vector<Id> ids;
+  for (const int number : numbers) ids.emplace_back(number);
+  return ids;
+}
+
 }  // namespace dualpipe

@@ -118,8 +118,7 @@ class Lowering {
   [[noreturn]] void fail_unused(const Transfer& message, const Channel& channel) const {
     throw ScheduleError(cat("rank ", channel.source, " makes what ",
                             to_string(recv_action(message)), " asks for, but rank ",
-                            channel.destination,
-                            " never uses it; verify_compute names what is missing"));
+                            channel.destination, " never uses it; verify() names what is missing"));
   }
 
   Placement placement_;
