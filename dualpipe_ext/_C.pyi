@@ -556,6 +556,7 @@ def deferred_linear(
     transposed: bool = False,
     weight_main_grad: torch.Tensor | None = None,
     bias_main_grad: torch.Tensor | None = None,
+    sharded: bool = False,
 ) -> torch.Tensor:
     """
     A linear layer that leaves the gradients of its parameters to the current queue.

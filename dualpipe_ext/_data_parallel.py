@@ -1,25 +1,30 @@
 """Stages that torch's data parallelism has changed: sharded by FSDP2, or wrapped, which is refused.
 
-FSDP gathers a stage's parameters for its forward, and reduces their gradients as soon as autograd is
-through with a stage's backward: once for every micro-batch, and before the W that computes most of
-them. Steps hold that back, and have it done once at their end. ``torch.distributed.pipelining`` does
-so for its own stages; there is no public way, so that the few internals are in this file alone.
+FSDP gathers a stage's parameters for its forward, and reduces their gradients as soon as autograd has
+finished a stage's backward: once for every micro-batch, and before the W that computes most of them.
+Steps of a pipeline gather once, at their beginning, and reduce once, at their end.
+``torch.distributed.pipelining`` reduces its stages so, too; as there is no public way, the few
+internals of FSDP that are needed stand in this file alone.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dualpipe_ext._C import PipelineError, process_group_all_gather
+from dualpipe_ext._sharded import mesh_groups
+from dualpipe_ext.host_groups import host_group
+
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["FullyShardedStages", "check_not_wrapped", "plain_in_forward"]
+__all__ = ["FullyShardedStages", "check_not_wrapped"]
 
 
 def check_not_wrapped(stage: int, module: nn.Module) -> None:
@@ -40,35 +45,31 @@ def check_not_wrapped(stage: int, module: nn.Module) -> None:
         )
 
 
-def plain_in_forward(module: nn.Module) -> set[int]:
-    """The identities of parameters that are sharded now, but whole and plain in a forward."""
-    return {
-        id(managed.sharded_param)
-        for root in _outermost(module)
-        for state in _states(root)
-        for group in _groups(state)
-        for managed in group.fsdp_params
-        if not managed.is_dtensor  # those that tensor parallelism has sharded as well stay so
-    }
-
-
 class FullyShardedStages:
-    """What FSDP has sharded of the stages of one rank; it may be nothing.
+    """What FSDP2 has sharded of the stages of one rank; it may be nothing.
+
+    A step has FSDP's collectives before its first and after its last computation alone, and replicas
+    tell each other in between whether it has failed: so their collectives never get out of step.
 
     Args:
         modules: the stages, in the same order on all replicas.
+        timeout: seconds to wait for the other replicas at the end of a step.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], timeout: float) -> None:
         self._modules = modules
+        self._timeout = timeout
         self._roots = self._find()
-        self._is_known = False  # that nothing was sharded since
+        self._is_known = False  # that there are no others
+        self._replicas = mesh_groups(self._roots)
+        for group in (group for root in self._roots for group in _groups_of(root)):
+            group.post_forward_mesh_info = None  # a forward leaves parameters gathered
 
     def check(self) -> None:
-        """For the first step of a pipeline.
+        """Looks, in the first step, whether something was sharded after the pipeline was made.
 
         Raises:
-            ValueError: something was sharded after the pipeline was made.
+            ValueError: it was.
         """
         if not self._is_known and self._find() != self._roots:
             raise ValueError(
@@ -79,59 +80,83 @@ class FullyShardedStages:
 
     @contextmanager
     def step(self, *, training: bool) -> Iterator[None]:
-        """A step of the pipeline: parameters stay gathered, and gradients are reduced at its end.
+        """A step of the pipeline. Reduced gradients are added to those in ``.grad``, as FSDP does.
 
-        They are added to those in ``.grad``, as FSDP does. Those of a step that failed are dropped.
+        Raises:
+            PipelineError: the step failed on another replica, and so on all of them.
         """
-        for root in self._roots:
-            _set_last(root, False)
-        try:
+        if not self._roots:
             yield
+            return
+        succeeds = False
+        try:
+            self._gather()
+            try:
+                yield
+            except Exception:
+                with suppress(PipelineError):
+                    self._agree(has_failed=True)
+                raise
+            self._agree(has_failed=False)
             for root in self._roots if training else ():
                 _reduce(root)
-        except BaseException:
-            for root in self._roots:
-                _drop(root)
-            raise
+            succeeds = True
         finally:
             for root in self._roots:
-                _set_last(root, True)
-                root.reshard()
+                _end(root) if succeeds else _begin_anew(root)
 
     def _find(self) -> list[FSDPModule]:
         return [root for module in self._modules for root in _outermost(module)]
 
+    def _gather(self) -> None:
+        """Begins to gather all parameters; the forward of each module waits for its own."""
+        for root in self._roots:
+            _set_last(root, False)
+            for module in _sharded_modules(root):
+                module.unshard(async_op=True)
+
+    def _agree(self, *, has_failed: bool) -> None:
+        failed = float(has_failed)
+        for group in self._replicas:
+            told = process_group_all_gather(host_group(group), [failed], self._timeout)
+            failed = max(flag for (flag,) in told)
+        if failed:
+            raise PipelineError(
+                "this step has failed on another replica of the pipeline; what was raised there "
+                "says why"
+            )
+
 
 def _outermost(module: nn.Module) -> Iterator[FSDPModule]:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:  # who has such a module has imported it
-        return
-    if isinstance(module, fsdp.FSDPModule):
-        yield module
+    if _is_sharded(module):
+        yield module  # type: ignore[misc]
         return
     for child in module.children():
         yield from _outermost(child)
 
 
-def _states(root: Any) -> list[Any]:
-    """Those of the module and of what is sharded by itself within it, each once."""
-    states = (m._get_fsdp_state() for m in root.modules() if _is_fsdp(m))
-    return list(dict.fromkeys(states))
+def _is_sharded(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # who has such a module has imported it
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-def _is_fsdp(module: nn.Module) -> bool:
-    return isinstance(module, sys.modules["torch.distributed.fsdp"].FSDPModule)
+def _sharded_modules(root: Any) -> list[Any]:
+    """The module and what is sharded by itself within it; of modules that FSDP has as one, one."""
+    by_state = {m._get_fsdp_state(): m for m in root.modules() if _is_sharded(m)}
+    return list(by_state.values())
 
 
-def _groups(state: Any) -> list[Any]:
-    groups = getattr(state, "_fsdp_param_groups", None)  # from torch 2.12 on; before, there was one
-    if groups is None:
-        groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
-    return list(groups)
+def _groups_of(root: Any) -> list[Any]:
+    """FSDP's groups of parameters, which are gathered and reduced together."""
+    states = [module._get_fsdp_state() for module in _sharded_modules(root)]
+    if all(hasattr(state, "_fsdp_param_groups") for state in states):
+        return [group for state in states for group in state._fsdp_param_groups]
+    single = (state._fsdp_param_group for state in states)  # up to torch 2.12
+    return [group for group in single if group is not None]
 
 
 def _set_last(root: FSDPModule, is_last: bool) -> None:
-    """Whether the next backward is the last one before the gradients are used."""
+    """Whether the next backward is the last one before gradients are used."""
     root.set_is_last_backward(is_last)
     root.set_requires_gradient_sync(is_last)
     root.set_reshard_after_backward(is_last)
@@ -140,24 +165,29 @@ def _set_last(root: FSDPModule, is_last: bool) -> None:
 def _reduce(root: FSDPModule) -> None:
     """What FSDP does at the end of a backward, with all that was added up since."""
     _set_last(root, True)
-    for state in _states(root):
-        for group in _groups(state):
-            group.post_backward()
+    for group in _groups_of(root):
+        group.post_backward()
     root._get_fsdp_state()._root_post_backward_final_callback()
 
 
-def _drop(root: FSDPModule) -> None:
-    """Has FSDP begin anew, whatever it was at, without the gradients that it held back."""
-    states = _states(root)
-    state = root._get_fsdp_state()
-    for group in (group for each in states for group in _groups(each)):
-        for managed in group.fsdp_params:
-            managed.unsharded_accumulated_grad = None
-            if hasattr(managed, "_unsharded_param"):
-                managed._unsharded_param.grad = None
+def _end(root: FSDPModule) -> None:
+    """The module is as it was before the step: sharded."""
+    _set_last(root, True)
+    for module in _sharded_modules(root):
+        module.reshard()
+
+
+def _begin_anew(root: FSDPModule) -> None:
+    """Has FSDP begin anew, wherever it was, without the gradients that it held back."""
+    for managed in (managed for group in _groups_of(root) for managed in group.fsdp_params):
+        managed.unsharded_accumulated_grad = None
+        if hasattr(managed, "_unsharded_param"):
+            managed._unsharded_param.grad = None
+    _set_last(root, True)
     if hasattr(root, "reset_iter_state"):  # from torch 2.13 on
         root.reset_iter_state()
-        return
-    root.set_requires_gradient_sync(False)
-    state._state_ctx.iter_forward_root = None
-    state._root_post_backward_final_callback()
+    else:
+        root.set_requires_gradient_sync(False)  # there is nothing to reduce
+        root._get_fsdp_state()._state_ctx.iter_forward_root = None
+        root._get_fsdp_state()._root_post_backward_final_callback()
+    _end(root)

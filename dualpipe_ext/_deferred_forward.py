@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dualpipe_ext import _C
+from dualpipe_ext._sharded import is_sharded
 
 __all__ = ["DeferredForward"]
 
@@ -63,5 +64,6 @@ def _deferred_forward(self: nn.Module, input: Tensor) -> Tensor:
         transposed=not isinstance(self, nn.Linear),
         weight_main_grad=getattr(weight, "main_grad", None),
         bias_main_grad=getattr(bias, "main_grad", None),
+        sharded=is_sharded(weight),
     )
     return output

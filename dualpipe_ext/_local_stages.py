@@ -82,7 +82,7 @@ class LocalStages:
         self.weight_split = self._split_weights()
         save_memory(self.modules, config.memory_optimization)
         self.mirrors = self._find_mirrors()
-        self.fully_sharded = FullyShardedStages(self.modules)
+        self.fully_sharded = FullyShardedStages(self.modules, config.timeout)
         self.offer = offered_transport(config, found, threads=group.are_threads)
         self.transport: Transport = "host"
         self.gpu: GpuSettings | None = None

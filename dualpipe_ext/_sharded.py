@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch.distributed as dist
@@ -18,6 +19,7 @@ __all__ = [
     "describe_sharding",
     "is_sharded",
     "local_part",
+    "mesh_groups",
     "shard_groups",
 ]
 
@@ -62,6 +64,13 @@ def check_whole(module: nn.Module, what: str, remedy: str) -> None:
                 f"{what}, and {name} is sharded ({parameter.placements} on a mesh of "
                 f"{tuple(parameter.device_mesh.shape)}): {remedy}"
             )
+
+
+def mesh_groups(modules: Iterable[Any]) -> list[dist.ProcessGroup]:
+    """All groups of ranks, each once, that hold the parts of some parameter, or copies of them."""
+    meshes = (p.device_mesh for module in modules for p in module.parameters() if is_sharded(p))
+    groups = (mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim))
+    return list(dict.fromkeys(groups))
 
 
 def shard_groups(tensor: Tensor) -> ShardGroups:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,22 +214,22 @@ class Pipeline(nn.Module):
         self._num_steps += 1
         training = torch.is_grad_enabled()
         num_chunks = num_chunks or self.config.num_microbatches
-        try:
-            check_num_chunks(num_chunks)
-            self._local.fully_sharded.check()
-            if training:
-                self._unsummed.warn_if_used(self.rank)
-                self._unsummed.begin_step()
-            sum_within = sync_gradients and self._can_sum_within
-            if training and sum_within:
-                self._unsummed.warn_if_accumulated(self.rank)
-            plan = self._planner.plan(num_chunks, training, sum_within)
-            step = self._make_step(plan, inputs, labels, criterion, training, return_outputs)
-            reducer = self._gradient_sum() if sum_within and training else None
-        except BaseException as error:  # whatever it is, the other ranks must not wait for this one
-            self._tell(error, is_step=True)
-            raise
+        sum_within = sync_gradients and self._can_sum_within
         with self._local.fully_sharded.step(training=training):
+            try:
+                check_num_chunks(num_chunks)
+                self._local.fully_sharded.check()
+                if training:
+                    self._unsummed.warn_if_used(self.rank)
+                    self._unsummed.begin_step()
+                if training and sum_within:
+                    self._unsummed.warn_if_accumulated(self.rank)
+                plan = self._planner.plan(num_chunks, training, sum_within)
+                step = self._make_step(plan, inputs, labels, criterion, training, return_outputs)
+                reducer = self._gradient_sum() if sum_within and training else None
+            except BaseException as error:  # the other ranks must not wait for this one
+                self._tell(error, is_step=True)
+                raise
             self._runner.run(plan, step, reducer)
         if training and not sum_within:
             self._unsummed.add()
@@ -246,7 +247,9 @@ class Pipeline(nn.Module):
         step here as well. For what goes wrong on one rank before the step.
         """
         self._num_steps += 1
-        self._tell(error, is_step=True)
+        with suppress(type(error)), self._local.fully_sharded.step(training=False):
+            self._tell(error, is_step=True)
+            raise error
 
     def abandon_sum(self, error: BaseException) -> None:
         """The same for the next :meth:`sync_gradients`, which is no step."""

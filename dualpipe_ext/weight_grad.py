@@ -13,7 +13,7 @@ from torch import nn
 
 from dualpipe_ext import _C
 from dualpipe_ext._deferred_forward import DeferredForward
-from dualpipe_ext.weight_report import WeightSplitReport, deferrable_layers, weight_split
+from dualpipe_ext.weight_report import WeightSplitReport, can_defer_natively, weight_split
 
 __all__ = [
     "WeightGradStore",
@@ -40,8 +40,9 @@ def defer_weight_gradients(module: nn.Module) -> WeightSplitReport:
     Returns:
         Which weights are deferred, which may be, which are not, and why.
     """
-    for layer in deferrable_layers(module):
-        layer.__dict__["forward"] = DeferredForward(layer)
+    for layer in module.modules():
+        if can_defer_natively(layer):
+            layer.__dict__["forward"] = DeferredForward(layer)
     return weight_split(module)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from dualpipe_ext._data_parallel import plain_in_forward
 from dualpipe_ext._deferred_forward import DeferredForward
+from dualpipe_ext._sharded import is_sharded
 
 TRANSFORMERS_MODULES = ("transformers.pytorch_utils", "transformers.modeling_utils")
 
@@ -91,12 +91,10 @@ def weight_split(module: nn.Module) -> WeightSplitReport:
     """Report which weights of a module can be deferred, without changing it."""
     functional = {id(layer) for layer in _used_as_functions(module)}
     compiled = {id(layer) for layer in _compiled(module)}
-    gathered = plain_in_forward(module)
     found: list[tuple[str, nn.Module, WeightSplit, str]] = []
     for name, layer in module.named_modules():
         if any(True for _ in layer.parameters(recurse=False)):
-            called, is_compiled = id(layer) not in functional, id(layer) in compiled
-            split, reason = _classify(layer, called, is_compiled, gathered)
+            split, reason = _classify(layer, id(layer) not in functional, id(layer) in compiled)
             found.append((name, layer, split, reason))
     counts = _count_weights([(layer, split) for _, layer, split, _ in found])
     return WeightSplitReport(
@@ -107,13 +105,10 @@ def weight_split(module: nn.Module) -> WeightSplitReport:
     )
 
 
-def deferrable_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The linear layers of a module whose forward a :class:`DeferredForward` can replace."""
-    gathered = plain_in_forward(module)
-    for layer in module.modules():
-        kind = _linear_class(layer)
-        if kind and not _own_forward(layer, kind) and not _unusable_weight(layer, gathered):
-            yield layer
+def can_defer_natively(layer: nn.Module) -> bool:
+    """Whether the layer is linear and a :class:`DeferredForward` can replace its forward."""
+    kind = _linear_class(layer)
+    return kind is not None and not _own_forward(layer, kind) and not _unusable_weight(layer)
 
 
 def _linear_class(layer: nn.Module) -> type[nn.Module] | None:
@@ -133,22 +128,20 @@ def _own_forward(layer: nn.Module, kind: type[nn.Module]) -> str:
     return "" if getattr(own, "__func__", None) is kind.forward else "its forward was replaced"
 
 
-def _unusable_weight(layer: nn.Module, gathered: set[int]) -> str:
+def _unusable_weight(layer: nn.Module) -> str:
     weight = layer._parameters.get("weight")
     if is_parametrized(layer) or weight is None:
         return "its weight is computed from other parameters"
     if is_lazy(weight):
         return "it has no weight yet; run it once first"
-    if type(weight) not in (nn.Parameter, Tensor) and id(weight) not in gathered:
+    if type(weight) not in (nn.Parameter, Tensor) and not is_sharded(weight):
         return f"its weight is a {type(weight).__name__}"
     if weight.is_complex():
         return "its weight is complex"
     return ""
 
 
-def _classify(
-    layer: nn.Module, called: bool, compiled: bool, gathered: set[int]
-) -> tuple[WeightSplit, str]:
+def _classify(layer: nn.Module, called: bool, compiled: bool) -> tuple[WeightSplit, str]:
     type_name = type(layer).__name__
     if not any(p.requires_grad for p in layer.parameters(recurse=False)):
         return WeightSplit.NONE, "frozen"
@@ -161,7 +154,7 @@ def _classify(
         return WeightSplit.STORE, f"{type_name} is not one of torch's layers"
     if reason := _own_forward(layer, kind):
         return WeightSplit.STORE, reason
-    if reason := _unusable_weight(layer, gathered):
+    if reason := _unusable_weight(layer):
         return WeightSplit.NONE, reason
     if compiled:
         return WeightSplit.NONE, "torch.compile computes it, and its gradients at once"

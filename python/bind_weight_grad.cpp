@@ -39,12 +39,13 @@ void translate_torch_errors(std::exception_ptr pointer) {
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight,
                   const std::optional<at::Tensor>& bias, bool transposed,
                   const std::optional<at::Tensor>& weight_main_grad,
-                  const std::optional<at::Tensor>& bias_main_grad) {
+                  const std::optional<at::Tensor>& bias_main_grad, bool sharded) {
   return deferred_linear(input, {.weight = weight,
                                  .bias = bias.value_or(at::Tensor()),
                                  .weight_main_grad = weight_main_grad.value_or(at::Tensor()),
                                  .bias_main_grad = bias_main_grad.value_or(at::Tensor()),
-                                 .transposed = transposed});
+                                 .transposed = transposed,
+                                 .sharded = sharded});
 }
 
 void bind_queue(py::module_& module) {
@@ -97,7 +98,7 @@ void bind_weight_grad(py::module_& module) {
   module.def("deferred_linear", &linear, py::arg("input"), py::arg("weight"),
              py::arg("bias").none(true), py::arg("transposed") = false,
              py::arg("weight_main_grad") = py::none(), py::arg("bias_main_grad") = py::none(),
-             py::call_guard<py::gil_scoped_release>(),
+             py::arg("sharded") = false, py::call_guard<py::gil_scoped_release>(),
              "A linear layer that leaves the gradients of its parameters to the current queue.");
 }
 

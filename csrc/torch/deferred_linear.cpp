@@ -222,17 +222,18 @@ class DeferredLinear : public autograd::Function<DeferredLinear> {
   }
 };
 
-bool can_own_grad(const at::Tensor& parameter) {
-  return !parameter.defined() ||
-         (parameter.is_leaf() && !parameter.key_set().has(c10::DispatchKey::Python));
+bool can_own_grad(const at::Tensor& parameter, bool sharded) {
+  if (!parameter.defined()) return true;
+  const bool is_subclass = parameter.key_set().has(c10::DispatchKey::Python);
+  return parameter.is_leaf() && (sharded || !is_subclass);
 }
 
 bool can_defer(const LinearParameters& parameters) {
   const bool wanted = parameters.weight.requires_grad() ||
                       (parameters.bias.defined() && parameters.bias.requires_grad());
   return wanted && at::GradMode::is_enabled() && parameters.weight.dim() == 2 &&
-         !parameters.weight.is_complex() && can_own_grad(parameters.weight) &&
-         can_own_grad(parameters.bias);
+         !parameters.weight.is_complex() && can_own_grad(parameters.weight, parameters.sharded) &&
+         can_own_grad(parameters.bias, parameters.sharded);
 }
 
 }  // namespace

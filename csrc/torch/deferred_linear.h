@@ -30,13 +30,15 @@ struct LinearParameters {
   at::Tensor weight_main_grad;  // gradients are added here instead of to .grad
   at::Tensor bias_main_grad;
   bool transposed = false;
+  bool sharded = false;  // they are DTensors, which hold their values in tensors of their own
 };
 
 // input [..., in] -> [..., out], bit-equal to at::linear (transposed: to at::addmm on flattened
 // rows), under autocast as well. Under a scope its backward leaves the gradients of the parameters
 // to the queue while that defers, and otherwise accumulates them at once; either way in place, and
 // through autograd's engine where a parameter has hooks. Elsewhere it is the plain operation: so it
-// is without gradients, and for parameters that are not leaves or hold no data of their own.
+// is without gradients, and for parameters that are not leaves, or are of a subclass that holds its
+// values elsewhere and are not said to be sharded.
 // Cannot be differentiated twice. Call it and the tasks it queues without the interpreter lock.
 [[nodiscard]] at::Tensor deferred_linear(const at::Tensor& input,
                                          const LinearParameters& parameters);

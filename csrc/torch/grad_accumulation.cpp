@@ -53,6 +53,8 @@ at::Tensor as_grad_of(const at::Tensor& parameter, const at::Tensor& grad) {
 bool takes_products(const GradTarget& target, const at::Tensor& factor) {
   const at::Tensor& sum = target.sum();
   if (has_hooks(target.parameter) || !sum.defined()) return false;
+  // A DTensor's product may be placed otherwise than its sum, which takes an addition of its own.
+  if (sum.key_set().has(c10::DispatchKey::Python)) return false;
   if (sum.scalar_type() == factor.scalar_type()) return true;
   return target.main_grad.defined() &&
          c10::promoteTypes(sum.scalar_type(), factor.scalar_type()) == sum.scalar_type();

@@ -38,6 +38,13 @@ PLACES, BESIDE = 2, 2  # ranks of a pipeline, and ranks in the same place
 CHUNKS, ROWS, WIDTH, HIDDEN = 8, 2, 5, 4  # rows of a micro-batch; a width in unequal shards
 HALF = CHUNKS * ROWS // 2
 STEPS = 6
+# (place, replicas, call of the stage, in its backward)
+FAILURES = [
+    (0, (0, 1), 2, False),
+    (1, (0, 1), 3, True),
+    (0, (1,), CHUNKS // 2, True),
+    (1, (0,), 1, False),
+]
 NAMES = ("dp", "pp")
 # What FSDP calls, under the names that torch has for it from 2.13 on, or those before.
 REDUCE = next(n for n in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, n))
@@ -98,11 +105,6 @@ def fsdp(module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
     for block in module.children():
         fully_shard(block, mesh=mesh, **options)
     fully_shard(module, mesh=mesh, **options)
-
-
-def fsdp_kept(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Whose forwards leave weights gathered."""
-    fsdp(module, mesh, reshard_after_forward=False)
 
 
 def fsdp_in_one(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -250,14 +252,21 @@ def failing(module: nn.Module, call: int, backward: bool) -> Iterator[None]:
 
 
 def after_failures() -> dict[str, Any]:
-    """Steps that fail in all replicas, and one that does not."""
+    """Steps that fail in some place of some replica, and one that does not."""
     rank = Rank()
     pipeline = rank.pipeline(fsdp)
     failures = []
-    for call, backward in ((2, False), (3, True), (CHUNKS // 2, True)):
-        with failing(pipeline.module[0][1], call, backward and rank.place == 0):  # type: ignore[index]
+    for place, replicas, call, backward in FAILURES:
+        is_here = place == rank.place and rank.beside in replicas
+        with failing(pipeline.module[0][1], call if is_here else 0, backward):  # type: ignore[index]
             failures.append(attempt(run_step, pipeline, rank.place, batch(1, rank.beside)))
         pipeline.zero_grad()
+    if rank.beside == 0:  # an error of the caller's, before anything runs
+        failures.append(attempt(pipeline.step, None, num_chunks=CHUNKS + 1))
+        pipeline.abandon_step(ValueError("no batch"))
+    else:
+        failures.append(attempt(run_step, pipeline, rank.place, batch(1, 1)))
+        failures.append(attempt(run_step, pipeline, rank.place, batch(1, 1)))
     run_step(pipeline, rank.place, batch(0, rank.beside), sync_gradients=True)
     return {"failures": failures, "grads": rank.gradients(pipeline)}
 
@@ -397,7 +406,6 @@ def everything(number: int, size: int, folder: Path) -> dict[str, Any]:
     return {
         "fsdp": one_step(fsdp, replicas=True),
         "fsdp, within": one_step(fsdp, replicas=True, within=True),
-        "fsdp, kept": one_step(fsdp_kept, replicas=True),
         "fsdp, 1f1b": one_step(fsdp, replicas=True, schedule="1f1b"),
         "fsdp, zb1p": one_step(fsdp, replicas=True, schedule="zb1p"),
         "fsdp, recomputed": one_step(

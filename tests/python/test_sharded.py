@@ -11,6 +11,7 @@ import torch
 from sharded_ranks import (
     BESIDE,
     CHUNKS,
+    FAILURES,
     HALF,
     PLACES,
     ROWS,
@@ -29,7 +30,6 @@ Found = list[dict[str, Any]]
 CASES = [
     "fsdp",
     "fsdp, within",
-    "fsdp, kept",
     "fsdp, 1f1b",
     "fsdp, zb1p",
     "fsdp, recomputed",
@@ -125,24 +125,19 @@ def _half(found: Found, rank: dict[str, Any]) -> int:
     return 1 - next(i for i, each in enumerate(found) if each is rank) % PLACES
 
 
-def test_fsdp_leaves_weights_to_w(found: Found) -> None:
-    """Norms are not deferred: 24 of 164 weights of a block are theirs and biases' of no product."""
+def test_weights_are_left_to_w(found: Found) -> None:
+    """Norms are not deferred, which have 10 of the 59 weights of a block."""
     for rank in found:
-        assert rank["fsdp"]["split"]["native"] > 0.8
+        for name in ("fsdp", "tp"):
+            assert rank[name]["split"]["native"] == pytest.approx(49 / 59)
         assert rank["fsdp, never split"]["split"]["native"] == 0.0
 
 
-def test_fsdp_reduces_once_a_step(found: Found) -> None:
+def test_fsdp_gathers_and_reduces_once_a_step(found: Found) -> None:
     """Each of two blocks in each stage, and not for every micro-batch."""
     for rank in found:
-        assert rank["fsdp"]["reductions"] == 2 * 2
-        assert rank["fsdp, 1f1b"]["reductions"] == 2
-
-
-def test_fsdp_gathers_once_a_step_where_forwards_leave_weights(found: Found) -> None:
-    for rank in found:
-        assert rank["fsdp, kept"]["gathers"] == 2 * 2
-        assert rank["fsdp"]["gathers"] > 2 * 2
+        for name, num_blocks in (("fsdp", 2 * 2), ("fsdp, 1f1b", 2)):
+            assert rank[name]["gathers"] == rank[name]["reductions"] == num_blocks
 
 
 def test_gradients_add_up_over_steps(found: Found) -> None:
@@ -186,13 +181,18 @@ def test_bf16_with_sums_in_float32(found: Found) -> None:
 
 
 def test_a_step_after_failed_ones(found: Found) -> None:
-    """Nothing of theirs is left in FSDP's hands."""
+    """Every failure is one of all replicas, and nothing of it is left in FSDP's hands."""
     model = nn.Sequential(*whole_stages())
     unsplit_loss(model, 0, BESIDE).backward()
     for rank in found:
-        for failure in rank["after failures"]["failures"]:
+        failures = rank["after failures"]["failures"]
+        for (_, replicas, _, _), failure in zip(FAILURES, failures, strict=False):
             assert failure.error == "PipelineError"
-            assert "no more" in failure.text
+            ours = rank["beside"] in replicas
+            assert ("no more" if ours else "failed on another replica") in failure.text
+        for failure in failures[len(FAILURES) :]:
+            told = "failed on another replica" if rank["beside"] else "num_microbatches is 9"
+            assert told in failure.text
         assert_close(rank["after failures"]["grads"], gradients(model))
 
 
