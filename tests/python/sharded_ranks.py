@@ -189,6 +189,23 @@ def one_step(shard: Shard, replicas: bool, **options: Any) -> dict[str, Any]:
     }
 
 
+def sharded_twice() -> dict[str, Any]:
+    """The whole model on one rank of a pipeline, by FSDP over replicas of its tensor parallelism."""
+    mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("dp", "tp", "pp"))
+    stage = nn.Sequential(*whole_stages())
+    for module in stage.children():
+        tensor_parallel(module, mesh["tp"])
+        fsdp(module, mesh["dp"])
+    config = DualPipeConfig(timeout=20.0)
+    group = mesh.get_group("pp")
+    pipeline = Pipeline([stage], "1f1b", process_group=group, config=config)
+    rows = batch(0, mesh.get_local_rank("dp"))
+    pipeline.step(rows, num_chunks=CHUNKS, criterion=criterion, labels=(rows.sin(),))
+    grads = {name: whole(p.grad) for name, p in stage.named_parameters()}
+    split = pipeline.weight_split.to_dict()["shares"]
+    return {"grads": grads, "norm": float(pipeline.clip_grad_norm_(0.5)), "split": split}
+
+
 def accumulated() -> dict[str, Any]:
     """Two steps of the same batch are one of twice the gradient."""
     rank = Rank()
@@ -416,6 +433,7 @@ def everything(number: int, size: int, folder: Path) -> dict[str, Any]:
         ),
         "tp": one_step(tensor_parallel, replicas=False),
         "tp, within": one_step(tensor_parallel, replicas=False, within=True),
+        "twice": sharded_twice(),
         "accumulated": accumulated(),
         "fsdp trained": trained(fsdp_in_one, replicas=True),
         "tp trained": trained(tensor_parallel, replicas=False),

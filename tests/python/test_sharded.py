@@ -125,6 +125,16 @@ def _half(found: Found, rank: dict[str, Any]) -> int:
     return 1 - next(i for i, each in enumerate(found) if each is rank) % PLACES
 
 
+def test_fsdp_over_tensor_parallelism(found: Found) -> None:
+    model = nn.Sequential(*whole_stages())
+    unsplit_loss(model, 0, BESIDE).backward()
+    expected = gradients(model)
+    for rank in found:
+        assert_close(rank["twice"]["grads"], expected)
+        assert math.isclose(rank["twice"]["norm"], norm_of(expected), rel_tol=1e-5)
+        assert rank["twice"]["split"] == rank["fsdp"]["split"]
+
+
 def test_weights_are_left_to_w(found: Found) -> None:
     """Norms are not deferred, which have 10 of the 59 weights of a block."""
     for rank in found:
