@@ -6,13 +6,13 @@
 
 namespace dualpipe {
 
-// Who is at fault decides the type, and with it the Python exception (python/bind_errors.cpp):
+// The type says who is at fault, and determines the Python exception (python/bind_errors.cpp):
 //
-//   UserError      a mistake of the caller                    ValueError
-//   TypeMismatch   a mistake of the caller about a type       TypeError
+//   UserError      the caller made a mistake                  ValueError
+//   TypeMismatch   the caller passed a wrong type             TypeError
 //   ScheduleError  a schedule that cannot be built or proved  ScheduleError, a ValueError
 //   PipelineError  a rank or a link failed                    PipelineError
-//   InternalError  a bug of this library                      InternalError
+//   InternalError  a bug in this library                      InternalError
 class UserError : public std::invalid_argument {
  public:
   using std::invalid_argument::invalid_argument;
@@ -38,7 +38,7 @@ class InternalError : public std::logic_error {
   using std::logic_error::logic_error;
 };
 
-// Joins anything that can be streamed: cat("rank ", rank, " of ", num_ranks).
+// Concatenates anything that can be streamed: cat("rank ", rank, " of ", num_ranks).
 template <typename... Parts>
 std::string cat(const Parts&... parts) {
   std::ostringstream out;
@@ -48,7 +48,8 @@ std::string cat(const Parts&... parts) {
 
 }  // namespace dualpipe
 
-// Throws InternalError with the place. For conditions that only a bug of ours can break.
+// Throws InternalError with file and line. For conditions that only a bug in this library can
+// violate.
 #define DUALPIPE_CHECK(condition, ...)                                                            \
   do {                                                                                            \
     if (!(condition)) [[unlikely]] {                                                              \

@@ -7,7 +7,7 @@
 
 namespace dualpipe {
 
-// A number that cannot be mixed up with another kind of number: a rank is never a stage.
+// An integer id that does not convert to another kind of id: a rank is never a stage.
 template <typename Tag>
 class StrongId {
  public:
@@ -15,7 +15,7 @@ class StrongId {
   constexpr explicit StrongId(std::int32_t value) : value_(value) {}
 
   [[nodiscard]] constexpr std::int32_t value() const { return value_; }
-  // For indexing containers; an invalid (negative) id must not get here.
+  // For indexing containers; the id must be valid.
   [[nodiscard]] constexpr std::size_t index() const { return static_cast<std::size_t>(value_); }
   [[nodiscard]] constexpr bool valid() const { return value_ >= 0; }
 

@@ -8,7 +8,7 @@
 namespace dualpipe {
 namespace {
 
-constexpr unsigned kDriverVersion = 12'000;  // whose interface is meant, not what has to be there
+constexpr unsigned kDriverVersion = 12'000;  // of the interface, not a minimum for the driver
 
 void* look_up(const char* name) {
   void* found = nullptr;

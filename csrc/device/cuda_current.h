@@ -2,9 +2,9 @@
 
 namespace dualpipe {
 
-// Makes a GPU this thread's current one, and the one before it again at the end: unless this
-// process does not use that one, where going back would leave a context and its memory. Threads of
-// our own have never chosen a GPU and count as having the first.
+// Makes a GPU this thread's current one and restores the previous one at the end, unless this
+// process has no context on it: restoring it would create one, which takes memory. Threads of our
+// own have never chosen a GPU, so their previous one is the first.
 class OnDevice {
  public:
   explicit OnDevice(int device);
@@ -16,8 +16,8 @@ class OnDevice {
   int before_ = 0;
 };
 
-// A call of the CUDA driver by its name, so that nothing is linked to the driver, which machines
-// without a GPU lack. UserError where the driver does not have it.
+// Looks up a call of the CUDA driver by name, so that nothing is linked against the driver, which
+// machines without a GPU lack. Throws UserError if the driver does not have it.
 [[nodiscard]] void* find_driver_call(const char* name);
 template <typename Call>
 [[nodiscard]] Call* driver_call(const char* name) {

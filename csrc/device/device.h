@@ -11,24 +11,25 @@ namespace dualpipe {
 
 class Stream;
 
-// A point in the work of a stream. Immutable once recorded; any thread may ask.
+// A point in a stream's work. Immutable once recorded; usable from any thread.
 class Event {
  public:
   virtual ~Event() = default;
   [[nodiscard]] virtual bool done() const = 0;
   virtual void synchronize() const = 0;  // blocks the host
-  // What is issued on the stream from now on starts after this.
+  // Work issued on the stream from now on starts after this event.
   virtual void hold_back(Stream& stream) const = 0;
 };
-using EventPtr = std::shared_ptr<Event>;  // null: what it stands for is done already
+using EventPtr = std::shared_ptr<Event>;  // null: already done
 
-// A queue of work that a device does in order, beside that of other streams. Any thread.
+// A queue of work that a device executes in order, concurrently with other streams. Usable from any
+// thread.
 class Stream {
  public:
   virtual ~Stream() = default;
-  // All work issued so far.
+  // The end of all work issued so far.
   [[nodiscard]] virtual EventPtr record() = 0;
-  // What libraries call the stream: a cudaStream_t.
+  // The native handle that libraries take: a cudaStream_t.
   [[nodiscard]] virtual void* handle() const = 0;
 
   void wait(const EventPtr& event) {
@@ -36,39 +37,39 @@ class Stream {
   }
 };
 
-// When a stream gets to points in its work, by the device's own clock. One thread.
+// Records when a stream reaches points in its work, by the device's own clock. For one thread.
 class Stopwatch {
  public:
   virtual ~Stopwatch() = default;
-  // After all work issued so far.
+  // Marks the end of all work issued so far.
   virtual void mark() = 0;
-  // Nanoseconds from the first mark to each of them. Blocks until the stream is past the last one.
+  // Nanoseconds from the first mark to each mark. Blocks until the stream has passed the last one.
   [[nodiscard]] virtual std::vector<std::int64_t> read() = 0;
 };
-// Of the stream that the calling thread computes on. None on the host, where work is over when the
-// call returns and the host's clock says how long it took.
+// Makes one for the stream that the calling thread computes on. Empty on the host, where work is
+// done when the call returns and the host's clock shows how long it took.
 using StopwatchMaker = std::function<std::unique_ptr<Stopwatch>()>;
 
-// What one rank computes on, as far as the engine must know it. On the host work is over when the
-// call returns, so that events are null and nothing waits; csrc/torch/cuda_* gives a real one. Any
-// thread.
+// What one rank computes on, as far as the engine needs to know. On the host, work is done when the
+// call returns, so events are null and nothing waits; csrc/torch/cuda_* has a real device. Usable
+// from any thread.
 class Device {
  public:
   virtual ~Device() = default;
-  // A step begins on this thread: what it computes on now is the compute stream.
+  // A step begins on this thread: the stream it now computes on becomes the compute stream.
   virtual void begin() = 0;
   [[nodiscard]] virtual Stream& compute() = 0;
-  // Beside the compute stream: for sums of gradients. Several numbers may be one stream.
+  // Streams beside the compute stream, for summing gradients. Different numbers may share a stream.
   static constexpr std::size_t kNumReductions = 2;
   [[nodiscard]] virtual Stream& reduction(std::size_t number) = 0;
-  // Calls work(); what it computes, it computes on that reduction stream.
+  // Calls work() with that reduction stream as the one to compute on.
   virtual void reduce(std::size_t number, const std::function<void()>& work) = 0;
-  // Whether a reduction stream may wait for another rank while computation is still to be issued:
-  // in a shared hardware queue it would hold that back, of whichever rank.
+  // Whether a reduction stream may wait for another rank before all computation has been issued: in
+  // a shared hardware queue the wait would block the computation behind it, whichever rank's it is.
   [[nodiscard]] virtual bool reductions_may_wait() const { return true; }
-  // A stream for messages, ahead of computation where the device lets one be.
+  // A stream for messages, with priority over computation if the device supports that.
   [[nodiscard]] virtual std::unique_ptr<Stream> new_stream() = 0;
-  // Memory that streams may use.
+  // Allocates memory that streams may use.
   [[nodiscard]] virtual std::shared_ptr<Allocator> allocator() = 0;
 };
 

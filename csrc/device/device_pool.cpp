@@ -24,7 +24,7 @@ struct DevicePool::State {
     if (waiting.empty()) {
       return {memory.acquire(capacity), reader.record()};
     }
-    // The one that was let go first: most likely nobody has to wait for it.
+    // The one released first: its reads are the most likely to have finished.
     Returned oldest = std::move(waiting.front());
     waiting.erase(waiting.begin());
     return oldest;
@@ -36,10 +36,10 @@ struct DevicePool::State {
     const std::size_t capacity = buffer->capacity();
     returned[capacity].push_back({std::move(buffer), std::move(free)});
   } catch (const std::exception&) {
-    // The device is broken, which its next user gets to know: no event of it means anything.
+    // The device is broken and its events mean nothing; the next user will get the error.
   }
 
-  const std::shared_ptr<Device> device;  // keeps the reader
+  const std::shared_ptr<Device> device;  // keeps the reader alive
   Stream& reader;
   BufferPool memory;
   std::mutex mutex;

@@ -27,7 +27,7 @@ struct HostStream::State {
   bool idle = false;  // the worker sleeps
   bool stopping = false;
   std::thread worker;
-  const pid_t process = getpid();  // the worker's
+  const pid_t process = getpid();  // the one that has the worker
 };
 
 void HostStream::State::work() {
@@ -52,7 +52,7 @@ void HostStream::State::run_one(std::unique_lock<std::mutex>& lock) {
   } catch (...) {
     thrown = std::current_exception();
   }
-  task = nullptr;  // what it holds is let go before anybody is told that it is done
+  task = nullptr;  // release what it holds before anyone sees that it is done
   lock.lock();
   if (thrown) error = std::move(thrown);
   ++num_done;

@@ -7,8 +7,8 @@ namespace dualpipe {
 
 // The host's counterpart of a CUDA stream: one worker thread that runs tasks in order. A task that
 // throws stops the stream: later tasks are dropped until synchronize() has rethrown the error.
-// Thread-safe. The destructor drops what has not begun, waits for the task at work and never
-// throws. In a forked child, which lacks the worker, it leaks.
+// Thread-safe. The destructor drops tasks that have not begun, waits for the running one and never
+// throws; in a forked child, which lacks the worker, it leaks.
 class HostStream {
  public:
   explicit HostStream(const char* name);  // at most 15 characters, shown by debuggers
@@ -21,7 +21,7 @@ class HostStream {
   // Blocks until all tasks so far are done; rethrows the first error since the last call.
   void synchronize();
 
-  // Throws what synchronize() will rethrow, if a task has thrown yet. The stream stays stopped.
+  // Throws what synchronize() will rethrow, if a task has already thrown. The stream stays stopped.
   void throw_if_failed() const;
 
  private:

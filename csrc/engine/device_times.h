@@ -9,27 +9,26 @@
 
 namespace dualpipe {
 
-// When the device did what the executor issued: marks in the compute stream around each
-// computation of a step, read when somebody asks.
+// When the device executed what the executor issued: marks in the compute stream around each
+// computation of a step, read on demand.
 class DeviceTimes {
  public:
-  // The step begins.
+  // Marks the beginning of the step.
   explicit DeviceTimes(std::unique_ptr<Stopwatch> stopwatch);
 
   void begin_computation();
-  void end_wait();  // the stream waits for no message of this computation any more, or for others
+  void end_wait();  // after a wait for a message; a computation's last call counts
   void end_computation();
   void end_step();
 
-  // Puts the device's times in the place of the host's. Blocks until the device is done with the
-  // step.
+  // Replaces the host's times with the device's. Blocks until the device has finished the step.
   void write_to(Trace& trace);
 
  private:
   using Mark = std::size_t;
   struct Computation {
     Mark start = 0;
-    Mark ready = 0;  // the start, where it waits for nothing
+    Mark ready = 0;  // equals start if it waits for nothing
     Mark end = 0;
   };
   Mark mark();

@@ -8,11 +8,13 @@
 namespace dualpipe {
 namespace {
 
-// A broken link is most often the echo of a failure elsewhere: how long to wait for its report.
+// A broken link is usually the consequence of a failure elsewhere: how long to wait for the report
+// of that failure.
 constexpr std::chrono::milliseconds kReportPatience{1000};
 constexpr std::chrono::milliseconds kReportPoll{10};
 
-// What users look at is the trace of their last step, whatever was exchanged since.
+// Restores the trace at the end: users look at that of their last step, whatever was exchanged
+// since.
 class KeepsTrace {
  public:
   explicit KeepsTrace(Executor& executor)
@@ -80,7 +82,8 @@ void Engine::run_nothing(const char* description, const Work& work) {
   });
 }
 
-// Runs what all ranks run now, under the watchdog's eyes; a failure becomes everybody's.
+// Runs what all ranks run now, guarded by the watchdog; a failure on one rank becomes a failure on
+// all.
 template <typename Work>
 void Engine::guard(GradientReducer* reducer, const Work& work) {
   ++num_runs_;
@@ -116,7 +119,7 @@ void Engine::raise_failure(GradientReducer* reducer) {
       recover(reducer);
       throw PipelineError(own);
     }
-    transport_->abort(*failure);  // a reducer's threads may still wait
+    transport_->abort(*failure);  // the reducer's threads may still be waiting
     recover(reducer);
     if (failure->rank == rank_) throw PipelineError(with_place(failure->text, where));
     throw PipelineError(cat(failure->text, "\n(noticed by ", where, ")"));
@@ -133,7 +136,7 @@ void Engine::report(const std::string& text) noexcept {
   try {
     control_->report(failure);
   } catch (const std::exception&) {
-    // The side channel is gone: the others find out by their links.
+    // The control plane is gone: the other ranks will notice through their links.
   }
   transport_->abort(failure);
 }
@@ -148,7 +151,7 @@ void Engine::recover(GradientReducer* reducer) noexcept {
   } catch (const std::exception& error) {
     unrecovered_ = error.what();
   }
-  control_->advance_epoch();  // in any case: this rank reports in the epoch that the others are in
+  control_->advance_epoch();  // in any case: this rank must report in the same epoch as the others
 }
 
 std::optional<Failure> Engine::await_report() noexcept {

@@ -15,14 +15,14 @@
 
 namespace dualpipe {
 
-// One rank of one pipeline: runs steps, and makes the failure of any rank the failure of all.
-// Holds no global state; several live in one process. One thread at a time.
+// One rank of one pipeline: runs steps, and makes the failure of any rank the failure of all. Holds
+// no global state; several can live in one process. One thread at a time.
 class Engine {
  public:
   Engine(Rank rank, std::unique_ptr<Transport> transport, std::unique_ptr<ControlPlane> control,
          Watchdog::Options options, std::shared_ptr<Device> device = host_device());
 
-  // Meets the other ranks ahead of the first step, which then finds all connections made; all
+  // Connects to the other ranks ahead of the first step, which then finds all connections made. All
   // ranks must call it, or none. Throws as run() does.
   void connect();
 
@@ -34,34 +34,34 @@ class Engine {
   void run(const Program& program, StageRunner& runner, GradientReducer* reducer,
            std::uint64_t shapes = 0);
 
-  // A step without computation: its program holds REDUCE_GRAD alone. The same contract as run();
-  // the trace stays that of the last run().
+  // A step without computation: its program consists of REDUCE_GRAD only. Same contract as run(),
+  // but the trace remains that of the last run().
   void exchange(const Program& program, GradientReducer& reducer);
 
-  // A step of nothing: returns when the devices of all ranks are through with what they were told.
-  // The same contract as run(), which over device memory may return before a message fails.
+  // An empty step: returns when the devices of all ranks have finished their work. Same contract as
+  // run(), which with messages in device memory may return before one of them fails.
   void synchronize();
 
-  // Fails a step before it begins, for a mistake that only this rank may have made: the others
-  // must not wait for it. is_step: they are in one, not in an exchange. Returns; the caller raises
-  // its own error.
+  // Fails a step before it begins, for a mistake that perhaps only this rank made: the others must
+  // not wait for it. is_step: the others are in a step, not in an exchange. Returns normally; the
+  // caller raises its own error.
   void fail(const std::string& text, bool is_step = true) noexcept;
 
-  // The next step is called number num_steps + 1.
+  // Makes num_steps + 1 the number of the next step.
   void resume_at(std::int64_t num_steps) { num_steps_ = num_steps; }
 
   [[nodiscard]] Rank rank() const { return rank_; }
   [[nodiscard]] Transport& transport() { return *transport_; }
   [[nodiscard]] Device& device() { return *device_; }
   [[nodiscard]] const std::shared_ptr<WeightQueue>& weight_queue() const { return weight_queue_; }
-  // As Executor has them.
+  // As in Executor.
   void clock_with(StopwatchMaker stopwatches) { executor_.clock_with(std::move(stopwatches)); }
   void time_device(bool on) { executor_.time_device(on); }
   [[nodiscard]] bool blocks_on_trace() const { return executor_.blocks_on_trace(); }
   [[nodiscard]] const Trace& trace() { return executor_.trace(); }
   // What this rank last reported to the others.
   [[nodiscard]] const std::string& failure() const { return failure_; }
-  // Steps that were begun, failed ones included; exchanges are none.
+  // Steps begun, including failed ones; exchanges do not count.
   [[nodiscard]] std::int64_t num_steps() const { return num_steps_; }
   // Where the last step stopped: an index into its program's instructions.
   [[nodiscard]] int cursor() const { return executor_.cursor(); }
@@ -80,7 +80,7 @@ class Engine {
   [[nodiscard]] std::optional<Failure> await_report() noexcept;
   [[nodiscard]] std::string place() const;
   [[nodiscard]] std::string with_place(const std::string& text, const std::string& where) const;
-  // What people call a run that is no step.
+  // How messages refer to a run that is not a step.
   [[nodiscard]] std::string between_steps() const;
 
   Rank rank_;
@@ -89,7 +89,7 @@ class Engine {
   std::shared_ptr<Device> device_;
   std::shared_ptr<WeightQueue> weight_queue_ = std::make_shared<WeightQueue>();
   Executor executor_;
-  std::int64_t num_runs_ = 0;  // steps and all else that ranks run together
+  std::int64_t num_runs_ = 0;  // steps and everything else that all ranks run together
   std::int64_t num_steps_ = 0;
   std::string failure_;
   std::optional<std::string> unrecovered_;  // why the transport could not recover

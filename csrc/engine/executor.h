@@ -27,32 +27,33 @@ class Executor final : public Progress {
     std::string name;         // for people: "step 3"
   };
 
-  // Makes ready for a step: from now on others may ask for the progress. Program, runner and
-  // reducer must outlive the step; these two may be null where the program has no use for them.
+  // Prepares a step; from now on other threads may query its progress. Program, runner and reducer
+  // must outlive the step; the latter two may be null if the program does not need them.
   void begin(const Program& program, Run run, StageRunner* runner, GradientReducer* reducer);
 
-  // Instead of the step that was begun: meets the other ranks.
+  // Connects to the other ranks, in place of running the step that was prepared.
   void connect();
 
-  // The step that was begun, commit included. Throws what computation or transport throw.
-  // shapes: StepInfo::shapes.
+  // Runs the step that was prepared, including its commit. Throws whatever the computation or the
+  // transport throws. shapes: StepInfo::shapes.
   void run(std::uint64_t shapes);
 
-  // Lets go of all messages: after a step that threw.
+  // Releases all messages. For use after a step that threw.
   void clear();
 
-  // The clock of what stages compute on; without one there is the host's alone.
+  // Sets the clock of the device that stages compute on; without one there is only the host's.
   void clock_with(StopwatchMaker stopwatches) { stopwatches_ = std::move(stopwatches); }
-  // Whether the traces of the steps from now on are by that clock.
+  // Whether traces of later steps use that clock.
   void time_device(bool on) { times_device_ = on; }
 
-  // Of the last step. Blocks until the device is done with it where blocks_on_trace().
+  // The trace of the last step. If blocks_on_trace(), blocks until the device has finished the
+  // step.
   [[nodiscard]] const Trace& trace();
   [[nodiscard]] bool blocks_on_trace() const { return trace_.device_times != nullptr; }
-  // Puts another trace in the place of the last one, which is returned.
+  // Replaces the last trace and returns it.
   Trace replace_trace(Trace trace) { return std::exchange(trace_, std::move(trace)); }
 
-  // The index of the instruction at work, or of the one that threw.
+  // The index of the current instruction, or of the one that threw.
   [[nodiscard]] int cursor() const { return cursor_.load(std::memory_order_relaxed); }
 
   [[nodiscard]] std::chrono::nanoseconds waiting() const override;
@@ -83,16 +84,16 @@ class Executor final : public Progress {
   Trace trace_;
   StopwatchMaker stopwatches_;
   bool times_device_ = false;
-  std::shared_ptr<DeviceTimes> device_times_;  // of the step at work
+  std::shared_ptr<DeviceTimes> device_times_;  // of the current step
   std::int64_t step_start_ns_ = 0;
-  std::int64_t start_ns_ = 0;  // of the computation at work
-  std::int64_t wait_ns_ = 0;   // of that
+  std::int64_t start_ns_ = 0;  // of the current computation
+  std::int64_t wait_ns_ = 0;   // its waits for messages
 
   Run run_;
   std::atomic<int> cursor_{0};
   std::atomic<int> awaited_{-1};                   // the last receive that computation waited for
   std::atomic<std::int64_t> waiting_since_ns_{0};  // 0: not waiting
-  std::atomic<bool> has_begun_{false};             // the others have begun the step, too
+  std::atomic<bool> has_begun_{false};             // begin_step() has returned
 };
 
 }  // namespace dualpipe

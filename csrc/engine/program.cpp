@@ -48,7 +48,7 @@ class Resolver {
   [[nodiscard]] int num_slots() const { return num_slots_; }
 
  private:
-  // Data is known by who uses it: an activation or a gradient for (stage, micro-batch).
+  // Data is identified by its consumer: an activation or a gradient for (stage, micro-batch).
   using Key = std::tuple<MessageKind, Stage, Microbatch>;
 
   static bool is_forward(const Action& action) {
@@ -118,7 +118,7 @@ class Resolver {
   int num_slots_ = 0;
 };
 
-// A REDUCE_GRAD stands behind the last computation of its stage that adds to gradients.
+// A REDUCE_GRAD comes after the last computation that adds to its stage's gradients.
 void mark_last_weights(std::vector<Instruction>& instructions) {
   std::map<Stage, Instruction*> last;
   for (Instruction& instruction : instructions) {

@@ -26,13 +26,13 @@ struct Computation {
 };
 
 struct Instruction {
-  Action action;                // what stands in the schedule
+  Action action;                // as in the schedule
   Computation first;            // F, B, I, or the forward half of a pair
   Computation second;           // the backward half of a pair
   Rank peer;                    // sends and receives
   MessageId message{};          // sends and receives
   int index = -1;               // a send's slot, a receive's number
-  bool is_last_weight = false;  // a W behind which the gradients of its stage are final
+  bool is_last_weight = false;  // a W after which its stage's gradients are final
 };
 
 // One rank's lowered schedule with everything resolved. Immutable; shared by all steps that run it.
@@ -46,14 +46,15 @@ struct Program {
   std::string description;
 };
 
-// All that a program sends and receives by, sorted.
+// The ways by which a program sends and receives, sorted.
 [[nodiscard]] std::vector<MessageWay> message_ways(const Program& program);
 
-// description: for people, in the errors of ranks that disagree. The schedule must be verified.
+// description: for people, in the errors of ranks that disagree. The schedule must have been
+// verified.
 [[nodiscard]] Program make_program(const Schedule& lowered, Rank rank, std::string description);
 
-// A step that only has its GradientReducer work on the stages that the rank holds. Ranks that run
-// different ones, by their description, disagree as those with different schedules do.
+// A step that only reduces gradients: those of the given stages, which the rank holds. Ranks whose
+// descriptions differ disagree, as ranks with different schedules do.
 [[nodiscard]] Program make_reduce_program(Rank rank, const std::vector<Stage>& stages,
                                           std::string description);
 

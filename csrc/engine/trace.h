@@ -11,8 +11,9 @@ namespace dualpipe {
 
 class DeviceTimes;
 
-// Whose times they are. A host that runs ahead of its device knows when it issued work. A device's
-// step begins when its stream gets there, and ends behind the last computation of this rank.
+// Whose clock the times are from. A host that runs ahead of its device only knows when it issued
+// the work. On the device's clock, the step begins when its stream gets there and ends after the
+// last computation of this rank.
 enum class Clock : std::uint8_t { kHost, kDevice };
 
 // One computation of a step as it happened. Times in nanoseconds since the step began.
@@ -20,7 +21,7 @@ struct TraceEvent {
   Action action;
   std::int64_t start_ns = 0;
   std::int64_t end_ns = 0;
-  std::int64_t wait_ns = 0;  // of that, blocked on messages
+  std::int64_t wait_ns = 0;  // the part of that time spent blocked on messages
 };
 
 // What one rank did in one step; the measured counterpart of Timeline (schedule/sim/simulate.h).
@@ -29,10 +30,10 @@ struct Trace {
   std::int64_t duration_ns = 0;  // the whole step, the commit included
   int peak_live_activations = 0;
   Clock clock = Clock::kHost;
-  // Set until the device's times are asked for; the ones above are the host's until then.
+  // Set until the device's times have been read; until then the times above are the host's.
   std::shared_ptr<DeviceTimes> device_times;
 
-  // Nanoseconds spent computing, waits left out.
+  // Nanoseconds spent computing, without waits.
   [[nodiscard]] std::int64_t busy_ns() const;
 };
 

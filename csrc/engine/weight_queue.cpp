@@ -40,7 +40,7 @@ void WeightQueue::run(Stage stage, Microbatch microbatch, const WeightsAdvanced&
   for (const Deferred& deferred : all) pending.add(deferred.targets);
   for (std::size_t i = 0; i < all.size(); ++i) {
     all[i].task();
-    all[i].task = nullptr;  // its tensors are not needed any more
+    all[i].task = nullptr;  // release its tensors now
     pending.remove(all[i].targets);
     if (tells && i + 1 < all.size()) advanced(pending);
   }

@@ -10,10 +10,11 @@
 
 namespace dualpipe {
 
-// What a task adds to, named by any address of it. Empty: nobody knows, or it is added later.
+// The gradients that a task adds to, each identified by some address of its own. Empty: unknown, or
+// added to later.
 using WeightTargets = std::vector<const void*>;
 
-// What the tasks of a W that have yet to run will add to.
+// The targets of those tasks of a W that have yet to run.
 class PendingWeights {
  public:
   void add(const WeightTargets& targets);
@@ -23,31 +24,31 @@ class PendingWeights {
  private:
   std::map<const void*, int> num_tasks_;
 };
-// Called between the tasks of a W if the targets of all are known. Empty: nobody wants to know.
+// Called between the tasks of a W if the targets of all of them are known. May be empty.
 using WeightsAdvanced = std::function<void(const PendingWeights&)>;
 
 // Deferred weight gradients of one engine, first in, first out within a (stage, micro-batch).
-// Autograd may put from its own threads while the engine's thread waits for it; otherwise one
-// thread at a time.
+// Autograd may call put() from its own threads while the engine's thread waits for it; otherwise
+// one thread at a time.
 class WeightQueue {
  public:
   using Task = std::function<void()>;
 
-  // Whether the backward pass at work may defer (I) or must finish its weight gradients (B).
+  // Begins a backward pass that may defer its weight gradients (I) or must finish them (B).
   void begin_backward(Stage stage, Microbatch microbatch, bool defer);
   void end_backward();
   [[nodiscard]] bool deferring() const { return deferring_; }
 
-  // Defers a task to the W of the backward pass at work. Only while deferring().
+  // Defers a task to the W of the current backward pass. Only while deferring().
   void put(Task task, WeightTargets targets = {});
 
-  // Runs the tasks of one W and forgets them. No tasks is fine: nothing could be deferred.
+  // Runs the tasks of one W and forgets them. There may be none, if nothing could be deferred.
   void run(Stage stage, Microbatch microbatch, const WeightsAdvanced& advanced = {});
 
-  // Forgets everything: after a step that threw.
+  // Forgets everything. For use after a step that threw.
   void clear();
   [[nodiscard]] std::size_t num_pending() const;
-  // Pairs of stage and micro-batch that have some.
+  // The number of (stage, micro-batch) pairs with pending tasks.
   [[nodiscard]] std::size_t num_microbatches() const { return tasks_.size(); }
 
  private:

@@ -28,7 +28,7 @@ class HostAllocator final : public Allocator {
   void free(void* data) noexcept override { std::free(data); }
 };
 
-// Four size classes a doubling: at most a fifth of a buffer is unused.
+// Four size classes per doubling: above the minimum, at most a fifth of a buffer is unused.
 std::size_t round_to_class(std::size_t num_bytes) {
   if (num_bytes <= kMinBufferBytes) return kMinBufferBytes;
   const std::size_t quantum = std::bit_floor(num_bytes - 1) / kClassesPerDoubling;
@@ -112,8 +112,8 @@ void BufferPool::State::trim() noexcept {
 
 namespace {
 
-// Puts the control block into the buffer's own block. The buffer goes back to its pool when the
-// control block is let go, which is the last thing a shared_ptr does.
+// Places the control block in the buffer's own Block. The buffer returns to its pool when the
+// control block is deallocated, which is the last thing a shared_ptr does.
 template <typename T, typename State, typename Block>
 struct ControlAllocator {
   using value_type = T;

@@ -15,7 +15,7 @@ class Allocator {
 
 [[nodiscard]] std::shared_ptr<Allocator> host_allocator();  // aligned to kTensorAlignment
 
-// Owner of a piece of pooled memory; letting go of the last reference gives it back to the pool.
+// A piece of pooled memory; releasing the last reference returns it to the pool.
 class Buffer {
  public:
   Buffer(std::byte* data, std::size_t capacity) : data_(data), capacity_(capacity) {}
@@ -27,8 +27,8 @@ class Buffer {
   std::size_t capacity_;
 };
 
-// Buffers by size, reused. No allocation once every size was seen as often as it is live at once.
-// Thread-safe; buffers may outlive the pool.
+// Reuses buffers by size: once it has as many of each size as are ever live at the same time, it
+// allocates no more. Thread-safe; buffers may outlive the pool.
 class BufferPool {
  public:
   explicit BufferPool(std::shared_ptr<Allocator> allocator = host_allocator());
@@ -36,10 +36,10 @@ class BufferPool {
 
   [[nodiscard]] std::shared_ptr<Buffer> acquire(std::size_t num_bytes);
 
-  // The capacity of the buffer that acquire() gives for so many bytes.
+  // The capacity of the buffer that acquire(num_bytes) returns.
   [[nodiscard]] static std::size_t capacity_for(std::size_t num_bytes);
 
-  // Frees what is not in use.
+  // Frees all buffers that are not in use.
   void trim();
 
   struct Statistics {

@@ -14,7 +14,7 @@ inline constexpr int kMaxDims = 8;
 // Describes one tensor of a message. dtype is the sender's code (torch's ScalarType); the
 // core moves bytes and does not look at it.
 struct TensorSpec {
-  static constexpr std::int8_t kAbsent = -1;  // a None between tensors
+  static constexpr std::int8_t kAbsent = -1;  // a None in a list of tensors
 
   std::int8_t dtype = kAbsent;
   std::uint8_t num_dims = 0;
@@ -31,29 +31,29 @@ using Layout = std::vector<TensorSpec>;
 // "[f32 4x128x256, None, ...]", for error messages.
 [[nodiscard]] std::string to_string(const Layout& layout);
 
-// Bytes of all tensors, each aligned to kTensorAlignment: how a message lies in one buffer.
+// The size of a message packed into one buffer: all tensors, each padded to kTensorAlignment.
 inline constexpr std::size_t kTensorAlignment = 64;
 [[nodiscard]] std::size_t packed_bytes(const Layout& layout);
 
 // The tensors that one stage hands to the next for one micro-batch, or their gradients. A view:
-// `owner` keeps the bytes alive, and dropping it gives them back to whoever lent them.
+// `owner` keeps the bytes alive, and dropping it returns them to whoever lent them.
 struct Message {
   Layout layout;
-  std::vector<std::byte*> data;  // one a tensor, contiguous; nullptr where absent
+  std::vector<std::byte*> data;  // one per tensor, contiguous; nullptr where absent
   std::shared_ptr<void> owner;
-  bool shared = false;  // the bytes are those of the sender's tensors, no copy made by a transport
+  bool shared = false;     // the bytes are the sender's tensors, not a transport's copy
   bool on_device = false;  // the bytes are in device memory: only streams may touch them
 
   [[nodiscard]] std::size_t num_tensors() const { return layout.size(); }
 };
 
-// Copies the tensors of a message to `to`, one after the other as packed_bytes says.
+// Copies the tensors of a message to `to`, one after the other as in packed_bytes().
 void pack(const Message& message, std::byte* to);
 
 // Makes a message a view of its packed copy at `from`; the message keeps `owner`.
 void repoint(Message& message, std::byte* from, std::shared_ptr<void> owner);
 
-// Returns a view of the message that lies packed at `from`; it keeps `owner`.
+// Returns a view of the message packed at `from`; the view keeps `owner`.
 [[nodiscard]] Message unpack(Layout layout, std::byte* from, std::shared_ptr<void> owner);
 
 }  // namespace dualpipe
