@@ -8,20 +8,20 @@
 
 namespace dualpipe {
 
-// One untyped message on its way, in or out.
+// One untyped message in transit, in or out.
 class ByteOperation {
  public:
   virtual ~ByteOperation() = default;
   // Blocks until the bytes have left or arrived; false: aborted. Throws PipelineError when the link
-  // is broken. Once only, by one thread.
+  // is broken. Call it once, from one thread.
   [[nodiscard]] virtual bool wait() = 0;
-  // Lets a wait(), also a later one, return false. Any thread.
+  // Makes wait() return false, even if it is called later. Any thread.
   virtual void abort() noexcept = 0;
 };
 
-// What FramedTransport needs from below: messages of bytes between ranks, matched by (peer, tag)
-// and in order for each. A message may be shorter than the memory posted for it, never longer
-// (gloo ends the process). The memory must stay valid until the operation is done, even when it was
+// What FramedTransport builds on: byte messages between ranks, matched by (peer, tag) and in order
+// within each such pair. A message may be shorter than the memory posted for it, never longer (gloo
+// ends the process). The memory must stay valid until the operation is done, even if it was
 // aborted: the other side may still be about to write. Both calls return at once and throw
 // PipelineError when the link is broken. Thread-safe.
 class ByteLink {

@@ -8,7 +8,7 @@
 namespace dualpipe {
 namespace {
 
-constexpr std::size_t kBlockBytes = std::size_t{2} << 20;  // what CUDA maps at least
+constexpr std::size_t kBlockBytes = std::size_t{2} << 20;  // the least that CUDA maps
 constexpr std::size_t kAlignment = 512;
 
 constexpr std::size_t round_up(std::size_t num_bytes, std::size_t to) {
@@ -34,7 +34,7 @@ void* CopyBlocks::allocate(std::size_t num_bytes) {
 
 std::byte* CopyBlocks::new_block(std::size_t num_bytes) {
   std::byte* const data = calls_->allocate(num_bytes);
-  put(data, {num_bytes, {}});  // so that it is freed, whatever comes
+  put(data, {num_bytes, {}});  // so that it is freed even if the export throws
   put(data, {num_bytes, calls_->export_block(data)});
   return data;
 }

@@ -10,9 +10,9 @@
 
 namespace dualpipe {
 
-// Device memory that other ranks write into. It comes in blocks, each of which they open once. What
-// is freed is kept: all blocks go together, with the allocator, since peers may have them open.
-// Thread-safe.
+// Allocates device memory that other ranks write into, in blocks that each of them opens once.
+// free() keeps the memory: all blocks are freed together with the allocator, since peers may have
+// them open. Thread-safe.
 class CopyBlocks final : public Allocator {
  public:
   explicit CopyBlocks(std::shared_ptr<CopyCalls> calls) : calls_(std::move(calls)) {}
@@ -27,7 +27,7 @@ class CopyBlocks final : public Allocator {
     BlockHandle block;
     std::uint64_t offset;
   };
-  // Of memory that was allocated here.
+  // The place of memory that was allocated here.
   [[nodiscard]] Place find(const std::byte* data) const;
 
  private:
@@ -39,10 +39,10 @@ class CopyBlocks final : public Allocator {
   void put(std::byte* data, const Block& block);
 
   const std::shared_ptr<CopyCalls> calls_;
-  std::mutex growing_;         // one thread allocates; the driver may be slow
-  std::byte* open_ = nullptr;  // the block that small pieces come from
-  std::size_t num_taken_ = 0;  // of its bytes
-  mutable std::mutex mutex_;   // held for no call: find() is asked while links are locked
+  std::mutex growing_;         // held during driver calls, which may be slow
+  std::byte* open_ = nullptr;  // the block that small allocations come from
+  std::size_t num_taken_ = 0;  // bytes taken from that block
+  mutable std::mutex mutex_;  // never held during driver calls: links call find() under their locks
   std::map<std::byte*, Block> blocks_;
 };
 

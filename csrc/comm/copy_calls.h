@@ -9,7 +9,7 @@
 
 namespace dualpipe {
 
-// A block of one rank's device memory, as other ranks can open it.
+// Names a block of one rank's device memory, so that other ranks can open it.
 using BlockHandle = std::array<char, 128>;
 
 struct Copy {
@@ -18,31 +18,31 @@ struct Copy {
   std::size_t num_bytes;
 };
 
-// The few calls that messages by copy engine need, so that their link can be compiled and tested
-// without CUDA: csrc/comm/cuda_copies.h has the real ones, tests/cpp/comm/fake_copies.h plays them
-// with threads. Of one device. Calls that fail throw PipelineError, or UserError where the machine
-// cannot do what is asked. Thread-safe.
+// The few calls that the copy link makes to one device, so that it can be compiled and tested
+// without CUDA: csrc/comm/cuda_copies.h has the real ones, tests/cpp/comm/fake_copies.h fakes them
+// with threads. Calls that fail throw PipelineError, or UserError if the machine cannot do what is
+// asked. Thread-safe.
 class CopyCalls {
  public:
   virtual ~CopyCalls() = default;
 
-  // Memory of the device that other ranks may open.
+  // Device memory that other ranks may open.
   [[nodiscard]] virtual std::byte* allocate(std::size_t num_bytes) = 0;
   virtual void free(std::byte* block) noexcept = 0;
   [[nodiscard]] virtual BlockHandle export_block(std::byte* block) = 0;
   [[nodiscard]] virtual std::byte* open_block(const BlockHandle& handle) = 0;
   virtual void close_block(const BlockHandle& handle, std::byte* block) noexcept = 0;
 
-  // Lets all devices of this process read and write whole pages of host memory; answers where they
-  // find it.
+  // Lets all devices of this process read and write whole pages of host memory; returns where the
+  // devices find it.
   [[nodiscard]] virtual std::byte* register_memory(std::byte* memory, std::size_t num_bytes) = 0;
   virtual void unregister_memory(std::byte* memory) noexcept = 0;
 
-  // On a stream, without the processors that compute.
+  // Copies on a stream, by copy engine if possible, so as not to take processors from computation.
   virtual void copy(const std::vector<Copy>& copies, Stream& stream) = 0;
-  // Everything that the stream did before is visible to whoever sees the value.
+  // Writes a flag on a stream. Whoever sees the value sees everything that the stream did before.
   virtual void write_value(std::uint32_t* at, std::uint32_t value, Stream& stream) = 0;
-  // Until what is there is `value` or one of the 2^31 numbers after it, counting round.
+  // Makes a stream wait until *at has reached `value`: int32(*at - value) >= 0, as both wrap.
   virtual void wait_value(std::uint32_t* at, std::uint32_t value, Stream& stream) = 0;
 };
 

@@ -16,7 +16,7 @@ std::string text_of(const Invitation& invitation) {
   return {invitation.begin(), std::find(invitation.begin(), invitation.end(), '\0')};
 }
 
-// What no two running systems have in common; containers of one system have the same.
+// Identifies the running system: no two have the same id; all containers on one system do.
 std::string this_node() {
   std::string id;
   std::ifstream("/proc/sys/kernel/random/boot_id") >> id;

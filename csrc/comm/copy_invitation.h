@@ -6,10 +6,10 @@
 
 namespace dualpipe {
 
-// To memory of this node with such a name.
+// An invitation to the memory of this node that has this name.
 [[nodiscard]] Invitation invitation_to(const std::string& name);
 
-// The name in an invitation of rank `from`; UserError where that is on another node.
+// The name in an invitation from rank `from`. Throws UserError if that rank is on another node.
 [[nodiscard]] std::string name_in(const Invitation& invitation, Rank from);
 
 }  // namespace dualpipe

@@ -23,10 +23,10 @@ namespace {
 using Clock = DeviceLink::Clock;
 
 constexpr std::chrono::microseconds kBusyPoll{50};
-constexpr std::chrono::microseconds kSharedPoll{20};  // where all messages wait for the host
-constexpr unsigned long kTimerSlackNs = 1'000;        // by default sleeps may be 50 us longer
+constexpr std::chrono::microseconds kSharedPoll{20};  // where all messages wait on the host
+constexpr unsigned long kTimerSlackNs = 1'000;        // by default sleeps may end 50 us late
 constexpr std::chrono::milliseconds kIdlePoll{10};
-constexpr std::chrono::seconds kPatience{10};  // with peers that may still use memory of this rank
+constexpr std::chrono::seconds kPatience{10};  // for peers that may still use this rank's memory
 constexpr std::size_t kScratchBytes = 512;
 
 class CopyLink final : public DeviceLink {
@@ -53,8 +53,8 @@ class CopyLink final : public DeviceLink {
                                                      const Invitation& invitation);
   void carry_a_byte(Clock::time_point deadline);
 
-  void watch();                    // on a thread of its own
-  bool look_after_all() noexcept;  // whether nothing is left to do
+  void watch();                    // runs on watcher_
+  bool look_after_all() noexcept;  // returns whether nothing is left to do
   bool look_after(CopyWay& way) noexcept;
   [[nodiscard]] bool settled() noexcept;
   void leak();
@@ -73,16 +73,16 @@ class CopyLink final : public DeviceLink {
   std::mutex mutex_;
   std::condition_variable wake_;
   std::map<std::string, std::shared_ptr<CopyMailbox>> invited_;  // by name
-  std::vector<std::unique_ptr<CopyWay>> ways_;  // they stay as they are once connected_
+  std::vector<std::unique_ptr<CopyWay>> ways_;                   // does not change once connected_
   std::atomic<bool> connected_{false};
   std::exception_ptr failure_;  // the first one
   bool aborted_ = false;
   bool idle_ = false;  // nothing was left to do
   bool stopping_ = false;
-  HostStream watcher_{"copy_link"};  // last: what it runs uses what is above
+  HostStream watcher_{"copy_link"};  // last: its task uses the members above
 };
 
-// The lock is held.
+// The caller holds the lock.
 template <typename Call>
 auto CopyLink::noting_failures(const std::string& what, const Call& call) {
   const auto described = [&](const std::exception& error) {
@@ -113,7 +113,7 @@ CopyLink::CopyLink(std::shared_ptr<CopyCalls> calls, std::shared_ptr<Device> dev
 }
 
 CopyLink::~CopyLink() {
-  if (getpid() != process_) {  // a forked child: ways and memory are its parent's
+  if (getpid() != process_) {  // a forked child: ways and memory belong to its parent
     leak();
     return;
   }
@@ -174,7 +174,8 @@ std::shared_ptr<CopyMailbox> CopyLink::mailbox(const DeviceWay& way, const Invit
   return own.mapped();
 }
 
-// What cannot work between two devices fails here, and not in the first step.
+// Sends a byte over each way, so that what cannot work between two devices fails here and not in
+// the first step.
 void CopyLink::carry_a_byte(Clock::time_point deadline) {
   std::vector<EventPtr> ends;
   auto* place = static_cast<std::byte*>(blocks_->allocate(ways_.size() * kScratchBytes));
@@ -219,7 +220,7 @@ bool CopyLink::progress() {
                       [](const auto& way) { return !way->ended() && way->has_work(); });
 }
 
-// Whoever has the lock may be kept back by the device, which the watchdog must not be.
+// Only tries the lock: its holder may be blocked by the device, as the watchdog must not be.
 std::optional<std::string> CopyLink::error(Index index, bool) {
   const Lock lock(mutex_, std::try_to_lock);
   if (!lock || aborted_) return std::nullopt;
@@ -235,14 +236,14 @@ std::optional<std::string> CopyLink::error(Index index, bool) {
 }
 
 void CopyLink::abort() noexcept {
-  // First what frees streams: whoever has the lock may wait for the device.
+  // Release streams before taking the lock: its holder may be waiting for the device.
   if (connected_) {
     for (const auto& way : ways_) way->let_through();
   }
   const Lock lock(mutex_);
   aborted_ = true;
   for (const auto& way : ways_) way->end();
-  for (const auto& [name, mailbox] : invited_) {  // nobody uses them here
+  for (const auto& [name, mailbox] : invited_) {  // no way of this rank uses these
     mailbox->mark_aborted();
     mailbox->mark_quiet();
   }
@@ -289,7 +290,7 @@ bool CopyLink::look_after(CopyWay& way) noexcept {
     noting_failures(way.name(), [&] { way.advance(); });
     return !way.has_work();
   } catch (const std::exception&) {
-    return true;  // noted
+    return true;  // it is in failure_ now
   }
 }
 

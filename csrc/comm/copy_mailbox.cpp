@@ -12,7 +12,7 @@ namespace dualpipe {
 namespace {
 
 constexpr std::size_t kPage = 4096;
-constexpr std::size_t kLine = 128;  // what processors and devices fetch together
+constexpr std::size_t kLine = 128;  // bytes that processors and devices fetch together
 constexpr std::uint32_t kFarAhead = std::uint32_t{1} << 30;
 
 using Shareable = std::atomic<std::uint32_t>;
@@ -41,7 +41,7 @@ struct CopyMailbox::Shared {
 
   struct alignas(kPage) Marks {
     Shareable came;
-    Shareable arrived;  // the flag's value when this side ended
+    Shareable arrived;  // value of kArrived when this side gave up
     Shareable aborted;
     Shareable quiet;
   };
@@ -83,7 +83,7 @@ CopyMailbox::~CopyMailbox() {
     try {
       event->synchronize();
     } catch (const std::exception&) {
-      // The device is broken: nothing of it waits here any more.
+      // The device is broken: none of its streams waits here any more.
     }
   }
 }
@@ -140,12 +140,12 @@ void CopyMailbox::release_all(std::uint32_t message) noexcept {
 }
 
 void CopyMailbox::mark_aborted() noexcept {
-  const std::lock_guard lock(mark_mutex_);  // whoever finds the mark may let streams through
+  const std::lock_guard lock(mark_mutex_);  // a caller that finds the mark may then change flags
   auto& own = shared_->marks[static_cast<std::size_t>(side_)];
   const auto& peer = shared_->marks[static_cast<std::size_t>(1 - side_)];
   if (own.aborted != 0) return;
   const std::uint32_t arrived = shared_->flags[kArrived].value;
-  // A peer that has ended has written more since, but not before its mark.
+  // A peer that has given up may have changed the flag since, but not before it set its mark.
   own.arrived = peer.aborted != 0 ? peer.arrived.load() : arrived;
   own.aborted = 1;
 }

@@ -48,13 +48,13 @@ void CopyWay::end() noexcept {
 }
 
 bool CopyWay::settled() noexcept {
-  mailbox_->release_all(num_issued_);  // first: a stream that is stuck may hold up the question
+  mailbox_->release_all(num_issued_);  // first: a stuck stream may block the query
   if (!through_) {
     through_ = is_through();
     if (through_) leave();
   }
   if (!through_ || !peer_is_through()) return false;
-  mailbox_->release_all(num_issued_);  // what either stream wrote last may hold up a stream
+  mailbox_->release_all(num_issued_);  // the last flag that either stream wrote may block a stream
   return true;
 }
 

@@ -32,8 +32,8 @@ void check(CUresult result, const char* what) {
 CUdeviceptr address_of(std::uint32_t* at) { return reinterpret_cast<CUdeviceptr>(at); }
 cudaStream_t stream_of(const Stream& stream) { return static_cast<cudaStream_t>(stream.handle()); }
 
-// A process among all on this node: process ids begin anew in every container, and a forked child
-// has its parent's number.
+// Identifies a process on this node: process ids start over in every container, and a forked child
+// inherits its parent's number.
 struct ProcessId {
   std::uint64_t number;
   std::int64_t process;
@@ -53,7 +53,7 @@ using BusId = char[16];  // "0000:3b:00.0"
 struct Handle {
   ProcessId owner;
   std::byte* address;  // in that process
-  int device;          // there
+  int device;          // its index in that process
   BusId bus_id;
   cudaError_t shared;  // whether other processes can open it
   cudaIpcMemHandle_t memory;
@@ -98,7 +98,7 @@ class CudaCopies final : public CopyCalls {
     const OnDevice here(device_);
     Handle handle{this_process(), block, device_, {}, cudaSuccess, {}};
     std::memcpy(handle.bus_id, bus_id_, sizeof(bus_id_));
-    handle.shared = cudaIpcGetMemHandle(&handle.memory, block);  // threads do without
+    handle.shared = cudaIpcGetMemHandle(&handle.memory, block);  // threads do not need it
     (void)cudaGetLastError();
     BlockHandle exported{};
     std::memcpy(exported.data(), &handle, sizeof(handle));
@@ -161,7 +161,7 @@ class CudaCopies final : public CopyCalls {
   }
 
  private:
-  // A GPU that this process cannot see may be within reach all the same: opening it tells.
+  // A GPU that this process cannot see may still be reachable: opening its memory will tell.
   void require_reach(const Handle& handle) {
     int there = device_;
     if (cudaDeviceGetByPCIBusId(&there, handle.bus_id) != cudaSuccess) {

@@ -8,9 +8,9 @@
 
 namespace dualpipe {
 
-// One call for several copies, with the hint that they take a copy engine even within one GPU,
-// where a plain copy is a kernel. Any error where the runtime or the driver does not have it;
-// nothing has been copied then, or what was may be copied again.
+// Issues several copies in one call, with the hint to use a copy engine even within one GPU, where
+// a plain copy is a kernel. Returns an error if the runtime or the driver does not support this; it
+// is then safe to issue all copies again.
 [[nodiscard]] cudaError_t copy_beside_computation(const std::vector<Copy>& copies,
                                                   cudaStream_t stream);
 

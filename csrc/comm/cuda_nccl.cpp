@@ -23,7 +23,7 @@ NcclResult result_of(ncclResult_t result) { return static_cast<NcclResult>(resul
 ncclComm_t comm_of(NcclHandle comm) { return static_cast<ncclComm_t>(comm); }
 cudaStream_t stream_of(const Stream& stream) { return static_cast<cudaStream_t>(stream.handle()); }
 
-// NCCL takes the thread's current device for a new communicator.
+// NCCL makes a new communicator on the thread's current device.
 class RealNccl final : public NcclCalls {
  public:
   explicit RealNccl(int device) : device_(device) {}
@@ -52,7 +52,7 @@ class RealNccl final : public NcclCalls {
   }
 
   NcclResult group_start() override { return result_of(ncclGroupStart()); }
-  // NCCL leaves a context on the device that was the thread's current one.
+  // NCCL leaves a context on whichever device is the thread's current one.
   NcclResult group_end() override {
     const OnDevice here(device_);
     return result_of(ncclGroupEnd());

@@ -8,8 +8,9 @@
 
 namespace dualpipe {
 
-// The NCCL that torch has loaded, for communicators on one GPU of this process. UserError where the
-// process has two: they would fight for the same devices, and which one a call reaches is chance.
+// The NCCL that torch has loaded, for communicators on one GPU of this process. Throws UserError if
+// the process has loaded two: they would compete for the same devices, and which one a call reaches
+// is a matter of chance.
 [[nodiscard]] std::shared_ptr<NcclCalls> nccl_calls(int device);
 
 // Throws what nccl_calls() does.

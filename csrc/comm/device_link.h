@@ -14,7 +14,7 @@
 
 namespace dualpipe {
 
-// One way for data between this rank and another one.
+// A path for data, in one direction, between this rank and a peer.
 struct DeviceWay {
   Rank peer;
   bool outgoing;
@@ -26,12 +26,13 @@ struct Piece {
   std::size_t num_bytes;
 };
 
-// What the lower of two ranks tells the higher one, by way of the host, for each way between them.
+// What the lower of two ranks sends the higher one, through host memory, for each way between them.
 using Invitation = std::array<char, 128>;
 
-// All ways of one rank between devices, each with a stream that only it uses: what is issued is
-// done in order, and the peer asks for it in the same order with the same sizes. The first failure,
-// or abort(), ends all ways together and for good. Thread-safe; each way by one thread at a time.
+// All device ways of one rank, each with a stream that only it uses: messages are transferred in
+// the order in which they are issued, and the peer must issue its side of them in the same order
+// with the same sizes. The first failure, or abort(), ends all ways together and for good.
+// Thread-safe; each way by one thread at a time.
 class DeviceLink {
  public:
   using Clock = std::chrono::steady_clock;
@@ -39,38 +40,38 @@ class DeviceLink {
 
   virtual ~DeviceLink() = default;
 
-  // For one way to a higher rank.
+  // For one way between this rank and a higher one.
   [[nodiscard]] virtual Invitation invite() = 0;
 
-  // Connects all ways at once, so that no later call has to wait for a connection. Ways and
-  // invitations in the same order for both ranks of a pair; ways are numbered as they are given.
-  // Blocks for the peers, no longer than `timeout`. Once.
+  // Connects all ways at once, so that no later call has to wait for a connection. Both ranks of a
+  // pair give the ways and invitations between them in the same order; a way's index is its
+  // position here. Blocks until the peers connect, no longer than `timeout`. Call it once.
   virtual void connect(std::vector<DeviceWay> ways, const std::vector<Invitation>& invitations,
                        Clock::duration timeout) = 0;
 
-  // Sends or receives the pieces of one message after `ready`; returns the event of their end.
-  // Never waits for the peer. Memory to receive into is allocator()'s.
+  // Sends or receives the pieces of one message after `ready`; returns the event of its completion.
+  // Never waits for the peer. Memory to receive into must come from allocator().
   [[nodiscard]] virtual EventPtr transfer(Index way, const std::vector<Piece>& pieces,
                                           const EventPtr& ready) = 0;
 
-  // Issues what transfer() could not: a peer had not said where to. Whether the streams have now
-  // all that they need from this rank's host, but for what waits for computation in shared queues.
-  // Called often.
+  // Issues what transfer() could not because a peer had not posted its memory. Returns whether the
+  // streams need nothing more from this rank's host, except for what waits for computation in
+  // shared queues. Called often.
   virtual bool progress() { return true; }
 
   [[nodiscard]] virtual std::shared_ptr<Allocator> allocator() = 0;
 
-  // What a way reports by itself: a peer that is gone, a broken network. A peer that is through
-  // with everything may be gone: that is an error for messages in flight alone, which a link may
-  // not know of by itself (is_busy).
+  // An asynchronous error of a way: a peer that is gone, a broken network. A peer that has finished
+  // everything may leave; that is an error only for messages in flight, which a link may not know
+  // of by itself (is_busy: there are some).
   [[nodiscard]] virtual std::optional<std::string> error(Index way, bool is_busy) = 0;
 
   virtual void abort() noexcept = 0;
-  // After abort(): waits until the streams are through with what was issued.
+  // After abort(): waits until the streams have finished all issued work.
   virtual void drain() = 0;
 };
 
-// Makes a link, anew after every failure.
+// Makes a link; called again after every failure.
 using LinkMaker = std::function<std::unique_ptr<DeviceLink>()>;
 
 }  // namespace dualpipe

@@ -19,15 +19,15 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Marks the step in which ranks meet; no program has it.
+// The program digest of the step in which ranks connect; no program has it.
 constexpr std::uint64_t kMeeting = ~std::uint64_t{0};
 
 constexpr std::chrono::milliseconds kPoll{1};
 constexpr std::chrono::milliseconds kPatience{100};
-constexpr std::chrono::seconds kExitPatience{30};  // with a device that finishes nothing
+constexpr std::chrono::seconds kExitPatience{30};  // for a device that finishes nothing
 
-// A device that is stuck must not fill its queues, of some 1000 entries: who issues then waits in
-// the driver, where no abort reaches it. A message takes about five.
+// A stuck device must not fill its queues, of some 1000 entries: a thread that issues work would
+// then wait in the driver, where no abort reaches it. A message takes about five entries.
 constexpr std::size_t kMaxInFlight = 128;
 
 std::vector<Piece> pieces_of(const Message& message) {
@@ -54,7 +54,7 @@ struct Pools {
   std::map<const Stream*, DevicePool> reductions;
 };
 
-// What is left of a transport.
+// What a destroyed transport leaves, to be released between steps.
 struct Remains {
   Remains() = default;
   ~Remains();
@@ -69,7 +69,7 @@ struct Remains {
 Remains::~Remains() {
   try {
     link->abort();
-    link->drain();  // before what is sent goes
+    link->drain();  // before what is being sent is freed
   } catch (const std::exception&) {
     // The device is broken.
   }
@@ -99,7 +99,7 @@ class DeviceTransport final : public Transport {
   std::optional<std::string> fault() override;
   bool busy() override { return !failure_.is_set() && in_flight_->any(); }
 
-  // Blocks for the layout if it is not known, never for the device.
+  // Blocks for the layout if it is not known yet, never for the device.
   [[nodiscard]] Arrival take(std::size_t way, const IncomingPtr& incoming);
 
  private:
@@ -125,16 +125,16 @@ class DeviceTransport final : public Transport {
   const DeviceWays ways_;
   FailureFlag failure_;
 
-  std::mutex mutex_;  // link_, for others than the thread of the engine, which alone changes it
-  std::shared_ptr<DeviceLink> link_;  // null: the ranks have to meet
+  std::mutex mutex_;  // guards link_ for other threads than the engine's, which alone changes it
+  std::shared_ptr<DeviceLink> link_;  // null: the ranks have yet to connect
   std::optional<Pools> pools_;        // of the link's memory
 
-  std::vector<std::deque<IncomingPtr>> unknown_;  // by way: wait for their layouts, in order
+  std::vector<std::deque<IncomingPtr>> unknown_;  // by way: receives without a layout yet, in order
   const std::shared_ptr<InFlight> in_flight_;
 
   KnownLayouts known_;
-  std::optional<StepLayouts> unkept_;  // of a step whose layouts nobody may keep
-  StepLayouts* layouts_ = nullptr;     // of the step at work; null: none
+  std::optional<StepLayouts> unkept_;  // of a step whose layouts must not be kept
+  StepLayouts* layouts_ = nullptr;     // of the current step; null: none
   std::optional<StepUnderWay> under_way_;
 };
 
@@ -150,7 +150,7 @@ class DeviceReceive final : public PendingReceive {
   const IncomingPtr incoming_;
 };
 
-// In the middle of its step the link goes at once, for its peers. Otherwise nobody waits for it.
+// In the middle of a step peers wait for the link, so it is aborted at once. Otherwise nobody does.
 DeviceTransport::~DeviceTransport() {
   wait_for_device();
   const Failure failure{options_.rank, 0, "the transport is gone"};
@@ -165,8 +165,8 @@ DeviceTransport::~DeviceTransport() {
   let_go_between_steps(std::move(remains));
 }
 
-// A step is done when all ranks have issued it: the devices of this one and of its peers may still
-// be at it, and get as long as something moves.
+// A step is done when all ranks have issued it; the devices of this rank and its peers may still be
+// working on it. Waits for them as long as anything makes progress.
 void DeviceTransport::wait_for_device() noexcept {
   try {
     std::size_t num_left = in_flight_->forget_done();
@@ -183,7 +183,8 @@ void DeviceTransport::wait_for_device() noexcept {
   }
 }
 
-// What fails here by itself ends the link; the host's failures come with their own words.
+// A failure of the link itself ends the link; one that the host transport knows of is thrown with
+// its own message.
 template <typename Call>
 auto DeviceTransport::unless_failed(const Call& call) {
   failure_.throw_if_set();
@@ -191,8 +192,8 @@ auto DeviceTransport::unless_failed(const Call& call) {
     if (link_ != nullptr) (void)link_->progress();
     return call();
   } catch (const PipelineError&) {
-    // An abort in the middle of the call says why. A peer that ends its step aborts its link, and
-    // why it did so comes by way of the host.
+    // If an abort came during the call, it has the reason. A peer that ends its step aborts its
+    // link, and its reason arrives through the host transport.
     for (auto waited = kPoll; waited < kPatience; waited += kPoll) {
       failure_.throw_if_set();
       host_->throw_if_failed();
@@ -203,7 +204,7 @@ auto DeviceTransport::unless_failed(const Call& call) {
 }
 
 void DeviceTransport::connect() {
-  const StepUnderWay connecting;  // of which the device waits for others as well
+  const StepUnderWay connecting;  // the device waits for other ranks here, too
   unless_failed([&] {
     if (link_ == nullptr) meet(0);
   });
@@ -226,7 +227,7 @@ void DeviceTransport::begin_step(const StepInfo& info) {
   });
 }
 
-// A step of the host's that only connects the link.
+// A step of the host transport that only connects the link.
 void DeviceTransport::meet(std::int64_t step) {
   const std::shared_ptr<DeviceLink> made = make_link_();
   host_->begin_step({step, kMeeting, "the meeting of the ranks' GPUs", 0});
@@ -236,7 +237,7 @@ void DeviceTransport::meet(std::int64_t step) {
     const std::lock_guard lock(mutex_);
     link_ = made;
   }
-  failure_.throw_if_set();  // an abort before it was there
+  failure_.throw_if_set();  // by an abort before link_ was set
   const auto read_by = [&](Stream& stream) {
     return DevicePool(device_, stream, made->allocator());
   };
@@ -302,7 +303,7 @@ std::unique_ptr<PendingReceive> DeviceTransport::receive(Rank from, const Messag
 Arrival DeviceTransport::take(std::size_t way, const IncomingPtr& incoming) {
   return unless_failed([&] {
     while (!incoming->issued) {
-      // The peer sends in order, so those before come first.
+      // The peer sends in order, so earlier receives come first.
       const IncomingPtr next = std::move(unknown_[way].front());
       unknown_[way].pop_front();
       next->layout = layout_of(next->description->wait().message);
@@ -351,10 +352,10 @@ void DeviceTransport::end_step() {
   });
 }
 
-// All hosts have asked for all messages of the step. None may depend on this one from now on: it
-// may wait for its device in a call that keeps back those of all its threads, as a copy to pageable
-// memory does. What fails here is found by the watchdog and told by the next call: the step is
-// done.
+// All hosts have issued all messages of the step. From now on none may depend on this host: it may
+// wait for its device in a call that blocks the device calls of all its threads, as a copy to
+// pageable memory does. The watchdog finds what fails here and the next call throws it, because the
+// step is already done.
 void DeviceTransport::finish_issuing() {
   while (!link_->progress() && !failure_.is_set()) std::this_thread::sleep_for(kPoll);
 }
@@ -372,8 +373,8 @@ void DeviceTransport::recover() {
   if (link_) link_->drain();
   in_flight_->clear();
   unknown_ = std::vector<std::deque<IncomingPtr>>(ways_.size());
-  pools_.reset();  // what was to be filled is nobody's now
-  known_.clear();  // a rank that has committed and one that has not must agree again
+  pools_.reset();  // nobody needs what was to be filled
+  known_.clear();  // ranks that committed and ranks that did not must agree again
   layouts_ = nullptr;
   {
     const std::lock_guard lock(mutex_);

@@ -8,7 +8,7 @@
 
 namespace dualpipe {
 
-// The ways of one rank over a link, numbered alike by both ranks of a pair.
+// The ways of one rank over a link, in the same order for both ranks of a pair.
 class DeviceWays {
  public:
   DeviceWays(Rank rank, std::vector<MessageWay> ways);
@@ -17,8 +17,8 @@ class DeviceWays {
   [[nodiscard]] const MessageWay& operator[](std::size_t index) const { return ways_[index]; }
   [[nodiscard]] std::optional<std::size_t> find(Rank peer, MessageKind kind, bool outgoing) const;
 
-  // For DeviceLink::connect(), in the order of named(). The lower rank of each pair invites, by way
-  // of the host, within a step. Blocks for the peers.
+  // For DeviceLink::connect(), in the order of named(). The lower rank of each pair makes the
+  // invitations and sends them through the host transport, within a step. Blocks for the peers.
   [[nodiscard]] std::vector<Invitation> exchange_invitations(DeviceLink& link,
                                                              HostTransport& host) const;
   [[nodiscard]] std::vector<DeviceWay> named() const;

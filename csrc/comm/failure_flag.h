@@ -7,13 +7,13 @@
 
 namespace dualpipe {
 
-// Why every call of one rank's transport must throw, until the rank recovers. Thread-safe; asking
-// costs one load. Every thread gets an exception object of its own.
+// Why every call of one rank's transport must throw, until the rank recovers. Thread-safe; checking
+// costs one load. Every thread gets its own exception object.
 class FailureFlag {
  public:
   enum class Kind : std::uint8_t { kPipeline, kUser };  // PipelineError, UserError
 
-  // The first one counts; returns whether this one did.
+  // The first failure counts; returns whether this was the first.
   bool set(Kind kind, std::string text);
   void clear();
 

@@ -24,14 +24,14 @@ struct FrameHeader {
   std::int32_t stage = 0;
   std::int32_t microbatch = 0;
   std::uint8_t kind = 0;
-  bool split = false;  // the body follows as a message of its own
+  bool split = false;  // the body follows as a separate message
   std::uint8_t unused[30] = {};
 };
 static_assert(sizeof(FrameHeader) == kTensorAlignment);
 
 [[nodiscard]] std::size_t frame_bytes(const Layout& layout);
 
-// Writes the frame of a message to memory of frame_bytes().
+// Writes the frame of a message to `to`, which has room for frame_bytes().
 void encode_frame(const Message& message, const MessageId& id, std::int64_t step, bool split,
                   std::byte* to);
 
@@ -43,7 +43,7 @@ void encode_frame(const Message& message, const MessageId& id, std::int64_t step
                                   std::shared_ptr<void> owner);
 
 // What a rank tells its peers at the start of a step. Always kGreetingBytes long; a longer
-// description is cut.
+// description is truncated.
 inline constexpr std::size_t kGreetingBytes = 512;
 void encode_greeting(const StepInfo& info, std::byte* to);
 [[nodiscard]] StepInfo decode_greeting(const std::byte* from);

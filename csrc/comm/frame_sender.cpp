@@ -8,7 +8,7 @@ namespace dualpipe {
 namespace {
 
 constexpr std::size_t kLargeBytes = 262'144;
-constexpr std::size_t kMaxSmall = 512;  // then the reaper takes them
+constexpr std::size_t kMaxSmall = 512;  // at this many, the reaper waits for them
 
 }  // namespace
 
@@ -124,7 +124,7 @@ void FrameSender::clear() noexcept {
     try {
       stream->synchronize();
     } catch (const std::exception&) {
-      // A bug of ours in a task, and the step has failed anyway.
+      // A bug in one of our tasks, and the step has failed anyway.
     }
   }
   for (const auto& outbox : outboxes_) {

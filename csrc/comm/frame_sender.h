@@ -16,43 +16,43 @@ struct Outgoing {
   MessageId id;
   std::shared_ptr<Buffer> frame;
   std::size_t num_bytes;
-  bool split;          // header and body apart: the peer has not posted memory for both
-  std::size_t number;  // in its channel and step
+  bool split;          // header and body apart: the peer has not posted enough memory for both
+  std::size_t number;  // counted within its channel and step
 };
 
-// Lets frames leave, in order for each peer and once the peer is open, and gives their memory back
-// when they have left. Nothing here makes the caller of send() wait:
+// Sends frames, in order for each peer and once that peer is open, and returns their memory when
+// they have left. send() never makes its caller wait:
 //   small frames are handed to the link at once, by the caller; finish() waits for them
-//   large ones are handed over by the courier, because the copy into a socket takes long, and
-//   waited for by the reaper, so that the next ones can use their memory
-// The courier never waits for a peer's receive, and so holds up nobody; the reaper may.
+//   large ones are handed over by the courier thread, because copying into a socket takes long, and
+//   waited for by the reaper thread, so that later ones can use their memory
+// The courier never waits for a peer's receive, so it holds up nobody; the reaper may.
 class FrameSender {
  public:
   FrameSender(LinkSession& session, TagMaker tags, int num_ranks, const std::vector<Rank>& peers);
 
   [[nodiscard]] bool is_peer(Rank rank) const;
 
-  // The main thread; all peers are closed afterwards.
+  // Called by the main thread; afterwards all peers are closed.
   void begin(std::uint32_t epoch);
-  // The courier: frames may leave for this peer from now on.
+  // Called by the courier: from now on frames may leave for this peer.
   void open(Rank peer);
-  // Any thread, as are the following.
+  // From any thread, like the calls below.
   void send(Rank to, Outgoing outgoing);
-  // A send of the caller's own that finish() is to wait for.
+  // Registers a send of the caller's own, so that finish() waits for it.
   void note(Rank to, const MessageId& id, Operations::Handle handle, std::size_t num_bytes);
-  // Waits until all that was sent has left.
+  // Waits until everything that was sent has left.
   void finish();
-  // After a failure: waits for the threads, forgets what has not left. Never throws.
+  // After a failure: waits for the threads and drops what has not left. Never throws.
   void clear() noexcept;
 
-  // Tasks of the transport's own; they must not wait for a receive of a peer.
+  // For tasks of the transport's own, which must not wait for a peer's receive.
   [[nodiscard]] HostStream& courier() { return courier_; }
 
  private:
   struct Outbox {
     std::mutex mutex;
     bool open = false;
-    bool draining = false;  // the courier is at work: whatever follows must queue behind it
+    bool draining = false;  // the courier is sending: later frames must queue
     std::vector<Outgoing> waiting;
   };
   struct Sent {
@@ -73,7 +73,7 @@ class FrameSender {
   std::mutex small_mutex_;
   std::vector<Sent> small_;
 
-  HostStream courier_{"dp_courier"};  // last: their threads use what is above
+  HostStream courier_{"dp_courier"};  // last: their threads use the members above
   HostStream reaper_{"dp_reaper"};
 };
 

@@ -9,10 +9,10 @@
 
 namespace dualpipe {
 
-// A frame that was asked for. Must be waited for within its step.
+// A requested frame. wait() must be called within its step.
 class FramedReceive final : public PendingReceive {
  public:
-  // What all receives of one step share; it outlives them while they are used.
+  // What all receives of one step share. Must live as long as they are used.
   struct Step {
     LinkSession& session;
     TagMaker tags;

@@ -55,8 +55,8 @@ class FramedTransport final : public HostTransport {
   LinkSession session_;
   FramedReceive::Step step_;
   std::map<std::uint64_t, Lanes> programs_;  // by digest
-  Lanes* lanes_ = nullptr;                   // of the step at work; null: none
-  FrameSender sender_;                       // last: its threads use what is above
+  Lanes* lanes_ = nullptr;                   // of the current step; null: none
+  FrameSender sender_;                       // last: its threads use the members above
 };
 
 void FramedTransport::begin_step(const StepInfo& info) {
@@ -121,8 +121,9 @@ void FramedTransport::end_step() {
   lanes_ = nullptr;
 }
 
-// In round k everybody tells the rank 2^k behind it what it knows; after the last round each has
-// heard, by way of others, from all. Some are heard of twice, which extremes do not mind.
+// In round k each rank sends what it knows to the rank 2^k after it; after the last round each has
+// heard, directly or through others, from all. Some values arrive twice, which does not change the
+// extremes.
 HostTransport::Extremes FramedTransport::disseminate(Traffic traffic, std::uint64_t value,
                                                      const char* purpose) {
   const int num_ranks = options_.num_ranks;
@@ -153,13 +154,13 @@ HostTransport::Extremes FramedTransport::disseminate(Traffic traffic, std::uint6
 
 void FramedTransport::recover() {
   stop("the step failed");
-  programs_.clear();  // a rank that has committed and one that has not must agree again
+  programs_.clear();  // ranks that committed and ranks that did not must agree again
   lanes_ = nullptr;
   ++step_.epoch;
   session_.recover();
 }
 
-// No thread has anything to do any more when it returns.
+// When it returns, no thread has any work left.
 void FramedTransport::stop(const char* why) noexcept {
   session_.fail(FailureFlag::Kind::kPipeline, why);
   sender_.clear();

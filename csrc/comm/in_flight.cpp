@@ -23,7 +23,7 @@ std::size_t InFlight::forget_done() {
 }
 
 void InFlight::forget_done(std::size_t way) {
-  std::deque<Operation> done;  // let go after the lock: tensors may need the interpreter's
+  std::deque<Operation> done;  // freed after the lock: tensors may need the interpreter lock
   const std::lock_guard lock(mutex_);
   std::deque<Operation>& operations = ways_[way];
   while (!operations.empty() && operations.front().end->done()) {
@@ -34,7 +34,7 @@ void InFlight::forget_done(std::size_t way) {
 
 void InFlight::clear() {
   for (std::deque<Operation>& operations : ways_) {
-    std::deque<Operation> forgotten;  // let go after the lock, as above
+    std::deque<Operation> forgotten;  // freed after the lock, as above
     const std::lock_guard lock(mutex_);
     operations.swap(forgotten);
   }

@@ -11,8 +11,8 @@
 
 namespace dualpipe {
 
-// What a device has been told to send and to receive, and may not have done: by way, in order.
-// Keeps what is sent until it has left. Thread-safe.
+// Sends and receives issued to a device that may not be done, by way and in order. Keeps what is
+// sent until it has left. Thread-safe.
 class InFlight {
  public:
   using Clock = std::chrono::steady_clock;
@@ -20,7 +20,7 @@ class InFlight {
   struct Operation {
     MessageId id;
     EventPtr end;
-    std::shared_ptr<void> owner;  // of what is sent; null: it is received
+    std::shared_ptr<void> owner;  // of what is sent; null for a receive
     Clock::time_point since;
   };
   struct Overdue {
@@ -33,13 +33,13 @@ class InFlight {
   void add(std::size_t way, const MessageId& id, EventPtr end, std::shared_ptr<void> owner);
   // How many operations of a way are not done.
   [[nodiscard]] std::size_t num_of(std::size_t way);
-  // Returns how many are left.
+  // Forgets operations that are done; returns how many are left.
   std::size_t forget_done();
   void clear();
 
   [[nodiscard]] bool any() const;
   [[nodiscard]] bool any_of(std::size_t way) const;
-  // The first operation that has taken longer.
+  // The first operation that has taken `limit` or longer.
   [[nodiscard]] std::optional<Overdue> overdue(Clock::duration limit) const;
 
  private:

@@ -11,8 +11,8 @@ namespace {
 
 constexpr std::chrono::microseconds kPoll{20};
 
-// The end of a receive: the flag. A stream waits for it only where the message is late. Where the
-// way ends first, streams are let through, as nothing may stay stuck; the host is told.
+// The completion of a receive: its flag. A stream waits for it only if the message is late. If the
+// way ends first, streams are released, since nothing may stay stuck, and the host gets an error.
 class Receipt final : public Event {
  public:
   Receipt(std::shared_ptr<CopyMailbox> mailbox, std::uint32_t number)
@@ -36,8 +36,8 @@ class Receipt final : public Event {
   const std::uint32_t number_;
 };
 
-// A receive is posted as soon as it is asked for and there is room for it; its stream says when the
-// memory is free.
+// A receive is posted as soon as it is requested and the mailbox has room; the way's stream signals
+// when the memory is free.
 class IncomingWay final : public CopyWay {
  public:
   IncomingWay(std::shared_ptr<CopyBlocks> blocks, DeviceWay way, std::unique_ptr<Stream> stream,

@@ -8,19 +8,20 @@
 
 namespace dualpipe {
 
-// What hosts a store is silent. It may go on.
+// The store's host did not answer in time. It may still recover.
 class NoAnswer : public PipelineError {
  public:
   using PipelineError::PipelineError;
 };
 
-// The texts that the ranks of one group share, by key. Calls are short and never wait for a key;
-// they throw PipelineError when the store is gone, some NoAnswer (limited_store.h). Thread-safe.
+// Texts shared by the ranks of one group, by key. Calls are short and never wait for a key. They
+// throw PipelineError when the store is gone; some stores throw NoAnswer (limited_store.h).
+// Thread-safe.
 class KeyValueStore {
  public:
   virtual ~KeyValueStore() = default;
   virtual void set(const std::string& key, const std::string& value) = 0;
-  // The key exists.
+  // The key must exist.
   [[nodiscard]] virtual std::string get(const std::string& key) = 0;
   [[nodiscard]] virtual bool has(const std::vector<std::string>& keys) = 0;  // all of them
   // Sets the value unless there is one.

@@ -9,10 +9,10 @@
 
 namespace dualpipe {
 
-// How large the messages of one channel, in one direction, have been: what both ends know, and so
-// what the receiver posts and the sender may fill with one message. Messages are counted from 0 in
-// each step. What a step taught counts from the next one on, because receives are posted ahead of
-// the messages before them; commit() comes after both ends have finished the step.
+// How large the messages of one channel, in one direction, have been. Both ends know this, so it is
+// what the receiver posts and what the sender may fill with one message. Messages are counted from
+// 0 in each step. Sizes seen in a step count from the next one on, because receives are posted
+// before earlier messages have arrived; commit() comes after both ends have finished the step.
 class Lane {
  public:
   static constexpr std::size_t kInitialBytes = 16'384;

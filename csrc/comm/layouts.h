@@ -11,11 +11,11 @@
 
 namespace dualpipe {
 
-// The layouts of one way's messages in the order of a step: written down in the first step of a
-// kind, known in all others.
+// The layouts of one way's messages in the order of a step: recorded in the first step of a kind,
+// known in all others.
 class WayLayouts {
  public:
-  // The layout of the next message; null: it has to travel.
+  // The layout of the next message; null: unknown, it has to be sent.
   [[nodiscard]] const Layout* next() {
     const std::size_t number = next_++;
     return number < known_.size() ? &known_[number] : nullptr;
@@ -35,7 +35,7 @@ class WayLayouts {
   std::vector<Layout> written_;
 };
 
-// One kind of step: what is run, and the shapes that all ranks together put in.
+// One kind of step: the program's digest, and the extremes of all ranks' StepInfo::shapes.
 using StepKind = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t>;
 
 struct StepLayouts {
@@ -43,18 +43,18 @@ struct StepLayouts {
   std::vector<WayLayouts> ways;
 };
 
-// The layouts of the kinds of steps that were run last: inputs of ever new shapes must not fill the
+// The layouts of the most recent kinds of steps: inputs of ever new shapes must not fill the
 // memory. All ranks run the same kinds in the same order, and so forget the same ones.
 class KnownLayouts {
  public:
   static constexpr std::size_t kMaxKinds = 256;
 
-  // Of a new kind nothing is known. Valid until the next call.
+  // Nothing is known of a new kind. The reference is valid until the next call.
   [[nodiscard]] StepLayouts& of(const StepKind& kind, std::size_t num_ways);
   void clear() { recent_.clear(); }
 
  private:
-  std::list<std::pair<StepKind, StepLayouts>> recent_;  // the last one first
+  std::list<std::pair<StepKind, StepLayouts>> recent_;  // the most recent first
 };
 
 // A layout as a message of host memory, and back.

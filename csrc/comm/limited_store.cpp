@@ -26,7 +26,7 @@ constexpr int kImpatience = 100;
 template <typename Call>
 using Answer = std::invoke_result_t<Call, KeyValueStore&>;
 
-// What the thread works on, which may outlive the store's owner.
+// The state of the thread, which may outlive the LimitedStore.
 struct Work {
   explicit Work(std::unique_ptr<KeyValueStore> store_in) : store(std::move(store_in)) {}
 
@@ -37,7 +37,7 @@ struct Work {
   std::condition_variable changed;
   std::deque<Task> tasks;
   bool is_busy = false;
-  bool is_silent = false;  // a call has had no answer, and none since
+  bool is_silent = false;  // a call got no answer, and none has got one since
   bool is_stopping = false;
 };
 
@@ -45,7 +45,7 @@ void Work::run() {
   std::unique_lock lock(mutex);
   for (;;) {
     changed.wait(lock, [this] { return is_stopping || !tasks.empty(); });
-    if (tasks.empty()) return;  // what was written comes first
+    if (tasks.empty()) return;  // only after all pending writes
     is_busy = true;
     const Task task = std::move(tasks.front());
     tasks.pop_front();
@@ -102,7 +102,7 @@ class LimitedStore final : public KeyValueStore {
   const milliseconds limit_;
   const std::shared_ptr<Work> work_;
   std::thread thread_;
-  const pid_t process_ = getpid();  // the thread's
+  const pid_t process_ = getpid();  // the one that has the thread
 };
 
 LimitedStore::~LimitedStore() {
@@ -121,7 +121,7 @@ LimitedStore::~LimitedStore() {
   ends ? thread_.join() : thread_.detach();
 }
 
-// The thread may run it after this has thrown: it has nothing of the caller's.
+// The thread may run the call after this has thrown, so it must not reference the caller's frame.
 template <typename Call>
 Answer<Call> LimitedStore::answer_to(Call call, bool stays) {
   const auto promised = std::make_shared<std::packaged_task<Answer<Call>()>>(
@@ -133,7 +133,7 @@ Answer<Call> LimitedStore::answer_to(Call call, bool stays) {
   return answer.get();
 }
 
-// Returns how long it may take.
+// Returns how long to wait for the answer.
 milliseconds LimitedStore::give(const Task& task) {
   const std::lock_guard lock(work_->mutex);
   work_->tasks.push_back(task);

@@ -25,12 +25,12 @@ class LinkSession {
   }
 
   [[nodiscard]] Operations::Handle receive(Rank from, std::uint32_t tag, std::size_t capacity);
-  // A part of a buffer.
+  // Sends part of a buffer.
   [[nodiscard]] Operations::Handle send(Rank to, std::uint32_t tag, std::shared_ptr<Buffer> buffer,
                                         std::size_t offset, std::size_t num_bytes);
 
-  // Returns the memory of an operation when it is done; throws why this rank has failed otherwise.
-  // describe() says what the rank does, if the link breaks: "waits for ... from rank 2".
+  // Waits for an operation and returns its memory; if this rank has failed, throws the reason.
+  // describe() says what the rank was doing, in case the link breaks: "waits for ... from rank 2".
   template <typename Describe>
   std::shared_ptr<Buffer> await(Operations::Handle handle, const Describe& describe) {
     try {
@@ -42,8 +42,8 @@ class LinkSession {
   }
 
   void throw_if_failed() const { failure_.throw_if_set(); }
-  // For threads that nobody waits for: what a task throws because the session has failed is
-  // dropped; whoever uses the session gets to know.
+  // For threads that nobody waits for: drops what a task throws because the session has failed, as
+  // everyone who uses the session gets that failure anyway.
   template <typename Task>
   void unless_failed(const Task& task) const {
     try {
@@ -54,7 +54,7 @@ class LinkSession {
   }
   void fail(FailureFlag::Kind kind, const std::string& text) noexcept;
 
-  // Nobody may use an operation of before any more.
+  // Operations from before must not be used any more.
   void recover();
 
  private:

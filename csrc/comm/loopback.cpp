@@ -64,7 +64,7 @@ void Hub::inject(FaultInjector injector) {
     has_injector_ = shared != nullptr;
     injector_.swap(shared);
   }
-  // What was injected before is let go here, without the lock: that may run the user's code.
+  // The previous injector is destroyed here, without the lock: that may run user code.
 }
 
 Fault Hub::fault_of(Rank from, Rank to, const MessageId& id) {

@@ -10,10 +10,10 @@
 
 namespace dualpipe {
 
-// What a link does to messages. Used to test schedules on slow links, and failures.
+// How a link delays messages. Used to test schedules on slow links.
 struct LinkOptions {
   std::chrono::nanoseconds latency{0};
-  double bytes_per_second = 0;  // 0: unlimited. A message occupies its channel bytes/bandwidth long
+  double bytes_per_second = 0;  // 0: unlimited. A message occupies its channel for bytes/bandwidth
 };
 
 enum class Fault : std::uint8_t { kNone, kFail, kDrop };
@@ -28,18 +28,18 @@ class LoopbackHub : public std::enable_shared_from_this<LoopbackHub> {
   [[nodiscard]] virtual std::unique_ptr<HostTransport> transport(Rank rank) = 0;
   [[nodiscard]] virtual std::unique_ptr<ControlPlane> control_plane(Rank rank) = 0;
 
-  // Asked for every message that is sent; kFail throws PipelineError in the sender, kDrop loses
+  // Called for every message that is sent; kFail throws PipelineError in the sender, kDrop loses
   // the message.
   using FaultInjector = std::function<Fault(Rank from, Rank to, const MessageId& id)>;
   virtual void inject(FaultInjector injector) = 0;
 
-  // Exchange of small texts between all ranks (each calls it with its own; returns all, by rank):
-  // the handshake at construction. Throws PipelineError on all ranks, also on those that come late,
-  // when one is missing after `timeout`, and names it.
+  // Exchanges small texts between all ranks, for the handshake at construction: each rank passes
+  // its own and gets all, by rank. If a rank is missing after `timeout`, throws a PipelineError
+  // that names it on all ranks, including late ones.
   [[nodiscard]] virtual std::vector<std::string> all_gather(Rank rank, const std::string& text,
                                                             std::chrono::milliseconds timeout) = 0;
 
-  // Of the buffers that messages lie in, all ranks together.
+  // Of the buffers that hold messages, for all ranks together.
   [[nodiscard]] virtual BufferPool::Statistics memory() const = 0;
 };
 

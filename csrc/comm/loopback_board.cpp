@@ -27,7 +27,7 @@ HostTransport::Extremes StepBoard::meet(const Place& place, std::uint64_t value,
     num_arrived_ = 0;
     arrived_ = {};
   }
-  // Behind a rank that has recovered already: this meeting cannot take place any more.
+  // Another rank has already recovered and moved on: this meeting can no longer take place.
   const bool too_late = place < meeting_;
   if (!too_late) arrived_ = HostTransport::merged(arrived_, {value, value});
   if (!too_late && ++num_arrived_ == num_ranks_) {
@@ -38,7 +38,7 @@ HostTransport::Extremes StepBoard::meet(const Place& place, std::uint64_t value,
   }
   cv_.wait(lock, [&] { return (met_ && *met_ >= place) || failure.is_set(); });
   if (met_ && *met_ >= place) return result_;
-  if (meeting_ == place) num_arrived_ = -num_ranks_;  // this rank fails: nobody may go on
+  if (meeting_ == place) num_arrived_ = -num_ranks_;  // this rank fails: no rank may complete it
   failure.throw_if_set();
   return {};
 }

@@ -14,8 +14,8 @@
 
 namespace dualpipe::loopback {
 
-// Compares what the ranks announce, and lets them meet. Steps have numbers, counted from 0 within
-// an epoch; the meetings of a step, too. Thread-safe.
+// Compares the steps that ranks announce, and lets the ranks meet. Steps are numbered from 0 within
+// an epoch, meetings from 0 within a step. Thread-safe.
 class StepBoard {
  public:
   explicit StepBoard(int num_ranks) : num_ranks_(num_ranks) {}
@@ -27,12 +27,12 @@ class StepBoard {
     auto operator<=>(const Place&) const = default;
   };
 
-  // What is wrong, if another rank has announced something else for this place.
+  // Describes the mismatch if another rank has announced something else for this place.
   [[nodiscard]] std::optional<std::string> announce(Rank rank, const Place& place,
                                                     const StepInfo& info);
 
-  // Returns the extremes of all ranks' values when all have called it for this place; throws what
-  // `failure` has, and then no rank returns.
+  // Returns the extremes of all ranks' values once all have called it for this place; throws the
+  // failure in `failure`, in which case no rank returns.
   [[nodiscard]] HostTransport::Extremes meet(const Place& place, std::uint64_t value,
                                              const FailureFlag& failure);
 
@@ -49,7 +49,7 @@ class StepBoard {
   int num_arrived_ = 0;
   HostTransport::Extremes arrived_{};
   std::optional<Place> met_;
-  HostTransport::Extremes result_{};  // of met_: who comes late to it has not met again
+  HostTransport::Extremes result_{};  // of met_; valid for late ranks, which have not met again
 };
 
 // What the control planes of all ranks share: failures and positions by epoch, and the exchange of

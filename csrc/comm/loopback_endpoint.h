@@ -14,7 +14,8 @@ namespace dualpipe::loopback {
 
 class Hub;
 
-// One rank's end. Its counters belong to the rank; what others touch is in the hub.
+// One rank's end. Its counters are the rank's own; what other ranks use is in the hub, except for
+// fail() and epoch().
 class Endpoint final : public HostTransport {
  public:
   Endpoint(std::shared_ptr<Hub> hub, Rank rank);

@@ -8,8 +8,8 @@
 namespace dualpipe::loopback {
 namespace {
 
-// Linux may end a timed wait up to 50 microseconds late, so that timers can be put together. Not
-// for the thread that holds one of these.
+// Linux may end a timed wait up to 50 microseconds late, to batch timers. A thread that holds
+// one of these is exempt.
 class PreciseTimers {
  public:
   PreciseTimers() : before_ns_(prctl(PR_GET_TIMERSLACK)) { prctl(PR_SET_TIMERSLACK, 1UL); }
@@ -67,7 +67,7 @@ Mailbox::Delivery Mailbox::take(std::uint64_t epoch, std::uint64_t number,
 }
 
 void Mailbox::wake() {
-  { const std::lock_guard lock(mutex_); }  // a taker is before its check or asleep
+  { const std::lock_guard lock(mutex_); }  // every taker is now before its check or asleep
   cv_.notify_all();
 }
 

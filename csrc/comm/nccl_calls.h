@@ -9,7 +9,7 @@
 namespace dualpipe {
 
 // The few NCCL calls that the transport makes, so that it can be compiled and tested without NCCL:
-// csrc/comm/cuda_nccl.h has the real ones, tests/cpp/comm/fake_nccl.h plays them with threads.
+// csrc/comm/cuda_nccl.h has the real ones, tests/cpp/comm/fake_nccl.h fakes them with threads.
 //
 // Results are NCCL's own codes.
 enum class NcclResult : int {
@@ -26,7 +26,7 @@ enum class NcclResult : int {
 using NcclHandle = void*;  // an ncclComm_t
 
 struct NcclOptions {
-  // Thread blocks that a message may take from computation; 0: as NCCL likes.
+  // Thread blocks that a message may take from computation; 0: NCCL's own choice.
   int max_ctas = 1;
 };
 
@@ -37,21 +37,21 @@ class NcclCalls {
  public:
   virtual ~NcclCalls() = default;
   virtual NcclResult get_unique_id(Invitation* id) = 0;
-  // Makes index `index` of a communicator of two, when the group is closed: *comm is written until
+  // Joins a communicator of two as `index`, when the group is closed; *comm may be written until
   // then.
   virtual NcclResult init_pair(NcclHandle* comm, const Invitation& id, int index,
                                const NcclOptions& options) = 0;
   virtual NcclResult group_start() = 0;
   virtual NcclResult group_end() = 0;
-  // `peer` is an index of the communicator.
+  // `peer` is an index in the communicator.
   virtual NcclResult send(const void* data, std::size_t num_bytes, int peer, NcclHandle comm,
                           Stream& stream) = 0;
   virtual NcclResult receive(void* data, std::size_t num_bytes, int peer, NcclHandle comm,
                              Stream& stream) = 0;
   virtual NcclResult async_error(NcclHandle comm, NcclResult* state) = 0;
-  // Ends what is running on all of them and frees them.
+  // Ends whatever is running on all of them and frees them.
   virtual NcclResult abort(const std::vector<NcclHandle>& comms) = 0;
-  // "ncclRemoteError: remote process exited or there was a network error", with NCCL's last words.
+  // "ncclRemoteError: remote process exited or there was a network error", with NCCL's last error.
   virtual std::string describe(NcclResult result, NcclHandle comm) = 0;
 };
 

@@ -12,8 +12,8 @@ namespace dualpipe {
 namespace {
 
 constexpr std::chrono::microseconds kPoll{50};
-constexpr std::chrono::milliseconds kPatience{100};  // with a thread that connects
-constexpr std::size_t kScratchBytes = 512;           // a byte a way, each on lines of its own
+constexpr std::chrono::milliseconds kPatience{100};  // for the connecting thread
+constexpr std::size_t kScratchBytes = 512;           // a byte per way, each on its own cache lines
 
 // A group is closed on every path: one that stays open swallows all later calls of its thread.
 class Group {
@@ -49,7 +49,7 @@ class NcclLink::State {
 
   [[nodiscard]] Invitation invite();
   void prepare(std::vector<DeviceWay> ways);
-  // On the connecting thread; says how it ended to await().
+  // Runs on the connecting thread; await() gets the outcome.
   void bring_up(const std::vector<Invitation>& invitations) noexcept;
   void await(Clock::time_point deadline);
   [[nodiscard]] bool is_up_within(Clock::duration patience);
@@ -81,13 +81,13 @@ class NcclLink::State {
   const std::shared_ptr<Device> device_;
   const Rank rank_;
   const NcclOptions options_;
-  std::shared_ptr<std::byte> scratch_;  // for first bytes; as long as a device may write there
+  std::shared_ptr<std::byte> scratch_;  // for first bytes; kept while a device may write there
 
-  std::mutex mutex_;  // a communicator is aborted by one thread while another one may use it
+  std::mutex mutex_;  // one thread may abort a communicator that another one uses
   std::condition_variable changed_;
   std::vector<Connection> connections_;
   std::exception_ptr error_;  // of bring_up()
-  bool is_up_ = false;        // bring_up() is through
+  bool is_up_ = false;        // bring_up() has finished
   bool aborted_ = false;
 };
 
@@ -98,7 +98,8 @@ Invitation NcclLink::State::invite() {
   return id;
 }
 
-// On the caller's thread: memory is the current stream's, and the connecting thread has none.
+// Runs on the caller's thread: memory belongs to the current stream; the connecting thread has
+// none.
 void NcclLink::State::prepare(std::vector<DeviceWay> ways) {
   const std::lock_guard lock(mutex_);
   DUALPIPE_CHECK(connections_.empty(), "connected twice");
@@ -232,7 +233,8 @@ std::optional<std::string> NcclLink::State::error(Index way) {
              calls_->describe(worse, connection.comm));
 }
 
-// While a thread is in NCCL with these communicators, bring_up() ends them after it.
+// While the connecting thread is inside NCCL with these communicators, bring_up() is left to abort
+// them afterwards.
 void NcclLink::State::abort() noexcept {
   {
     const std::lock_guard lock(mutex_);
@@ -242,8 +244,8 @@ void NcclLink::State::abort() noexcept {
   changed_.notify_all();
 }
 
-// Holds the lock. All at once: the end of one may wait for the device, where kernels of the others
-// wait for their peers.
+// The caller holds the lock. Aborts all at once: the end of one may wait for the device, where
+// kernels of the others wait for their peers.
 void NcclLink::State::abort_all() noexcept {
   std::vector<NcclHandle> comms;
   for (Connection& connection : connections_) {
@@ -278,8 +280,9 @@ NcclLink::NcclLink(std::shared_ptr<NcclCalls> calls, std::shared_ptr<Device> dev
                    NcclOptions options)
     : state_(std::make_shared<State>(std::move(calls), std::move(device), rank, options)) {}
 
-// Aborted, not destroyed in order: that could wait for a peer that is gone. So may the thread that
-// connects; what it uses then stays, as nobody can tell how long it will be there.
+// Aborts instead of destroying in order, which could wait for a peer that is gone. The connecting
+// thread may be waiting for one, too; it is then left behind with the state that it uses, as nobody
+// can tell how long it will be there.
 NcclLink::~NcclLink() {
   abort();
   if (!connecting_.joinable()) return;

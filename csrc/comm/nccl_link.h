@@ -8,12 +8,12 @@
 
 namespace dualpipe {
 
-// Over NCCL: a communicator of two a way.
+// A link over NCCL: one communicator of two for each way.
 //
-// Communicators are blocking ones. Those that are not hand every group to a new thread, which costs
-// more than the message's share of a step; after the first byte has gone through, a group of a
-// blocking one is a launch. Only connecting may wait for a peer: a thread of its own does that, and
-// is left behind in NCCL where the peer never comes.
+// The communicators are blocking. Non-blocking ones hand every group to a new thread, which costs
+// more than the message's share of a step; with a blocking one, once the first byte has gone
+// through, a group is just a launch. Only connecting may wait for a peer: a separate thread does
+// that, and is left behind in NCCL if the peer never comes.
 class NcclLink final : public DeviceLink {
  public:
   NcclLink(std::shared_ptr<NcclCalls> calls, std::shared_ptr<Device> device, Rank rank,

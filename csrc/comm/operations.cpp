@@ -28,13 +28,13 @@ Operations::~Operations() {
 Operations::Handle Operations::add(Entry entry) {
   const std::lock_guard lock(mutex_);
   entries_.push_back(std::move(entry));
-  // abort_all() comes after the flag: it sees this entry, or the entry sees the flag.
+  // abort_all() runs after the flag is set: either it sees this entry, or the entry sees the flag.
   if (failure_.is_set()) entries_.back().operation->abort();
   return std::prev(entries_.end());
 }
 
 std::shared_ptr<Buffer> Operations::finish(Handle handle) {
-  std::list<Entry> done;  // destroyed after the lock
+  std::list<Entry> done;  // destroyed after the lock is released
   const std::lock_guard lock(mutex_);
   done.splice(done.begin(), entries_, handle);
   return std::move(done.front().buffer);

@@ -10,9 +10,9 @@
 
 namespace dualpipe {
 
-// The operations of one transport that are not done, and the memory they use. Owns both until the
-// operation is done; those that were aborted for good, to the end of the process: the other side
-// may still write, and a link whose memory is gone is stuck (gloo). Thread-safe.
+// The unfinished operations of one transport, and the memory they use. Owns both until the
+// operation is done, or to the end of the process if it was aborted: the other side may still
+// write, and a link whose memory is gone gets stuck (gloo). Thread-safe.
 class Operations {
  public:
   struct Entry {
@@ -34,7 +34,7 @@ class Operations {
 
   void abort_all() noexcept;
 
-  // Puts all operations aside. Nobody may wait for them any more.
+  // Sets all operations aside. They must not be waited for any more.
   void bury();
 
  private:

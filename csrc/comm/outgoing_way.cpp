@@ -10,13 +10,13 @@
 namespace dualpipe {
 namespace {
 
-// The end of a send, there before the send is issued.
+// The completion of a send; exists before the send is issued.
 class Departure final : public Event {
  public:
   Departure(std::shared_ptr<CopyMailbox> mailbox, std::uint32_t number)
       : mailbox_(std::move(mailbox)), number_(number) {}
 
-  // Without a call to the device, which might be kept back, unless flags say nothing any more.
+  // Avoids device calls, which might block, as long as the flags still mean something.
   [[nodiscard]] bool done() const override {
     const bool arrived = mailbox_->has_reached(CopyMailbox::kArrived, number_);
     if (!mailbox_->is_over()) return arrived;
@@ -36,7 +36,7 @@ class Departure final : public Event {
     if (!settled_) mailbox_->hold_back(stream, CopyMailbox::kArrived, number_);
   }
 
-  // Nothing is left to issue, and this is the end; null: it is over.
+  // Nothing is left to issue, and the send ends with this event; null: it has ended.
   void settle(EventPtr end) {
     {
       const std::lock_guard lock(mutex_);
@@ -55,9 +55,9 @@ class Departure final : public Event {
   EventPtr end_;
 };
 
-// A send waits on the host until its receiver has said where to, and is issued then; its stream
-// waits until that memory is free. In a shared queue the host waits for that as well: a stream that
-// did could hold up those that share its queue, and with them what it waits for.
+// A send waits on the host until its receiver has posted where it goes, and is then issued; its
+// stream waits until that memory is free. With shared queues the host waits for that as well: a
+// waiting stream could block those that share its queue, and with them what it waits for.
 class OutgoingWay final : public CopyWay {
  public:
   OutgoingWay(std::shared_ptr<CopyCalls> calls, DeviceWay way, std::unique_ptr<Stream> stream,
@@ -89,7 +89,7 @@ class OutgoingWay final : public CopyWay {
     unissued_.clear();
   }
 
-  // Before the receiver frees its memory.
+  // The receiver frees its memory only after this.
   void leave() noexcept override {
     for (const auto& [handle, block] : opened_) calls_->close_block(handle, block);
     opened_.clear();
@@ -118,7 +118,7 @@ class OutgoingWay final : public CopyWay {
     return queues_ == Queues::kOwn || (has_room() && may_follow(message.ready));
   }
 
-  // For the next message.
+  // Whether the memory for the next message may be written.
   [[nodiscard]] bool has_room() const {
     return mailbox_->has_reached(CopyMailbox::kReady, num_issued_ + 1);
   }
@@ -159,7 +159,7 @@ class OutgoingWay final : public CopyWay {
   const std::shared_ptr<CopyCalls> calls_;
   std::uint32_t num_asked_ = kFirst;
   std::deque<Unissued> unissued_;
-  std::vector<Copy> copies_;  // of the next message, as far as its postings are there
+  std::vector<Copy> copies_;  // of the next message, for the postings that are there
   std::map<BlockHandle, std::byte*> opened_;
 };
 

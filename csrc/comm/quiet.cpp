@@ -32,7 +32,7 @@ class Quiet {
   }
 
  private:
-  // The end of one may add another.
+  // Releasing one connection may add another.
   void end_connections(std::unique_lock<std::mutex>& lock) {
     if (num_steps_ > 0 || std::exchange(is_ending_, true)) return;
     while (!connections_.empty()) {
@@ -52,7 +52,7 @@ class Quiet {
   bool is_ending_ = false;
 };
 
-// Not destroyed: what is left at the end of the process goes with it.
+// Never destroyed: connections left at the end of the process end with it.
 Quiet& quiet() {
   static auto* const made = new Quiet;
   return *made;

@@ -4,13 +4,13 @@
 
 namespace dualpipe {
 
-// The connections of a pipeline that is gone end at the first moment at which no step of this
-// process is being issued. Their end frees memory, which may wait for the whole device, and the
-// device for messages that the waiting thread has yet to issue: Python's garbage collector ends
-// pipelines wherever it runs, in the middle of the step of another pipeline as well.
+// The connections of a destroyed pipeline are released only when no step of this process is being
+// issued. Releasing them frees memory, which may wait for the whole device, and the device may wait
+// for messages that the waiting thread has yet to issue: Python's garbage collector destroys
+// pipelines wherever it runs, even in the middle of another pipeline's step.
 
-// A step whose messages are being issued. Its beginning waits for an end that has begun; some
-// seconds at most, as that may hang with its device.
+// A step whose messages are being issued. Its constructor waits for a release that has begun, but
+// only some seconds, as that may hang with its device.
 class StepUnderWay {
  public:
   StepUnderWay();
@@ -19,7 +19,7 @@ class StepUnderWay {
   StepUnderWay& operator=(const StepUnderWay&) = delete;
 };
 
-// Lets go of it now, or else on the thread that ends the last step under way.
+// Releases `connection` now, or else on the thread that ends the last step under way.
 void let_go_between_steps(std::shared_ptr<void> connection);
 
 }  // namespace dualpipe

@@ -16,8 +16,8 @@
 namespace dualpipe {
 namespace {
 
-// The segments of this process by name, so that a thread finds what another one has mapped. Not
-// destroyed: segments may outlive it at exit. Empty when there are none.
+// The segments of this process by name, so that a thread finds what another one has mapped. Never
+// destroyed: segments may outlive it at exit.
 struct Registry {
   std::mutex mutex;
   std::map<std::string, std::weak_ptr<SharedSegment>> segments;
@@ -28,7 +28,7 @@ Registry& registry() {
   return all;
 }
 
-// Where shm_open() keeps its files; the call itself is in another library on older systems.
+// Where shm_open() keeps its files; the call itself is in a separate library on older systems.
 std::string path_of(const std::string& name) { return "/dev/shm/" + name; }
 
 std::string new_name() {
@@ -70,7 +70,7 @@ SharedSegment::~SharedSegment() {
     registry().segments.erase(name_);
   }
   made_.reset();
-  (void)unlink(path_of(name_).c_str());  // where nobody has opened it
+  (void)unlink(path_of(name_).c_str());  // if nobody has opened it
   (void)munmap(data_, num_bytes_);
   (void)close(file_);
 }
@@ -79,7 +79,8 @@ std::shared_ptr<SharedSegment> SharedSegment::create(std::size_t num_bytes) {
   const std::string name = new_name();
   const int file = ::open(path_of(name).c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
   if (file < 0) fail("cannot create", name);
-  // A file that is only as long has no memory yet: the first write could be a fatal signal.
+  // Setting the file's length alone would reserve no memory: the first write could then raise a
+  // fatal signal.
   if (const int error = posix_fallocate(file, 0, static_cast<off_t>(num_bytes)); error != 0) {
     (void)unlink(path_of(name).c_str());
     (void)close(file);

@@ -8,14 +8,14 @@
 
 namespace dualpipe {
 
-// Host memory that two ranks of one node share, be they processes or threads of one: a file in
-// memory that has a name only until both have it. Mapped once a process, so that its threads see
-// the same addresses. Zero when it is new. Thread-safe.
+// Host memory shared by two ranks of one node, whether these are processes or threads of one: a
+// file in memory that has a name only until both have opened it. Mapped once per process, so that
+// its threads see the same addresses. Initially zero. Thread-safe.
 class SharedSegment {
  public:
-  // Errors are PipelineErrors with the name.
+  // Errors are PipelineErrors that contain the name.
   [[nodiscard]] static std::shared_ptr<SharedSegment> create(std::size_t num_bytes);
-  // What the other rank made; takes its name away.
+  // Opens what the other rank created, and removes its name.
   [[nodiscard]] static std::shared_ptr<SharedSegment> open(const std::string& name,
                                                            std::size_t num_bytes);
   ~SharedSegment();
@@ -25,13 +25,13 @@ class SharedSegment {
   [[nodiscard]] const std::string& name() const { return name_; }
   [[nodiscard]] std::byte* data() const { return data_; }
 
-  // This process is side 0 or 1 from now on.
+  // From now on this process is that side, 0 or 1.
   void join(int side);
-  // Whether a process is that side. One that was and has died is not, however it ended and whether
-  // or not its parent knows: the kernel takes back its lock.
+  // Whether a living process is that side. One that has died does not count, however it ended and
+  // whether or not its parent knows: the kernel releases its lock.
   [[nodiscard]] bool is_joined(int side);
 
-  // What the first one who asks in this process makes; lasts as long as the mapping.
+  // Returns what the first call in this process makes; it lasts as long as the mapping.
   [[nodiscard]] std::shared_ptr<void> once(const std::function<std::shared_ptr<void>()>& make);
 
  private:

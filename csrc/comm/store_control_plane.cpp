@@ -33,7 +33,8 @@ Failure decode(const std::string& encoded) {
   return failure;
 }
 
-// What is written arrives later, and what waits for other ranks has a time limit of its own.
+// Ignores NoAnswer: what is written arrives later, and waiting for other ranks has its own time
+// limit.
 template <typename Call>
 void unless_silent(const Call& call) try {
   call();
@@ -101,14 +102,14 @@ std::vector<std::string> StoreExchange::all_gather(const std::string& text,
   const Clock::time_point deadline = Clock::now() + timeout;
   const std::int64_t round = store_->add(cat("exchanges/", rank_), 1);
   unless_silent([&] { store_->set(key(round, rank_.value()), text); });
-  // One outcome for all: who comes late finds what the others have come to.
+  // One outcome for all: a late rank finds the one that the others agreed on.
   const std::string own = await(round, timeout, deadline);
   unless_silent([&] { store_->set_first(outcome_key(round), own); });
   const std::string outcome = get(outcome_key(round), deadline);
   if (outcome != kComplete) throw PipelineError(outcome);
   std::vector<std::string> texts;
   for (int rank = 0; rank < num_ranks_; ++rank) texts.push_back(get(key(round, rank), deadline));
-  // Everybody is in this round, so everybody has read the one before.
+  // Every rank is in this round, so every rank has read the one before.
   unless_silent([&] {
     if (round > 1) store_->remove(key(round - 1, rank_.value()));
     if (round > 1 && rank_.value() == 0) store_->remove(outcome_key(round - 1));
@@ -116,7 +117,7 @@ std::vector<std::string> StoreExchange::all_gather(const std::string& text,
   return texts;
 }
 
-// A key that exists.
+// The key must exist.
 std::string StoreExchange::get(const std::string& key, Clock::time_point deadline) {
   for (;;) {
     try {
@@ -127,7 +128,7 @@ std::string StoreExchange::get(const std::string& key, Clock::time_point deadlin
   }
 }
 
-// What the round comes to, as this rank sees it.
+// The outcome of the round as this rank sees it.
 std::string StoreExchange::await(std::int64_t round, std::chrono::milliseconds timeout,
                                  Clock::time_point deadline) {
   for (auto pause = kFirstPause;; pause = std::min(2 * pause, kLongestPause)) {

@@ -15,12 +15,12 @@ namespace dualpipe {
 [[nodiscard]] std::unique_ptr<ControlPlane> store_control_plane(
     std::unique_ptr<KeyValueStore> store, Rank rank, int num_ranks);
 
-// Exchanges small texts between all ranks: the handshake at construction. Exchanges have numbers,
-// counted in the store for each rank, so that any number of these objects can be made for one
-// group. One thread at a time.
+// Exchanges small texts between all ranks, for the handshake at construction. Exchanges are
+// numbered by a counter in the store for each rank, so that any number of these objects can be made
+// for one group. One thread at a time.
 class StoreExchange {
  public:
-  // interrupted: asked while it waits, whether this rank is to stop.
+  // interrupted: called while waiting; returns whether this rank is to stop.
   StoreExchange(
       std::unique_ptr<KeyValueStore> store, Rank rank, int num_ranks,
       std::function<bool()> interrupted = [] { return false; })
@@ -29,8 +29,8 @@ class StoreExchange {
         num_ranks_(num_ranks),
         interrupted_(std::move(interrupted)) {}
 
-  // Every rank's text, by rank. Throws PipelineError on all ranks, also on those that come late,
-  // when one is missing after `timeout`, and names it.
+  // Every rank's text, by rank. If a rank is missing after `timeout`, throws a PipelineError that
+  // names it on all ranks, including late ones.
   [[nodiscard]] std::vector<std::string> all_gather(const std::string& text,
                                                     std::chrono::milliseconds timeout);
 

@@ -6,7 +6,8 @@
 
 namespace dualpipe {
 
-// What a tag of a framed transport says is on its way. Frames and bodies have one for each kind.
+// What a framed transport's tag says about the message. Frames and bodies have one value for each
+// MessageKind.
 enum class Traffic : std::uint32_t {
   kFrame = 0,
   kBody = 4,
@@ -16,10 +17,10 @@ enum class Traffic : std::uint32_t {
 };
 static_assert(kNumMessageKinds == 4);
 
-// Makes the tags of one pipeline: 31 bits, as many as c10d has. From the top: 1, which small tags
-// of others have not; 8 bits of the pipeline's instance; 10 of the epoch; 4 of what travels; 8 of a
-// number. An operation left over from a failed step would have to wait 1024 more failures for a tag
-// that is its own again.
+// Makes the tags of one pipeline: 31 bits, as many as c10d has. From the top: a 1, which other
+// users' small tags do not have; 8 bits of the pipeline's instance; 10 of the epoch; 4 of the
+// traffic; 8 of a number. An operation left over from a failed step meets its own tag again only
+// after 1024 more failures.
 class TagMaker {
  public:
   explicit TagMaker(std::uint32_t instance) : instance_(instance) {}

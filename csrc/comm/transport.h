@@ -16,7 +16,7 @@ namespace dualpipe {
 enum class MessageKind : std::uint8_t { kActivation, kGradient, kMirrorLow, kMirrorHigh };
 inline constexpr int kNumMessageKinds = 4;
 
-// Whether both copies of a stage exchange such messages, beside the schedule's.
+// Whether the two copies of a stage exchange such messages, in addition to the schedule's.
 [[nodiscard]] constexpr bool is_mirror(MessageKind kind) {
   return kind == MessageKind::kMirrorLow || kind == MessageKind::kMirrorHigh;
 }
@@ -25,7 +25,7 @@ inline constexpr int kNumMessageKinds = 4;
   return kind == MessageKind::kMirrorLow ? 0 : 1;
 }
 
-// One way for one kind of message between a rank and another one.
+// A path for one kind of message, in one direction, between a rank and a peer.
 struct MessageWay {
   Rank peer;
   MessageKind kind;
@@ -35,7 +35,7 @@ struct MessageWay {
 
 // What a message is, as the schedule sees it. Messages between the same two ranks of one kind form
 // a channel and arrive in the order in which they are sent; stage and micro-batch travel along and
-// are checked. stage is the one that uses the data; microbatch is a bucket for mirrors.
+// are checked. stage is the one that uses the data; for mirrors, microbatch is a bucket.
 struct MessageId {
   MessageKind kind;
   Stage stage;
@@ -48,10 +48,10 @@ struct MessageId {
 
 // What all ranks must agree on before a step's first message.
 struct StepInfo {
-  std::int64_t step = 0;             // counts all that a rank runs, exchanges as well
+  std::int64_t step = 0;             // counts everything that a rank runs, including exchanges
   std::uint64_t program_digest = 0;  // 0 is not a program
   std::string description;           // "dualpipe, 8 ranks, 20 micro-batches, training"
-  std::uint64_t shapes = 0;          // a digest of this rank's own inputs; 0: it has none
+  std::uint64_t shapes = 0;          // a digest of this rank's input shapes; 0: no inputs
 };
 
 // Whether two ranks mean the same step of the same program.
@@ -67,19 +67,19 @@ struct Failure {
   std::string text;
 };
 
-// A message that was received. Device transports return it before its bytes are there: only what
-// waits for `ready` (null: they are) may read them.
+// A received message. Device transports return it before its bytes have arrived: only work that
+// waits for `ready` may read them (null: they have).
 struct Arrival {
   Message message;
   EventPtr ready;
 };
 
-// A message that was asked for.
+// A requested message.
 class PendingReceive {
  public:
   virtual ~PendingReceive() = default;
-  // Host transports block until the message is there; device transports return at once, unless they
-  // have yet to hear what is coming. Once only. Throws PipelineError after abort().
+  // Host transports block until the message has arrived; device transports return at once, unless
+  // they do not know its layout yet. Call it once. Throws PipelineError after abort().
   [[nodiscard]] virtual Arrival wait() = 0;
 };
 
@@ -94,47 +94,47 @@ class Transport {
  public:
   virtual ~Transport() = default;
 
-  // Meets the peers before the first step, where a transport has to. Blocks for them; all ranks
-  // call it, or none.
+  // Connects to the peers before the first step, if a transport has to. Blocks for them; all ranks
+  // must call it, or none.
   virtual void connect() {}
 
-  // Announces the step to the neighbours and, before the first message to or from each, checks
-  // that they agree. A mismatch is a UserError, with both descriptions, on the ranks that find it,
-  // of which the engine tells the others. Does not block, unless a class says when it does.
+  // Announces the step to the neighbours and, before the first message to or from each, checks that
+  // they agree. A mismatch is a UserError, with both descriptions, on the ranks that find it; the
+  // engine tells the others. Does not block, unless a class says when it does.
   virtual void begin_step(const StepInfo& info) = 0;
 
-  // Returns at once. The message is kept until it has left, not longer; `ready` says when its
-  // bytes are final (null: now). Answers when they may change (null: now).
+  // Returns at once. The message is kept until it has left, not longer. `ready` says when its bytes
+  // are final (null: now); the returned event says when they may change again (null: now).
   virtual EventPtr send(Rank to, const MessageId& id, Message message, const EventPtr& ready) = 0;
 
-  // Asks for the next message of the channel. Returns at once.
+  // Requests the next message of the channel. Returns at once.
   [[nodiscard]] virtual std::unique_ptr<PendingReceive> receive(Rank from, const MessageId& id) = 0;
 
-  // Commits the step: returns when every rank has got here and the sends of this rank have left.
+  // Commits the step: returns when every rank has called it and this rank's sends have left.
   virtual void end_step() = 0;
 
   // Ends the step: every blocked or later call of this rank throws PipelineError(failure.text)
   // until recover(). The first failure counts.
   virtual void abort(const Failure& failure) noexcept = 0;
 
-  // Forgets the failed step: what was in flight reaches nobody. All ranks must do it.
+  // Forgets the failed step: what was in flight reaches nobody. All ranks must call it.
   virtual void recover() = 0;
 
   // Whether messages are device memory, ordered by events, or host memory.
   [[nodiscard]] virtual bool carries_device_memory() const { return false; }
 
-  // What went wrong behind the back of every caller, also between steps: a device that waits for a
-  // rank that is gone. Any thread.
+  // An asynchronous failure, not seen by any call, also between steps: for example, a device that
+  // waits for a rank that is gone. Any thread.
   [[nodiscard]] virtual std::optional<std::string> fault() { return std::nullopt; }
-  // Whether a device still works on what it was told. Any thread.
+  // Whether a device still works on issued messages. Any thread.
   [[nodiscard]] virtual bool busy() { return false; }
 };
 
-// A transport of host memory, on which those of devices are built.
+// A transport of host memory, on which device transports are built.
 class HostTransport : public Transport {
  public:
-  // The smallest and the largest of all ranks' values, without zeros (two zeros: all are). Within a
-  // step; blocks for all ranks, which must call it equally often.
+  // The smallest and the largest of all ranks' values, ignoring zeros (both 0: all are). agree() is
+  // called within a step, equally often by all ranks, and blocks for them.
   struct Extremes {
     std::uint64_t smallest;
     std::uint64_t largest;

@@ -18,8 +18,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Steps follow each other closely: a thread that goes on ticking between them need not be woken at
-// every arm(). After this many ticks without a step it sleeps for good.
+// Steps follow each other closely: while the thread keeps ticking between them, arm() need not wake
+// it. After this many ticks without a step it sleeps until the next one.
 constexpr int kTicksBeforeSleep = 10;
 
 // A rank publishes where it is this many times per timeout, so that whoever times out first finds
@@ -79,7 +79,7 @@ struct Watchdog::State {
   bool asleep = false;
   bool stopping = false;
   std::thread thread;
-  const pid_t process = getpid();  // the thread's
+  const pid_t process = getpid();  // the one that has the thread
 };
 
 void Watchdog::State::run() {
@@ -87,7 +87,7 @@ void Watchdog::State::run() {
   while (!stopping) {
     if (progress == nullptr && num_idle_ticks >= kTicksBeforeSleep) {
       asleep = true;
-      // A step may be over before this thread runs; its device may be not.
+      // The step may be over before this thread wakes up, while its device is still working.
       cv.wait(lock, [this, seen = num_armings] { return stopping || num_armings != seen; });
       asleep = false;
       num_idle_ticks = 0;
@@ -118,7 +118,7 @@ void Watchdog::State::tick(std::unique_lock<std::mutex>& lock) {
   }
 }
 
-// One look at the others and at this rank's own wait.
+// Checks once for failures elsewhere and for a wait of this rank that takes too long.
 void Watchdog::State::look(std::unique_lock<std::mutex>& lock) {
   if (options.interrupted()) {
     return report_fault(lock, cat("rank ", rank, " was interrupted (Ctrl-C)"));
@@ -139,7 +139,7 @@ void Watchdog::State::look(std::unique_lock<std::mutex>& lock) {
   }
 }
 
-// The host is through with the step; the device may wait for a rank that is gone.
+// The host has finished the step; the device may still wait for a rank that is gone.
 void Watchdog::State::look_after_device(std::unique_lock<std::mutex>& lock) {
   if (const auto fault = transport.fault()) return report_fault(lock, *fault);
   const std::uint64_t arming = num_armings;
@@ -149,7 +149,7 @@ void Watchdog::State::look_after_device(std::unique_lock<std::mutex>& lock) {
   if (failure && num_armings == arming && failure->step <= step) transport.abort(*failure);
 }
 
-// A store that is gone with the rank that hosts it: that rank may be through, and so may all.
+// Ignores a store that is gone with its host rank: that rank may have finished, and so may all.
 std::optional<Failure> Watchdog::State::poll_if_reachable() noexcept try {
   return control.poll();
 } catch (const std::exception&) {
@@ -163,7 +163,7 @@ void Watchdog::State::report_fault(std::unique_lock<std::mutex>& lock, const std
   try {
     control.report(own);
   } catch (const std::exception&) {
-    // The others find out by their links.
+    // The other ranks will notice through their links.
   }
   lock.lock();
   if (num_armings == arming) abort(own);
@@ -184,7 +184,7 @@ void Watchdog::State::report_timeout(std::unique_lock<std::mutex>& lock) {
   lock.unlock();
   control.publish_position(position);
   lock.lock();
-  // Others that wait since about the same time get the time to publish, too.
+  // Gives others that began to wait at about the same time a chance to publish, too.
   cv.wait_for(lock, 2 * options.poll_interval, [this] { return stopping; });
   if (!still_in(arming) || !timed_out()) return;
   lock.unlock();
@@ -197,7 +197,7 @@ void Watchdog::State::report_timeout(std::unique_lock<std::mutex>& lock) {
   if (!first || first->step <= failed_step) {
     abort(first.value_or(own));
   } else if (timed_out()) {
-    abort(own);  // a report of a later step came first and took the place of this one
+    abort(own);  // a report of a later step came first and displaced this one
   }
 }
 
@@ -242,7 +242,7 @@ void Watchdog::arm(const Progress& progress, std::int64_t step) {
 void Watchdog::disarm() {
   const std::lock_guard lock(state_->mutex);
   state_->progress = nullptr;
-  ++state_->num_armings;  // what is found out about this step now must not end a later one
+  ++state_->num_armings;  // what is still found about this step must not end a later one
 }
 
 }  // namespace dualpipe

@@ -11,7 +11,7 @@
 
 namespace dualpipe {
 
-// What the watchdog must know of its rank. Called by the watchdog's thread at any time in a step.
+// What the watchdog needs to know. Called by the watchdog's thread at any time in a step.
 class Progress {
  public:
   virtual ~Progress() = default;
@@ -21,17 +21,17 @@ class Progress {
   [[nodiscard]] virtual std::string position() const = 0;
 };
 
-// One thread a rank that ends a step which cannot go on: when another rank has reported a failure,
-// when the transport tells of a fault, when this rank is to stop, or when it has waited for one
-// message longer than `timeout` (then it publishes its position, gathers those of the others, and
-// reports). It aborts the transport and goes idle until the next arm(), or until the device that
-// works on after a step is through. While idle it costs nothing.
+// One thread per rank that ends a step which cannot continue: when another rank has reported a
+// failure, when the transport reports a fault, when this rank is to stop, or when it has waited for
+// one message longer than `timeout` (it then publishes its position, gathers those of the others,
+// and reports). It aborts the transport and idles until the next arm(). After a step it watches
+// until the device has finished working. While idle it costs nothing.
 class Watchdog {
  public:
   struct Options {
     std::chrono::milliseconds poll_interval{100};
     std::chrono::milliseconds timeout{600'000};
-    // Asked at every poll: whether this rank is to stop, as a user does with Ctrl-C.
+    // Called at every poll of a step: whether this rank is to stop, for example after Ctrl-C.
     std::function<bool()> interrupted = [] { return false; };
   };
 
