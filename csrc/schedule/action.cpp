@@ -13,7 +13,7 @@ struct OpName {
   Op op;
 };
 
-// Longer names first where one is the beginning of another.
+// Where one name is a prefix of another, the longer one comes first.
 constexpr std::array kOpNames = {
     OpName{"SEND_F", Op::kSendForward},
     OpName{"RECV_F", Op::kRecvForward},
@@ -29,7 +29,7 @@ constexpr std::string_view kOverlapSuffix = ")OVERLAP_F_B";
 constexpr std::int64_t kMaxStage = std::numeric_limits<std::uint16_t>::max() - 1;
 constexpr std::int64_t kMaxMicrobatch = std::numeric_limits<std::int32_t>::max() - 1;
 
-// Reads one action from the left; every error names the column (from 1) at which it stands.
+// Reads one action from the left; every error names the column (from 1) where it occurs.
 class Parser {
  public:
   explicit Parser(std::string_view text) : text_(text) {}

@@ -19,9 +19,9 @@ enum class Op : std::uint8_t {
   kBackwardWeight,  // W
   kOverlap,         // (0F7;7B13)OVERLAP_F_B, or with I once the W has been split off
   kSendForward,     // 3SEND_F12: the output of 3F12 leaves for stage 4
-  kRecvForward,     // 3RECV_F12: the input of 3F12 is asked for
+  kRecvForward,     // 3RECV_F12: the input of 3F12 is requested
   kSendBackward,    // 3SEND_B12: the input gradient of 3B12 leaves for stage 2
-  kRecvBackward,    // 3RECV_B12: the output gradient of 3B12 is asked for
+  kRecvBackward,    // 3RECV_B12: the output gradient of 3B12 is requested
   kReduceGrad,      // 3REDUCE_GRAD: stage 3's gradients are summed over its mirrors
 };
 
@@ -94,8 +94,8 @@ constexpr void for_each_part(const Action& action, Visit&& visit) {
   visit(action.backward_half());
 }
 
-// Micro-batches whose activations a rank holds, from F to the end of B or W, as its actions run. I
-// frees none: weight gradients need the layers' inputs.
+// Counts the micro-batches whose activations a rank holds, from F to the end of B or W, as its
+// actions run. I frees none: weight gradients need the layers' inputs.
 class LiveActivations {
  public:
   constexpr void add(const Action& action) {

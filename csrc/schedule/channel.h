@@ -19,8 +19,8 @@ struct Channel {
   bool operator==(const Channel&) const = default;
 };
 
-// What crosses the boundary between stages `boundary` and `boundary + 1` for a micro-batch:
-// an activation upwards in stage number, or its gradient downwards. (The bytes of it are a Message,
+// What crosses the boundary between stages `boundary` and `boundary + 1` for a micro-batch: an
+// activation upwards in stage number, or its gradient downwards. (Its bytes are a Message,
 // memory/message.h, which has a MessageId, comm/transport.h.)
 struct Transfer {
   TransferKind kind;
@@ -30,17 +30,17 @@ struct Transfer {
   bool operator==(const Transfer&) const = default;
 };
 
-// The message that a part of a compute action (not a pair: its halves) or a SEND gives away, and
-// the one that a part or a RECV takes in. None: a W, and the ends of the pipeline.
+// The message that a part of a compute action (a pair has two: its halves) or a SEND produces, and
+// the one that a part or a RECV consumes. None for a W, and at the ends of the pipeline.
 [[nodiscard]] std::optional<Transfer> output_of(const Placement& placement, const Action& part);
 [[nodiscard]] std::optional<Transfer> input_of(const Placement& placement, const Action& part);
 
 // The channel a message goes through; source and destination are equal for a hand-over within a
-// rank, which is no message at all.
+// rank, which needs no message.
 [[nodiscard]] Channel channel_of(const Placement& placement, const Transfer& message);
 
-// Dense numbers for flat tables. Stages that follow each other sit on neighbouring ranks (modulo
-// the number of ranks) in every placement, so a rank has at most four outgoing channels.
+// Dense numbers for flat tables. Consecutive stages are on neighbouring ranks (modulo the number of
+// ranks) in every placement, so a rank has at most four outgoing channels.
 [[nodiscard]] std::size_t channel_index(const Placement& placement, const Channel& channel);
 [[nodiscard]] inline std::size_t num_channels(const Placement& placement) {
   return static_cast<std::size_t>(placement.num_ranks()) * 4;

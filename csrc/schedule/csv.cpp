@@ -21,7 +21,7 @@ std::string_view trim(std::string_view text) {
   return text.substr(first, text.find_last_not_of(" \t") - first + 1);
 }
 
-// Every place below points into the cell's own characters.
+// Turns columns within the cell into columns of the line.
 Action parse_cell(std::string_view cell, Place place) {
   try {
     return parse_action(cell);

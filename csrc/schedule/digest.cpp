@@ -4,7 +4,7 @@ namespace dualpipe {
 namespace {
 
 // Words are mixed by the finalizer of SplitMix64 (Steele, Lea, Flood 2014): plain arithmetic on
-// values, so neither byte order nor padding nor the standard library's hash has a say.
+// values, independent of byte order, padding and the standard library's hash.
 class Digest {
  public:
   void add(std::uint64_t word) {

@@ -10,9 +10,9 @@
 namespace dualpipe {
 
 enum class PlacementKind : std::uint8_t {
-  kLoop,           // stage s on rank s mod P: one stage a rank is the linear pipeline
-  kV,              // two stages a rank: r and 2P-1-r
-  kBidirectional,  // two stages a rank: stage s on rank s (down), on rank P-1-s (up)
+  kLoop,           // stage s on rank s mod P: linear if there is one stage per rank
+  kV,              // two stages per rank: r and 2P-1-r
+  kBidirectional,  // two stages per rank: stage s on rank s (down), on rank P-1-s (up)
 };
 
 // "loop", "v", "bidirectional".
@@ -23,7 +23,7 @@ enum class PlacementKind : std::uint8_t {
 // Which rank runs a stage for a micro-batch. A value; cheap to copy.
 class Placement {
  public:
-  // Throws ScheduleError on impossible sizes: a V needs two stages a rank, a bidirectional
+  // Throws ScheduleError on impossible sizes: a V needs two stages per rank, a bidirectional
   // placement an even number of ranks, as many stages as ranks, and an even number of
   // micro-batches.
   Placement(PlacementKind kind, int num_ranks, int num_stages, int num_microbatches);

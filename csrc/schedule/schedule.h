@@ -10,8 +10,8 @@
 
 namespace dualpipe {
 
-// What every rank does, in order, as data. Planners make one of compute actions alone; passes
-// (schedule/passes/) turn it into one with explicit sends, receives and reductions.
+// What every rank does, in order, as data. Planners produce only compute actions; passes
+// (schedule/passes/) add explicit sends, receives and reductions.
 struct Schedule {
   std::string name;
   Placement placement;
@@ -22,13 +22,13 @@ struct Schedule {
   [[nodiscard]] int num_microbatches() const { return placement.num_microbatches(); }
   [[nodiscard]] const std::vector<Action>& row(Rank rank) const { return rows[rank.index()]; }
 
-  // The name is not compared: for a CSV it is the file's.
+  // The name is not compared: for a schedule from a CSV file it is the file's.
   bool operator==(const Schedule& other) const {
     return placement == other.placement && rows == other.rows;
   }
 };
 
-// One line a rank, cells separated by commas, empty cells allowed: the CSV of
+// One line per rank, cells separated by commas, empty cells allowed: the CSV of
 // torch.distributed.pipelining.
 [[nodiscard]] std::string to_csv(const Schedule& schedule);
 

@@ -2,8 +2,8 @@
 
 namespace dualpipe {
 
-// Pairs come apart before backwards are split, so that a serial pair's W follows its I; reductions
-// are placed before messages, so that a result leaves before the reduction starts.
+// Pairs are serialized before backwards are split, so that a serial pair's W follows its I;
+// reductions are placed before messages, so that a result leaves before the reduction starts.
 Schedule lower(Schedule schedule, const LoweringOptions& options) {
   if (!options.with_backward) {
     return lower_communication(forward_only(std::move(schedule)), options.lookahead);

@@ -36,7 +36,7 @@ class Lowering {
     for (std::size_t rank = 0; rank < rows.size(); ++rank) read_row(rows[rank]);
   }
 
-  // Rows may be replaced one by one: all that is needed of the others has been read.
+  // Rows may be replaced one by one: read() has taken all that is needed from the others.
   [[nodiscard]] std::vector<Action> lowered(const std::vector<Action>& row, Rank rank) {
     const std::vector<Receive> receives = receives_of(rank);
     std::vector<Action> out;
@@ -55,7 +55,7 @@ class Lowering {
   }
 
  private:
-  // Notes where each message is used, and each channel's messages in the order of their sends.
+  // Records where each message is used, and each channel's messages in the order of their sends.
   void read_row(const std::vector<Action>& row) {
     std::int32_t step = 0;
     for (const Action& action : row) {
@@ -105,7 +105,7 @@ class Lowering {
       if (use == kUnused) fail_unused(message, channel);
       all.push_back({recv_action(message), 0, use});
     }
-    // In order: a receive is posted no later than those behind it.
+    // Keeps the order of the channel: a receive is posted no later than those after it.
     std::int32_t earliest = std::numeric_limits<std::int32_t>::max();
     for (auto it = all.rbegin(); it != all.rend() - middle; ++it) {
       earliest = std::min(earliest, it->use);
@@ -124,7 +124,7 @@ class Lowering {
   Placement placement_;
   std::int32_t lookahead_;
   std::vector<std::vector<Transfer>> sent_;  // by channel
-  std::vector<std::int32_t> use_of_;         // by message: index among the user's compute actions
+  std::vector<std::int32_t> use_of_;         // by message: step of the compute action that uses it
 };
 
 }  // namespace

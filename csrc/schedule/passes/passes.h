@@ -11,23 +11,23 @@ namespace dualpipe {
 // between them. split_pairs: a B in an overlapped pair is split as well.
 [[nodiscard]] Schedule split_backward(Schedule schedule, bool split_pairs = true);
 
-// Overlapped pairs become F, then B or I: for stages with no overlapped function of their own.
+// Overlapped pairs become F, then B or I: for stages without an overlapped function of their own.
 [[nodiscard]] Schedule serialize_overlap(Schedule schedule);
 
-// Adds SEND_* right after what makes the data, and RECV_* at most `lookahead` compute actions
-// ahead of their use (0: right before it), in the order in which the channel's source sends. A
-// hand-over between two stages of one rank needs no message.
+// Adds SEND_* right after what makes the data, and RECV_* `lookahead` compute actions ahead of
+// their use (0: right before it), or earlier where needed to receive in the order in which the
+// channel's source sends. A hand-over between two stages of one rank needs no message.
 [[nodiscard]] Schedule lower_communication(Schedule schedule, int lookahead);
 
-// Adds REDUCE_GRAD after the last W or B of each stage, where stages have mirrors: elsewhere the
-// schedule stays as it is. To have results leave first, apply it before lower_communication.
+// Adds REDUCE_GRAD after the last W or B of each stage if stages have mirrors; otherwise the
+// schedule stays as it is. Apply it before lower_communication, so that results leave first.
 [[nodiscard]] Schedule place_reduce_grad(Schedule schedule);
 
 // Removes backwards, messages of gradients and reductions: leaves what inference runs.
 [[nodiscard]] Schedule forward_only(Schedule schedule);
 
 struct LoweringOptions {
-  bool keep_overlap = false;  // the stages bring an overlapped function: pairs stay one piece
+  bool keep_overlap = false;  // stages have an overlapped function: pairs stay in one piece
   bool with_backward = true;  // false: inference
   bool reduce_gradients = false;
   int lookahead = 2;  // compute actions

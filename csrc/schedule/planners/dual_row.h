@@ -8,7 +8,7 @@
 
 namespace dualpipe::planning {
 
-// One of the two flows through a rank: its stage, and its first micro-batch.
+// One of the two flows through a rank: its stage and its first micro-batch.
 struct Phase {
   Stage stage;
   int first_microbatch;

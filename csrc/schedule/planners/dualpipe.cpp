@@ -21,7 +21,8 @@ void check(const PlanRequest& request) {
 }  // namespace
 
 // The bidirectional schedule of the DeepSeek-V3 report (arXiv 2412.19437, section 3.2.1). On the
-// first half of the ranks phase 0 flows down and phase 1 up; on the second half the other way.
+// first half of the ranks phase 0 flows down and phase 1 up; on the second half it is the other way
+// round.
 Schedule dualpipe(const PlanRequest& request) {
   check(request);
   const int p = request.num_ranks;

@@ -40,7 +40,7 @@ std::vector<Action> row_of(const Rounds& rounds, int rank) {
 }  // namespace
 
 // Interleaved 1F1B (arXiv 2104.04473, section 2.2), with rounds of any size that divides the
-// micro-batches, not of num_ranks alone.
+// micro-batches, not only of num_ranks.
 Schedule interleaved_1f1b(const PlanRequest& request) {
   const int p = request.num_ranks;
   const int n = request.num_microbatches;

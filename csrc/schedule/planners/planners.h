@@ -14,7 +14,7 @@ struct PlanRequest {
   int stages_per_rank = 0;  // 0: what the planner needs; interleaved_1f1b takes any (default 2)
 };
 
-// A planner returns compute actions alone and throws ScheduleError on sizes it cannot serve.
+// A planner returns only compute actions, and throws ScheduleError on sizes it cannot serve.
 using Planner = Schedule (*)(const PlanRequest&);
 
 struct PlannerInfo {

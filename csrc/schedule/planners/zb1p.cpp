@@ -6,8 +6,8 @@ namespace {
 
 constexpr std::string_view kName = "zb1p";
 
-// 1F1B with I for B. The W of rank r run r micro-batches behind: rank 0 cannot defer any without
-// holding more than 1F1B does, rank P-1 defers most and fills the drain with them.
+// 1F1B with I in place of B. On rank r each W runs r micro-batches later: rank 0 cannot defer any
+// without holding more than 1F1B does, rank P-1 defers most and fills the drain with them.
 std::vector<Action> row_of(int rank, int num_ranks, int num_microbatches) {
   const Stage stage(rank);
   const int warm_up = std::min(num_microbatches, num_ranks - 1 - rank);
@@ -27,7 +27,7 @@ std::vector<Action> row_of(int rank, int num_ranks, int num_microbatches) {
 }  // namespace
 
 // ZB-H1 of "Zero Bubble Pipeline Parallelism" (arXiv 2401.10241, section 2.2): the bubble of 1F1B
-// less a W for every hop, at its memory.
+// minus one W for every hop, with the same memory.
 Schedule zb1p(const PlanRequest& request) {
   require_basics(kName, request, 1);
   const int p = request.num_ranks;

@@ -24,7 +24,8 @@ class Row {
   [[nodiscard]] std::vector<Action> take() { return std::move(row_); }
 
  private:
-  // The order is made for at least 2P-1 micro-batches; actions of missing ones are left out.
+  // The order is meant for at least 2P-1 micro-batches; with fewer, the actions of the missing ones
+  // are left out.
   void add(Op op, int leg, int& next) {
     if (next < num_microbatches_) row_.emplace_back(op, stages_[leg], Microbatch(next));
     ++next;
@@ -71,8 +72,8 @@ void cool_down(Row& row, int rank, int num_ranks) {
 
 }  // namespace
 
-// ZB-V of "Zero Bubble Pipeline Parallelism" (arXiv 2401.10241, section 6): where
-// F = I = W, no rank idles between its first and its last action, at the memory of 1F1B.
+// ZB-V of "Zero Bubble Pipeline Parallelism" (arXiv 2401.10241, section 6): if F = I = W, no rank
+// idles between its first and its last action, with the memory of 1F1B.
 Schedule zbv(const PlanRequest& request) {
   require_basics(kName, request, 2);
   const int p = request.num_ranks;

@@ -92,7 +92,7 @@ class Simulation {
         return costs_.overlapped.value_or(duration(action.forward_half()) +
                                           duration(action.backward_half()));
       default:
-        return 0;  // a reduction: beside the computation
+        return 0;  // a reduction runs beside the computation
     }
   }
 
@@ -148,7 +148,8 @@ void check_costs(const CostModel& costs, int num_stages) {
   check_cost("message_time", costs.message_time);
 }
 
-// The actions that the engine runs: simulated with late sends, they give the times of early ones.
+// The actions that the engine runs: simulated with late sends, they take the times that the
+// original takes with early ones.
 Schedule as_run(const Schedule& schedule, bool pairs_are_one_piece) {
   if (pairs_are_one_piece) return split_backward(schedule, false);
   return split_backward(serialize_overlap(schedule));

@@ -29,14 +29,14 @@ struct CostModel {
   StageTimes forward = 1;
   StageTimes backward_input = 1;
   StageTimes backward_weight = 1;
-  std::optional<double> overlapped = {};  // a whole F&B as one piece; none: its parts
+  std::optional<double> overlapped = {};  // a whole F&B as one piece; none: the sum of its parts
   double latency = 0;                     // of a message
   double message_time = 0;  // bytes over bandwidth: time a message occupies its channel
 };
 
-// kEarly: as the engine does: results leave before weights, and a pair of serial parts waits for
-// each input where it uses it (a pair that is one piece stays one). kLate: as published: pairs
-// wait for both inputs, and every backward sends at its end.
+// kEarly, as the engine does it: results leave before weights, and a pair of serial parts waits for
+// each input where it uses it (a pair that is one piece stays one). kLate, as published: pairs wait
+// for both inputs, and every backward sends at its end.
 enum class Sends : std::uint8_t { kEarly, kLate };
 
 struct Span {
@@ -55,13 +55,13 @@ struct Timeline {
   [[nodiscard]] int peak_activations(Rank rank) const;
 };
 
-// Event-driven; schedule is one of compute actions alone (what a planner gives). With kEarly the
-// spans are those of the split actions that the engine runs. Throws ScheduleError on costs that
-// are negative, not finite or for another number of stages, and on a schedule that cannot finish.
+// Event-driven; schedule must have only compute actions (as from a planner). With kEarly the spans
+// are those of the split actions that the engine runs. Throws ScheduleError on costs that are
+// negative, not finite or for another number of stages, and on a schedule that cannot finish.
 [[nodiscard]] Timeline simulate(const Schedule& schedule, const CostModel& costs, Sends sends);
 
 // A line for each rank, a character for each `unit` of time: what runs when; bubbles are dots.
-// Actions are drawn as 0F3, or as F3 or F where they are too short for it. Throws ScheduleError on
+// Actions are drawn as 0F3, or all as F3 or F if some are too short for it. Throws ScheduleError on
 // a unit that is not above 0, or so small that a line would be longer than 100,000 characters.
 [[nodiscard]] std::string to_grid(const Timeline& timeline, double unit);
 

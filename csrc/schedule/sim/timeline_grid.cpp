@@ -49,7 +49,7 @@ class Drawing {
     return static_cast<std::size_t>(std::lround(time / unit_));
   }
 
-  // A character is left for the gap to the next action.
+  // One character is kept for the gap to the next action.
   [[nodiscard]] bool all_fit() const {
     for (const auto& spans : timeline_.ranks) {
       for (const Span& span : spans) {

@@ -52,7 +52,8 @@ class MessageRun {
     }
   }
 
-  // A message's place in its channel is that of its send; equal to that of its receive.
+  // A message's place in its channel is that of its send; check_channel_order has proved that its
+  // receive has the same place.
   void post_send(const Transfer& message) {
     const Channel channel = channel_of(placement_, message);
     const std::size_t index = channel_index(placement_, channel);

@@ -9,7 +9,7 @@
 namespace dualpipe {
 
 enum class Form : std::uint8_t {
-  kCompute,  // compute actions alone: inputs from other ranks count as present
+  kCompute,  // only compute actions: inputs from other ranks count as present
   kLowered,  // with explicit messages: inputs from other ranks need an earlier RECV
 };
 
@@ -25,7 +25,7 @@ enum Done : std::uint8_t {
 };
 
 // Checks each row by itself: every action names a valid stage and micro-batch, is on the right
-// rank, is there once, and comes after what it needs from the same rank; no action is missing.
+// rank, occurs once, and comes after what it needs from the same rank; no action is missing.
 class RowOrder {
  public:
   RowOrder(const Schedule& schedule, Form form, Findings& findings);

@@ -24,7 +24,7 @@ std::string place(const Diagnostic& diagnostic) {
 
 }  // namespace
 
-// Each check relies on those before it, so the first that finds something ends the proof.
+// Each check relies on the ones before it, so the proof ends at the first that finds something.
 std::vector<Diagnostic> verify_compute(const Schedule& schedule) {
   Findings findings;
   check_rows(schedule, Form::kCompute, findings);

@@ -15,8 +15,8 @@ struct Diagnostic {
 
 // Proves that a schedule of compute actions is complete and in data order: every (stage,
 // micro-batch) has one F and one B or I+W, none twice, each on the rank of the placement, and the
-// order of computation has no cycle. A schedule without any backward is one of inference: each has
-// one F. Empty: proved. At most kMaxDiagnostics are returned.
+// order of computation has no cycle. A schedule without any backward is for inference: each has one
+// F. Returns no diagnostics if proved, otherwise at most kMaxDiagnostics.
 [[nodiscard]] std::vector<Diagnostic> verify_compute(const Schedule& schedule);
 
 // Proves a lowered schedule: the above; each channel sends and receives in one order; and there

@@ -6,7 +6,7 @@
 
 namespace dualpipe {
 
-// Ranks that may be able to go on, each at most once.
+// Ranks that may be able to advance, each at most once.
 class Worklist {
  public:
   explicit Worklist(int num_ranks) : queued_(static_cast<std::size_t>(num_ranks), 1) {
