@@ -17,7 +17,7 @@
 namespace dualpipe {
 namespace {
 
-// Events are made once and used again: making one takes longer than recording it.
+// Events are reused: creating one takes longer than recording it.
 class EventPool {
  public:
   EventPool(int device, unsigned flags) : device_(device), flags_(flags) {}
@@ -53,7 +53,7 @@ class EventPool {
   std::vector<cudaEvent_t> free_;
 };
 
-// An event of a pool, given back to it.
+// A pooled event; returns to its pool when destroyed.
 class LentEvent {
  public:
   explicit LentEvent(std::shared_ptr<EventPool> pool)
@@ -115,7 +115,7 @@ cudaStream_t make_stream(int device, Priority priority) {
   return stream;
 }
 
-// A stream of this device's own, and what becomes of it in the end.
+// A stream that the device owns; `release` disposes of it.
 class OwnStream final : public Stream {
  public:
   using Release = std::function<void(cudaStream_t)>;
@@ -135,8 +135,8 @@ class OwnStream final : public Stream {
   const Release release_;
 };
 
-// Streams that last as long as the process: torch's allocator knows the stream that memory was
-// allocated on, and may synchronize with it whenever it gives that memory back.
+// Streams that last as long as the process: torch's allocator remembers the stream that memory was
+// allocated on, and may synchronize with it whenever it frees that memory.
 class LastingStreams {
  public:
   static LastingStreams& all() {
@@ -178,7 +178,7 @@ class CudaAllocator final : public Allocator {
   const int device_;
 };
 
-// The stream that its thread computes on, which is torch's.
+// The stream that the thread of the step computes on: torch's current one.
 class ComputeStream final : public Stream {
  public:
   ComputeStream(std::shared_ptr<EventPool> pool, int device)
@@ -258,7 +258,8 @@ class CudaDevice final : public Device {
   std::shared_ptr<Allocator> allocator() override { return allocator_; }
 
  private:
-  // One for all where they may not wait, so that as few as possible share a queue with computation.
+  // One for all if they may not wait, so that as few streams as possible share a queue with
+  // computation.
   [[nodiscard]] std::vector<std::unique_ptr<Stream>> make_reductions() const {
     std::vector<std::unique_ptr<Stream>> made(reductions_may_wait_ ? kNumReductions : 1);
     for (auto& stream : made) {

@@ -11,7 +11,7 @@
 namespace dualpipe {
 namespace {
 
-// Whole tensors, in order, until a bucket holds bucket_bytes.
+// Fills buckets with whole tensors, in order, until each holds bucket_bytes.
 std::vector<Tensors> make_buckets(const Tensors& tensors, std::size_t bucket_bytes) {
   std::vector<Tensors> buckets;
   std::size_t bytes = bucket_bytes;
@@ -40,9 +40,9 @@ bool is_final(const Tensors& bucket, const PendingWeights& pending) {
   });
 }
 
-// Buckets that are under way before the sums ask for those of the mirror: a channel between devices
-// takes some hundreds of messages before it waits for the other side, and on the host each one is
-// a copy.
+// How many buckets may be under way before the sums wait for those of the mirror: a channel between
+// devices takes only some hundreds of messages before it waits for the other side, and on the host
+// each message is a copy.
 constexpr std::size_t kAhead = 128;
 
 Rank mirror_of(Rank rank, int num_ranks) { return Rank(num_ranks - 1 - rank.value()); }
@@ -90,7 +90,7 @@ void MirrorExchange::start(Stage stage) {
   }
 }
 
-// Lets the first buckets begin, which are final where the compute stream is now.
+// Lets the first num_buckets buckets begin; they are final at the compute stream's current point.
 void MirrorExchange::launch(StageState& state, std::size_t num_buckets) {
   if (num_buckets <= state.num_launched) return;
   state.num_launched = num_buckets;
@@ -124,7 +124,7 @@ void MirrorExchange::finish() {
   for (auto& [stage, state] : stages_) forget(state);
 }
 
-// Nothing of it stands in a queue before the computation has been issued.
+// Called when all computation has been issued, so that no sum is queued ahead of it.
 void MirrorExchange::sum_now(StageState& state) {
   reduction_stream(state).wait(device_.compute().record());
   run(state, [this, &state] { complete(state); });
@@ -140,7 +140,8 @@ void MirrorExchange::cancel() noexcept {
   for (auto& [stage, state] : stages_) forget(state);
 }
 
-// Gradients are the compute stream's again, those as well whose memory is a reduction stream's.
+// Returns the gradients to the compute stream, including those whose memory was allocated on a
+// reduction stream.
 void MirrorExchange::hold_back_computation() {
   for (const auto& [stage, state] : stages_) {
     device_.compute().wait(reduction_stream(state).record());
@@ -174,11 +175,11 @@ void MirrorExchange::begin(StageState& state, std::size_t num_buckets) {
 }
 
 void MirrorExchange::complete(StageState& state) {
-  Message before;  // lent until the next one has been asked for, which then takes other memory
+  Message before;  // kept until the next one is requested, which thus takes other memory
   for (std::size_t i = 0; i < state.buckets.size(); ++i) {
     begin(state, std::min(state.buckets.size(), kAhead + i));
-    // The receive first: its memory is free once the reduction stream is through with what it was
-    // given before. If both mirrors waited there for their own sends, neither would receive.
+    // The receive first: its memory is free once the reduction stream has finished its earlier
+    // work. If both mirrors waited on that stream for their own sends, neither would receive.
     Arrival arrival = receives(state) ? state.incoming[i]->wait() : Arrival{};
     if (sends(state)) reduction_stream(state).wait(state.left[i]);
     if (!receives(state)) continue;

@@ -12,8 +12,8 @@
 
 namespace dualpipe {
 
-// The parameters of one stage on this rank, in the order of Module.parameters(); for kCopy the
-// buffers as well.
+// The parameters of one stage on this rank, in the order of Module.parameters(); for kCopy also the
+// buffers.
 struct StageTensors {
   Stage stage;
   Tensors tensors;
@@ -25,17 +25,17 @@ struct StageTensors {
 //   kCopy          the first copy, on the rank with the stage's own number, overwrites the other.
 // Buckets of whole tensors, the last parameters of a stage first, as W finishes them, are sent as
 // soon as they are final, some ahead of the sums. together: the stages share parameters, so none is
-// final before all have been started.
+// final before all stages have been started.
 //
-// Each stage has a thread, and on a device a reduction stream: but for such shared parameters
-// nothing waits for the other stage, nor for the thread that steps, which may be at the rest of the
-// cool-down in a stage's own code or far ahead of its device. In a schedule that treats both
-// directions alike both copies of a stage are done at the same point, so that what is done early is
-// summed behind the computation of the other. The compute stream waits for the sums at the end of
-// the step. Until then the gradients of a stage that was started are the exchange's: nobody may
-// replace them. Without threads the one that steps does all at the end of the step: where a
-// reduction stream may not wait before (Device::reductions_may_wait), and where messages of a
-// device go by way of the host, in the order of the caller's stream.
+// Each stage has a thread and, on a device, a reduction stream. Except with such shared parameters,
+// a stage waits neither for the other one nor for the thread that runs the step, which may still be
+// in a stage's own code during the cool-down or far ahead of its device. If a schedule treats both
+// directions alike, both copies of a stage finish at the same point, so the one that is done early
+// is summed while the other stage computes. The compute stream waits for the sums at the end of the
+// step. Until then the exchange owns the gradients of a stage that was started: nobody may replace
+// them. In two cases there are no threads, and the one that runs the step does everything at the
+// end of it: if a reduction stream may not wait earlier (Device::reductions_may_wait), and if
+// messages of a device go through host memory, in the order of the caller's stream.
 class MirrorExchange final : public GradientReducer {
  public:
   enum class Mode { kSumGradients, kCopy };
@@ -61,16 +61,16 @@ class MirrorExchange final : public GradientReducer {
   struct StageState {
     Stage stage;
     std::vector<Tensors> buckets;
-    // Of the thread that steps:
+    // Used by the thread that runs the step:
     bool started = false;
     std::size_t num_launched = 0;  // buckets, in order
-    // Of the stage's own thread, until it is through:
+    // Used by the stage's own thread, until it has finished:
     std::size_t num_begun = 0;
     std::vector<std::unique_ptr<PendingReceive>> incoming;  // of buckets that have begun
     std::vector<EventPtr> left;
     Tensors adopted;  // gradients made on the reduction stream
 
-    std::unique_ptr<HostStream> thread;  // last: what it runs uses what is above
+    std::unique_ptr<HostStream> thread;  // last: its tasks use the members above
   };
 
   void launch(StageState& state, std::size_t num_buckets);
@@ -98,7 +98,7 @@ class MirrorExchange final : public GradientReducer {
   bool on_threads_;
 };
 
-// The ways that the exchanges of a rank take.
+// The ways that the exchanges of a rank use.
 [[nodiscard]] std::vector<MessageWay> mirror_ways(Rank rank, int num_ranks);
 
 }  // namespace dualpipe

@@ -21,11 +21,11 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// gloo breaks all connections of the group when a wait reaches its time limit, and the group's
-// limit is what a wait without one gets. The watchdog ends waits here.
+// gloo breaks all connections of the group when a wait reaches its time limit, and a wait without
+// one gets the group's. Here the watchdog ends waits instead.
 constexpr std::chrono::milliseconds kForever = std::chrono::hours(24 * 365 * 10);
 
-// Without the advice that gloo adds to its messages, and the C++ stack that torch does.
+// Strips the advice that gloo adds to its messages, and the C++ stack that torch adds.
 std::string brief(std::string text) {
   for (const char* addition : {" This is typically caused", "\nException raised from"}) {
     text.resize(std::min(text.size(), text.find(addition)));
@@ -57,13 +57,13 @@ class WorkOperation final : public ByteOperation {
     try {
       work_->abort();
     } catch (const std::exception&) {
-      // A backend that cannot: its waits end by themselves or with the process group.
+      // A backend that cannot abort: its waits end by themselves or with the process group.
     }
   }
 
  private:
   const c10::intrusive_ptr<c10d::Work> work_;
-  const at::Tensor tensor_;  // not every backend keeps it
+  const at::Tensor tensor_;  // not every backend keeps it alive
 };
 
 class BackendLink final : public ByteLink {
@@ -98,8 +98,8 @@ class BackendLink final : public ByteLink {
 };
 
 // gloo's event loop never blocks on the lock of a connection: it polls the socket until the lock is
-// free. If it takes the core from the thread that holds the lock, in the middle of a send, it polls
-// for a whole time slice, and nothing moves: three quarters of a step of short actions.
+// free. If it preempts the thread that holds the lock, in the middle of a send, it polls for a
+// whole time slice while nothing moves: that took three quarters of a step of short actions.
 constexpr const char* kGlooLoop = "gloo_tcp_loop";
 
 template <typename Function>
@@ -107,8 +107,8 @@ auto call(Function function) {
   return or_pipeline_error("the rank that hosts the process group's store is gone", function);
 }
 
-// Over a connection of its own, made by the first call: who waits for a key on another one holds up
-// nobody here. One thread at a time.
+// Uses a connection of its own, made by the first call, so that waiting for a key on another one
+// holds up nobody here. One thread at a time.
 class C10dStore final : public KeyValueStore {
  public:
   C10dStore(std::string prefix, c10::intrusive_ptr<c10d::Store> original)
@@ -147,7 +147,7 @@ class C10dStore final : public KeyValueStore {
   std::optional<c10d::PrefixStore> store_;
 };
 
-// Longer than any store takes that is there, however busy its machine.
+// Longer than a live store takes to answer, however busy its machine.
 constexpr std::chrono::seconds kStorePatience{10};
 constexpr std::chrono::seconds kConnectPatience{60};  // all ranks of a job connect at once
 
@@ -174,7 +174,7 @@ std::unique_ptr<KeyValueStore> keys_of(const c10d::ProcessGroup& group, std::str
   return keys;
 }
 
-// What is counted for each rank starts anew where an earlier group with the same store had fewer.
+// Per-rank counters start anew if an earlier group with the same store had another size.
 std::string prefix_of(const c10d::ProcessGroup& group) {
   return cat("dualpipe_ext/ranks of ", group.getSize());
 }
@@ -242,8 +242,8 @@ std::vector<std::vector<double>> process_group_all_gather(
   for (int rank = 0; rank < group.getSize(); ++rank) gathered[0].push_back(at::empty_like(own[0]));
   const auto backend = cpu_backend(group);
   c10d::AllgatherOptions options;
-  // The limit is gloo's as well: a thread of its own that waited on would keep the process from its
-  // end. At it all connections of the group break, so that who comes late fails, too.
+  // gloo gets the limit, too: if its own thread kept waiting, the process could not exit. At the
+  // limit gloo breaks all connections of the group, so that late ranks fail as well.
   options.timeout = std::min(timeout, kForever);
   const Clock::time_point start = Clock::now();
   or_pipeline_error(

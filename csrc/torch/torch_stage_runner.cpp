@@ -43,8 +43,8 @@ at::Tensor hollow(const at::Tensor& tensor) {
   return shell;
 }
 
-// Calls torch. Its errors lose the C++ stack that they carry in what(): every rank gets to read
-// them. Their subclasses have Python types of their own and stay as they are.
+// Calls torch, and strips the C++ stack from its errors' what(), which every rank shows. Subclasses
+// of c10::Error have Python types of their own and pass unchanged.
 template <typename Function>
 void without_stack(const Function& function) {
   try {
@@ -137,8 +137,9 @@ TorchStageRunner::Live TorchStageRunner::forget(Stage stage, Microbatch microbat
   return std::move(live_.extract({stage, microbatch}).mapped());
 }
 
-// A step within autocast means its forwards. A backward runs in the types that they chose, as it
-// does behind the end of autocast's scope; its threads would not even know the caller's type.
+// Autocast around a step is meant for its forwards. A backward runs in the types that they chose,
+// as it does after autocast's scope has ended; autograd's threads would not even know the caller's
+// type.
 void TorchStageRunner::run_autograd(const Live& live, const Tensors& output_grads) {
   autograd::edge_list roots;
   autograd::variable_list grads;
@@ -159,7 +160,8 @@ void TorchStageRunner::run_autograd(const Live& live, const Tensors& output_grad
   });
 }
 
-// Autograd knows .grad alone. Micro-batch by micro-batch: to sum them there would round each sum.
+// Autograd knows only .grad. Called after every backward and W: summing micro-batches in .grad
+// would round each sum.
 void TorchStageRunner::fill_main_grads(Stage stage) const {
   const auto found = options_.main_grads.find(stage);
   if (found == options_.main_grads.end()) return;

@@ -22,10 +22,10 @@ class StageFunctions {
   virtual ~StageFunctions() = default;
 
   struct Result {
-    Tensors outputs;  // empty at the last stage: nobody is sent them
+    Tensors outputs;  // empty at the last stage, which sends none
     at::Tensor loss;  // the last stage's scalar to differentiate; undefined elsewhere
   };
-  // inputs is empty at the first stage, which has the step's own.
+  // inputs is empty at the first stage, which has the step's own inputs.
   [[nodiscard]] virtual Result forward(Stage stage, Microbatch microbatch,
                                        const Tensors& inputs) = 0;
 
@@ -43,11 +43,11 @@ class StageFunctions {
 };
 
 struct StageRunnerOptions {
-  bool training = true;          // false: keeps nothing for a backward
-  bool keep_outputs = false;     // for overlapped(), which is given output tensors and not edges
-  at::Device device = at::kCPU;  // of the stages
-  at::Device message_device = at::kCPU;                 // of what they exchange
-  std::map<Stage, std::vector<GradTarget>> main_grads;  // parameters of stages that have one
+  bool training = true;                  // false: keeps nothing for a backward
+  bool keep_outputs = false;             // for overlapped(), which takes output tensors, not edges
+  at::Device device = at::kCPU;          // of the stages
+  at::Device message_device = at::kCPU;  // of what they exchange
+  std::map<Stage, std::vector<GradTarget>> main_grads;  // parameters that have a main_grad
 };
 
 // Runs stages under torch's autograd. Between F and B it keeps the graph's edges, not the output
@@ -86,7 +86,7 @@ class TorchStageRunner final : public StageRunner {
   StageFunctions& functions_;
   std::shared_ptr<WeightQueue> weight_queue_;
   StageRunnerOptions options_;
-  std::map<std::pair<Stage, Microbatch>, Live> live_;  // until their backward is through
+  std::map<std::pair<Stage, Microbatch>, Live> live_;  // until their backward
   int peak_live_ = 0;
 };
 
