@@ -107,8 +107,8 @@ void carries_all_dtypes(const Factory& factory) {
   transfer(transports, {layout});
 }
 
-// Swaps a message with the other rank; sizes change and may be none, as those of gradients. Returns
-// whether it has come as it was sent.
+// Swaps a message with the other rank; sizes change and may be zero, as with gradients. Returns
+// whether the peer's message arrived intact.
 bool swap(Transport& transport, Rank peer, MessageKind kind, int number) {
   const Layout layout{bytes_spec(static_cast<std::uint64_t>(number % 3) * 4096)};
   const MessageId id{kind, Stage(1), Microbatch(number)};
@@ -118,7 +118,7 @@ bool swap(Transport& transport, Rank peer, MessageKind kind, int number) {
   return has_pattern(receive->wait().message, layout, seed);
 }
 
-// Each kind of message from a thread of its own, as the sums of gradients and the steps are.
+// Each kind of message from its own thread, as gradient sums and steps use them.
 void carries_for_several_threads(const Factory& factory) {
   auto transports = factory(2);
   for (std::int64_t step = 1; step <= 3; ++step) {

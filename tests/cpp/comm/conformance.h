@@ -9,7 +9,7 @@
 
 namespace dualpipe::conformance {
 
-// Makes one transport a rank, for ranks that are threads of this process.
+// Makes one transport per rank, for ranks that are threads of this process.
 using Factory = std::function<std::vector<std::unique_ptr<Transport>>(int num_ranks)>;
 
 // What every transport must do. Each check makes its own transports and uses gtest's assertions.

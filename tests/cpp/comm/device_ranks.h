@@ -14,11 +14,11 @@
 
 namespace dualpipe::testing {
 
-// In shared queues: all streams for messages of all ranks are in one.
+// kCopyInSharedQueues: the message streams of all ranks share one queue.
 enum class LinkKind : std::uint8_t { kNccl, kCopy, kCopyInSharedQueues };
 [[nodiscard]] std::string to_string(LinkKind kind);
 
-// Where the links of ranks that are threads meet.
+// What connects the links of ranks that are threads.
 struct FakeWorld {
   FakeNcclWorld nccl;
   FakeCopyWorld copies;
@@ -29,13 +29,13 @@ struct DeviceRankOptions {
   std::chrono::milliseconds timeout = std::chrono::seconds(20);
 };
 
-// One rank, a thread, over a link of this kind, with ways of all kinds to all others.
+// The transport of one rank, a thread, over such a link, with ways of all kinds to all others.
 [[nodiscard]] std::unique_ptr<Transport> device_rank(FakeWorld& world, LinkKind kind,
                                                      LinkFabric& fabric, Rank rank, int num_ranks,
                                                      std::shared_ptr<Device> device,
                                                      const DeviceRankOptions& options = {});
 
-// A transport whose device is through whenever a wait returns, for callers that look at bytes.
+// A transport whose device has finished whenever a wait returns, for callers that look at bytes.
 [[nodiscard]] std::unique_ptr<Transport> synchronized(std::unique_ptr<Transport> transport);
 
 // Ranks as threads, each with a device of its own.
@@ -44,13 +44,13 @@ struct DeviceRanks {
 
   // Connects the links of all ranks.
   void connect();
-  // Pieces of device memory that all links have allocated.
+  // The number of pieces of device memory that all links have allocated.
   [[nodiscard]] int num_allocations() const;
 
   FakeWorld world;
   LinkFabric fabric;
   std::vector<std::shared_ptr<FakeDevice>> devices;
-  std::vector<std::unique_ptr<Transport>> transports;  // last: they use what is above
+  std::vector<std::unique_ptr<Transport>> transports;  // last: they use the members above
 };
 
 }  // namespace dualpipe::testing

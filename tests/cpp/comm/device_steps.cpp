@@ -37,7 +37,7 @@ void step_over_streams(DeviceRanks& ranks, std::int64_t step, std::uint64_t shap
       if (rank == 0) {
         Message message = make_message(layout, 77);
         const Message pattern = make_message(layout, static_cast<unsigned>(i));
-        device.compute().launch([message, pattern] {  // late: who does not wait reads 77
+        device.compute().launch([message, pattern] {  // late: a reader that does not wait sees 77
           std::this_thread::sleep_for(2ms);
           for (std::size_t t = 0; t < message.num_tensors(); ++t) {
             std::memcpy(message.data[t], pattern.data[t], message.layout[t].num_bytes);
@@ -48,7 +48,7 @@ void step_over_streams(DeviceRanks& ranks, std::int64_t step, std::uint64_t shap
         const Message message = take(*transport.receive(Rank(0), activation(i)), device);
         EXPECT_TRUE(message.on_device);
         Message view = message;
-        view.owner.reset();  // as a kernel has it: the host lets go before the device has read
+        view.owner.reset();  // as in a kernel: the host releases it before the device has read it
         device.compute().launch([view, layout, i, &num_right] {
           std::this_thread::sleep_for(1ms);
           if (has_pattern(view, layout, static_cast<unsigned>(i))) ++num_right;

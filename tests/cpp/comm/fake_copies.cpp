@@ -40,7 +40,7 @@ std::atomic<std::uint32_t>& flag_at(std::uint32_t* at) {
 }  // namespace
 
 struct FakeCopyWorld::State {
-  // The fault that this call meets.
+  // Throws if a fault was set for this call or the device is broken.
   void meet_fault(const std::string& call) {
     ++num_calls;
     const std::lock_guard lock(mutex);
@@ -52,7 +52,7 @@ struct FakeCopyWorld::State {
 
   std::atomic<int> num_calls{0};
   std::mutex mutex;
-  std::map<std::string, int> faults;  // how many calls are left before it
+  std::map<std::string, int> faults;  // how many calls succeed before it
   std::map<std::byte*, Handle> blocks;
   std::multiset<std::byte*> open;
   std::set<std::byte*> registered;

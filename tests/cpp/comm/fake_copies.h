@@ -8,9 +8,9 @@
 
 namespace dualpipe::testing {
 
-// Copy engines among threads and processes, on FakeStreams. Device memory is full of 0xEE when it
-// is allocated, may be opened by other processes, and is gone from the address space once it is
-// freed, so that a copy that comes late is fatal. Faults are those that real calls have.
+// Fake copy engines between threads and processes, on FakeStreams. Device memory is filled with
+// 0xEE when it is allocated, may be opened by other processes, and is unmapped when it is freed, so
+// that a late copy is fatal. Faults are those that real calls have.
 class FakeCopyWorld {
  public:
   FakeCopyWorld();
@@ -19,14 +19,14 @@ class FakeCopyWorld {
 
   // The next call of this name, by any rank, throws; after: that many calls succeed first.
   void fail(const std::string& call, int after = 0);
-  // All copies and flags from now on: as on a device that has met a fatal error.
+  // Every call that can fail does so from now on, as on a device after a fatal error.
   void break_device();
   void mend_device();
 
-  // All calls of all threads wait as long as it is held, as they do beside one that waits for the
-  // device with the driver's lock.
+  // While this lock is held, all calls of all threads block, as they do beside one that waits for
+  // the device with the driver's lock.
   [[nodiscard]] std::unique_lock<std::mutex> hold_calls();
-  [[nodiscard]] int num_calls() const;  // begun, those that wait included
+  [[nodiscard]] int num_calls() const;  // begun, including those that are blocked
 
   [[nodiscard]] int num_blocks() const;      // allocated and not freed
   [[nodiscard]] int num_open() const;        // blocks opened and not closed

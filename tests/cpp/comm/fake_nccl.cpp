@@ -42,11 +42,11 @@ using CommunicatorPtr = std::shared_ptr<Communicator>;
 
 struct Issue {
   CommunicatorPtr comm;
-  std::function<void()> launch;  // null: the communicator is made
+  std::function<void()> launch;  // null: makes the communicator
 };
 
 thread_local int open_groups_of_thread = 0;
-thread_local bool group_failed = false;  // one call of it did: nothing of it happens
+thread_local bool group_failed = false;  // one of its calls failed, so none takes effect
 thread_local std::vector<Issue> grouped;
 
 }  // namespace
@@ -55,16 +55,16 @@ struct FakeNcclWorld::State {
   std::mutex mutex;
   std::condition_variable cv;
   std::map<Invitation, std::shared_ptr<Pair>> pairs;
-  std::map<std::string, std::pair<int, NcclResult>> faults;  // how many calls are left before it
+  std::map<std::string, std::pair<int, NcclResult>> faults;  // how many calls succeed before it
   std::uint64_t num_ids = 0;
   int num_open_groups = 0;
   int num_communicators = 0;
   int num_messages = 0;
-  int num_stuck = 0;  // in NCCL, waiting for a peer
+  int num_stuck = 0;  // threads in NCCL, waiting for a peer
   bool broken = false;
   bool is_over = false;
 
-  // Holds the lock. Waits for a peer as a blocking communicator does: for ever.
+  // The caller holds the lock. Waits for a peer as a blocking communicator does: forever.
   bool wait_for_peer(std::unique_lock<std::mutex>& lock, const std::function<bool()>& is_there) {
     ++num_stuck;
     cv.wait(lock, [&] { return is_there() || is_over; });
@@ -73,7 +73,7 @@ struct FakeNcclWorld::State {
     return !is_over;
   }
 
-  // Holds the lock. The fault that this call meets, or success.
+  // The caller holds the lock. The fault that was set for this call, or success.
   NcclResult fault(const std::string& call) {
     const auto found = faults.find(call);
     if (found == faults.end() || found->second.first-- > 0) return NcclResult::kSuccess;
@@ -82,7 +82,7 @@ struct FakeNcclWorld::State {
     return result;
   }
 
-  // Runs on a stream: waits for the other side, as a kernel of NCCL does, or for the end.
+  // Runs on a stream: waits for the other side, as an NCCL kernel does, or for an abort.
   void run(const CommunicatorPtr& own, int sender, const std::shared_ptr<Transfer>& transfer) {
     std::unique_lock lock(mutex);
     const std::shared_ptr<Pair> pair = own->pair;
@@ -100,7 +100,7 @@ struct FakeNcclWorld::State {
       cv.notify_all();
     }
     cv.wait(lock, [&] { return transfer->done || pair->aborted[own_side]; });
-    // What was aborted takes part in nothing any more: its memory may be gone.
+    // An aborted transfer must not be matched any more: its memory may be gone.
     if (!transfer->done) std::erase(own_side == sender ? sends : receives, transfer);
     --own->num_running;
     cv.notify_all();
@@ -191,8 +191,8 @@ class FakeNccl final : public NcclCalls {
     return state_->fault("async_error");
   }
 
-  // The end of a communicator may wait for all that runs on the device, so that those which are
-  // ended one by one wait for each other: here, for ever.
+  // Aborting a communicator may wait for everything that runs on the device, so that communicators
+  // aborted one by one wait for each other: here, forever.
   NcclResult abort(const std::vector<NcclHandle>& comms) override {
     std::unique_lock lock(state_->mutex);
     for (const NcclHandle comm : comms) {
@@ -241,7 +241,7 @@ class FakeNccl final : public NcclCalls {
 
 FakeNcclWorld::FakeNcclWorld() : state_(std::make_shared<State>()) {}
 
-// Who is stuck gets out, so that no thread is left behind.
+// Frees the threads that are stuck, so that none is left behind.
 FakeNcclWorld::~FakeNcclWorld() {
   std::unique_lock lock(state_->mutex);
   state_->is_over = true;

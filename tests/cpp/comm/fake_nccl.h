@@ -8,9 +8,10 @@
 
 namespace dualpipe::testing {
 
-// NCCL among threads, on FakeStreams: communicators of two that block until both have asked,
-// messages that wait for each other in the order of their streams, groups that do nothing before
-// they are closed. All that are made of one world can meet. Faults are those that real ones report.
+// Fake NCCL between threads, on FakeStreams: communicators of two that block until both sides have
+// joined, messages that wait for each other in the order of their streams, groups that do nothing
+// before they are closed. All calls() of one world can connect to each other. Faults are those that
+// real ones report.
 class FakeNcclWorld {
  public:
   FakeNcclWorld();
@@ -18,7 +19,7 @@ class FakeNcclWorld {
 
   [[nodiscard]] std::shared_ptr<NcclCalls> calls();
 
-  // The next call of this name, by any rank, answers `result` and does nothing; after: that many
+  // The next call of this name, by any rank, returns `result` and does nothing; after: that many
   // calls succeed first.
   void fail(const std::string& call, NcclResult result, int after = 0);
   // From now on the communicators of all ranks report this.

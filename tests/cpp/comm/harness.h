@@ -10,10 +10,10 @@
 
 namespace dualpipe::testing {
 
-// Runs body(rank) on one thread a rank, joins all, and throws the error of the lowest rank.
+// Runs body(rank) on one thread per rank, joins all, and throws the error of the lowest rank.
 void run_ranks(int num_ranks, const std::function<void(int rank)>& body);
 
-// The text of what body throws; fails the test if it throws nothing or another type.
+// The text of the Error that body throws, or one that says there was none. Other types propagate.
 template <typename Error>
 std::string text_of(const std::function<void()>& body) {
   try {

@@ -24,7 +24,7 @@ struct Transfer {
   bool done = false;
   bool aborted = false;
   bool broken = false;
-  bool alive = true;  // its operation, and with it the memory
+  bool alive = true;  // its operation exists, and so does the memory
 };
 
 struct Queue {

@@ -7,8 +7,8 @@
 
 namespace dualpipe::testing {
 
-// A byte link between threads that behaves like gloo's: sends wait for receives, a message that is
-// longer than the memory posted for it fails the test, and so does one for memory that is gone.
+// A byte link between threads that behaves like gloo's: sends wait for receives; a message that is
+// longer than the memory posted for it fails the test, and so does one whose memory is gone.
 class LinkFabric {
  public:
   LinkFabric();
@@ -25,7 +25,7 @@ class LinkFabric {
   std::shared_ptr<State> state_;
 };
 
-// A store in memory; all that are made of one map share it.
+// A store in memory; all stores opened from one object share their values.
 class SharedStore {
  public:
   SharedStore();
@@ -34,7 +34,7 @@ class SharedStore {
 
   // From now on every call throws, as if the process that hosts the store had died.
   void kill();
-  // Until thaw() no call returns, as if that process was stopped.
+  // Until thaw() no call returns, as if that process were stopped.
   void freeze();
   void thaw();
   [[nodiscard]] std::size_t num_keys() const;

@@ -68,8 +68,8 @@ TEST(CopyLink, ASendAheadOfItsReceiveIsIssuedWithoutAnotherCall) {
   EXPECT_EQ(bytes[999], std::byte{0});
 }
 
-// Memory of rank 1 is free, and the message of rank 0 written, only when no call gets through any
-// more: all had been issued before.
+// Rank 1's memory becomes free, and rank 0's message is written, only when no call gets through any
+// more: everything had been issued before.
 TEST(CopyLink, NoMessageNeedsTheHostOnceBothHaveAskedForIt) {
   CopyPair pair;
   pair.connect();
@@ -92,8 +92,8 @@ TEST(CopyLink, NoMessageNeedsTheHostOnceBothHaveAskedForIt) {
   EXPECT_TRUE(second.is(2));
 }
 
-// Computation of rank 0 waits for a message, which is asked for behind one that waits for this
-// computation; all their streams are in one queue.
+// Rank 0's computation waits for a message that rank 1 sends only after it has asked for one that
+// waits for this computation; all their streams are in one queue.
 TEST(CopyLink, InASharedQueueNoMessageKeepsBackTheOneThatItWaitsFor) {
   CopyPair pair(Queues::kShared);
   pair.connect();

@@ -72,7 +72,7 @@ TEST(CopyFaults, AnAbortFreesStreamsThatAreStuck) {
   EXPECT_TRUE(never_taken->done());
   EXPECT_EQ(text_of<PipelineError>([&] { (void)pair.send(1, {8}); }),
             "rank 0: the link was aborted");
-  never_sent.reset();  // events keep what they may be asked to wait for
+  never_sent.reset();  // events keep the mailbox that they may wait for
   never_taken.reset();
   expect_nothing_left(pair);
 }
@@ -90,7 +90,7 @@ TEST(CopyFaults, AnAbortFreesStreamsWhereNoCallGetsThrough) {
   std::vector<std::byte> answer(8);
   auto held = pair.world.hold_calls();
   const int before = pair.world.num_calls();
-  std::thread sender([&] {  // has the link's lock, and waits
+  std::thread sender([&] {  // holds the link's lock, and blocks
     (void)pair.links[1]->transfer(kDown, {{answer.data(), 8}}, nullptr);
   });
   while (pair.world.num_calls() == before) std::this_thread::sleep_for(1ms);
@@ -129,7 +129,7 @@ TEST(CopyFaults, ARankThatGivesUpBeforeItConnectsHoldsUpNobody) {
   expect_nothing_left(pair);
 }
 
-// Copies that have been issued go on after an abort: into memory that must be there.
+// Copies that were issued go on after an abort, so the memory that they write must still be there.
 TEST(CopyFaults, MemoryStaysUntilThePeerIsThrough) {
   CopyPair pair;
   pair.connect();
@@ -179,7 +179,7 @@ TEST(CopyFaults, AnInvitationThatWasTakenBack) {
   EXPECT_TRUE(contains(text, "cannot open /dev/shm/dualpipe-")) << text;
 }
 
-// Each call that can fail, while the ranks connect: whoever meets it says so, nobody hangs.
+// Each call that can fail while the ranks connect: the rank that meets it says so, nobody hangs.
 class CopyFaultWhileConnecting : public ::testing::TestWithParam<const char*> {};
 
 TEST_P(CopyFaultWhileConnecting, IsNamed) {
@@ -211,7 +211,7 @@ INSTANTIATE_TEST_SUITE_P(Calls, CopyFaultWhileConnecting,
                          ::testing::Values("register_memory", "allocate", "export_block",
                                            "open_block", "copy", "write_value"));
 
-// The same in the middle of things.
+// The same after the ranks have connected.
 class CopyFaultLater : public ::testing::TestWithParam<const char*> {};
 
 TEST_P(CopyFaultLater, IsNamed) {

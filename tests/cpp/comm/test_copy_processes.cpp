@@ -18,7 +18,7 @@ using namespace std::chrono_literals;
 constexpr std::size_t kBytes = 3 << 20;
 constexpr int kRounds = 20;
 
-// Rank 1, in a process of its own: takes messages and sends each of them back, then stands still.
+// Rank 1, in a process of its own: receives messages and sends each of them back, then pauses.
 [[noreturn]] void echo(int from_parent, int to_parent) {
   std::vector<Invitation> invitations(2);
   const auto wanted = static_cast<ssize_t>(invitations.size() * sizeof(Invitation));
@@ -32,7 +32,7 @@ constexpr int kRounds = 20;
     sent = link->transfer(kDown, {piece}, link->transfer(kUp, {piece}, sent));
   }
   sent->synchronize();
-  (void)link->transfer(kUp, {piece}, sent);  // a posting that is answered after its death
+  (void)link->transfer(kUp, {piece}, sent);  // a posting answered after this process is dead
   (void)!write(to_parent, "d", 1);
   while (true) pause();
 }
@@ -98,7 +98,7 @@ TEST(CopyProcesses, CarryAndFindOutThatOneWasKilled) {
   link->abort();
   link->drain();
   EXPECT_TRUE(never->done());
-  never.reset();  // events keep what they may be asked to wait for
+  never.reset();  // events keep the mailbox that they may wait for
   link.reset();
   EXPECT_EQ(world.num_blocks() + world.num_open() + world.num_registered(), 0);
 }

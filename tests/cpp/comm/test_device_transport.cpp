@@ -19,7 +19,7 @@ namespace {
 using namespace dualpipe::testing;
 using namespace std::chrono_literals;
 
-// Keeps what the transports use, for factories that give away transports alone.
+// Keeps alive what the transports use, for factories that return only transports.
 class Keeping final : public Transport {
  public:
   Keeping(std::shared_ptr<DeviceRanks> ranks, std::size_t rank)
@@ -59,7 +59,7 @@ TEST_P(DeviceConformance, Holds) {
   check.run([kind = kind](int num_ranks) { return synchronized_ranks(kind, num_ranks); });
 }
 
-// A message has left when the device is through, which may be after the step: see
+// A message has left only when the device has finished, which may be after the step: see
 // DeviceTransport.KeepsWhatIsSentUntilItHasLeft.
 std::vector<conformance::Check> device_checks() {
   std::vector<conformance::Check> checks = conformance::checks();
@@ -95,7 +95,7 @@ TEST_P(DeviceTransport, NothingWaitsForTheDevice) {
   run_ranks(2, [&](int rank) {
     Transport& transport = *ranks.transports[static_cast<std::size_t>(rank)];
     FakeDevice& device = *ranks.devices[static_cast<std::size_t>(rank)];
-    // No device does anything before both hosts are through with the step.
+    // No device does anything before both hosts have finished the step.
     device.compute().launch([&] { issued.wait(); });
     transport.begin_step(shaped_step(1, rank, 1));
     const Rank peer(1 - rank);
@@ -117,7 +117,7 @@ TEST_P(DeviceTransport, MirrorsAreReadByTheirReductionStreamAlone) {
     run_ranks(2, [&](int rank) {
       Transport& transport = *ranks.transports[static_cast<std::size_t>(rank)];
       FakeDevice& device = *ranks.devices[static_cast<std::size_t>(rank)];
-      // All others are busy all the while, and the sums do not mind.
+      // All other streams are busy all the while, which must not delay the sums.
       FakeStream& own = device.reduction(reduction_of(kind));
       FakeStream& other = device.reduction(1 - reduction_of(kind));
       for (FakeStream* busy : {&device.compute(), &other}) busy->launch([&] { summed.wait(); });
@@ -236,11 +236,11 @@ TEST_P(DeviceTransport, APeerThatIsGoneIsNamed) {
   ranks.transports[0]->send(Rank(1), activation(0), make_message({bytes_spec(8)}, 0), nullptr);
   ranks.transports[1].reset();
   std::optional<std::string> fault;
-  while (!fault) fault = ranks.transports[0]->fault();  // none while the link's thread is at work
+  while (!fault) fault = ranks.transports[0]->fault();  // none while the link's thread has the lock
   EXPECT_NE(fault->find("rank 1"), std::string::npos) << *fault;
 }
 
-// All hosts are through with the step, and one of the ranks leaves while others are still at it.
+// All hosts have finished the step, and one rank leaves while other ranks' devices still work.
 TEST_P(DeviceTransport, ARankThatIsThroughMayGo) {
   DeviceRanks ranks(GetParam(), 3);
   std::latch may_send(1);
@@ -270,7 +270,7 @@ TEST_P(DeviceTransport, ARankThatIsThroughMayGo) {
   EXPECT_TRUE(is_right);
 }
 
-// Python's garbage collector may end a pipeline wherever another one is issuing a step.
+// Python's garbage collector may destroy a pipeline while another one is issuing a step.
 TEST_P(DeviceTransport, OneThatIsNobodysEndsBetweenTheStepsOfAnother) {
   DeviceRanks old(GetParam(), 2);
   old.connect();
@@ -290,7 +290,7 @@ TEST_P(DeviceTransport, OneThatIsNobodysEndsBetweenTheStepsOfAnother) {
   EXPECT_TRUE(device.expired());
 }
 
-// What is put off until then must not stay for ever.
+// What is put off until the end of a step must not be kept forever.
 TEST_P(DeviceTransport, AStepThatHasFailedIsOver) {
   DeviceRanks ranks(GetParam(), 2);
   run_ranks(2, [&](int rank) {

@@ -28,7 +28,7 @@ TEST(KnownLayouts, ForgetTheKindThatWasLongestAgo) {
   for (std::uint64_t shapes = 0; shapes < KnownLayouts::kMaxKinds; ++shapes) {
     learn(layouts, shapes);
   }
-  EXPECT_TRUE(knows(layouts, 0));  // and now it is the last one that was run
+  EXPECT_TRUE(knows(layouts, 0));  // and now it is the most recent one
   learn(layouts, KnownLayouts::kMaxKinds);
   EXPECT_TRUE(knows(layouts, 0));
   EXPECT_FALSE(knows(layouts, 1));

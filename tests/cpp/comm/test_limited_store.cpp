@@ -56,7 +56,7 @@ TEST(LimitedStore, WhatIsWrittenArrivesWhenTheStoreGoesOn) {
   store.thaw();
   const auto other = store.open();
   while (!other->has({"a"})) std::this_thread::sleep_for(1ms);
-  while (true) {  // the answer that came makes it patient again
+  while (true) {  // once an answer has come, it waits longer again
     try {
       EXPECT_EQ(limited->get("a"), "1");
       break;

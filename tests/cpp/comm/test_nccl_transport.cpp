@@ -12,7 +12,7 @@ namespace {
 using namespace dualpipe::testing;
 using namespace std::chrono_literals;
 
-// What the rank that meets a fault says; the communicators are gone then, and the next step works.
+// The error text of the rank that meets a fault; then no communicators are left, and a step works.
 std::string text_of_step(DeviceRanks& ranks) {
   const std::string text = text_of_failing_step(ranks);
   ranks.world.nccl.wait_until_groups_are_closed();
@@ -54,7 +54,7 @@ TEST(NcclFaults, ACommunicatorThatCannotBeMade) {
     EXPECT_NE(first, second) << call << ": " << texts[0] << " / " << texts[1];
     EXPECT_EQ(texts[first ? 1 : 0], "the other one") << call;
     run_ranks(2, [&](int rank) { ranks.transports[static_cast<std::size_t>(rank)]->recover(); });
-    // The other rank may have a thread in NCCL that waits for ever, with its communicators.
+    // The other rank may have a thread that waits in NCCL forever, with its communicators.
     EXPECT_LE(ranks.world.nccl.num_communicators(), 8) << call;
     step_over_streams(ranks, 10, 1, {bytes_spec(64)});
   }

@@ -15,7 +15,7 @@ namespace {
 
 using namespace std::chrono_literals;
 
-// Calls it when it ends.
+// A connection that calls `end` when it is released.
 std::shared_ptr<void> connection(std::function<void()> end) {
   return {new int, [end = std::move(end)](int* number) {
             delete number;

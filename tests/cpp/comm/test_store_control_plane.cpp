@@ -52,7 +52,7 @@ TEST(StoreControlPlane, AStoreThatIsGoneIsAPipelineError) {
 TEST(StoreExchange, ManyRoundsLeaveFewKeys) {
   SharedStore store;
   run_ranks(3, [&](int rank) {
-    for (int round = 0; round < 20; ++round) {  // a new object each time: rounds go on
+    for (int round = 0; round < 20; ++round) {  // a new object each time: the rounds' numbers go on
       StoreExchange exchange(store.open(), Rank(rank), 3);
       const auto texts = exchange.all_gather(cat(rank, ":", round), 5s);
       ASSERT_EQ(texts.size(), 3u);
@@ -85,7 +85,7 @@ TEST(StoreExchange, WhoComesLateFailsAsTheOthers) {
   const std::string told = text_of<PipelineError>([&] { (void)early.all_gather("a", 10ms); });
   EXPECT_EQ(text_of<PipelineError>([&] { (void)late.all_gather("b", 5s); }), told);
   EXPECT_NE(told.find("for rank(s) 1 of 2"), std::string::npos) << told;
-  std::vector<std::string> texts;  // the next exchange is everybody's again
+  std::vector<std::string> texts;  // the next exchange works again for all
   run_ranks(2, [&](int rank) {
     const auto found = (rank == 0 ? early : late).all_gather(cat(rank), 5s);
     if (rank == 1) texts = found;
@@ -105,7 +105,7 @@ TEST(StoreExchange, EndsOnAllRanksWhenOneIsInterrupted) {
   EXPECT_EQ(texts[1], texts[0]);
 }
 
-// Until a rank has counted its exchange and written its text.
+// Waits until a rank has counted its exchange and written its text.
 void await_first_text(const SharedStore& store) {
   while (store.num_keys() < 2) std::this_thread::sleep_for(1ms);
 }

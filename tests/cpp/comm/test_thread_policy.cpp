@@ -10,7 +10,7 @@
 namespace dualpipe {
 namespace {
 
-// A thread with a name that tells its policy when it ends.
+// A named thread that reports its policy when it ends.
 class Named {
  public:
   explicit Named(const char* name, int policy = SCHED_OTHER) {

@@ -55,7 +55,7 @@ struct Ranks {
       controls.push_back(hub->control_plane(Rank(rank)));
     }
   }
-  // What a receive that nobody serves throws on this rank.
+  // The error text of a receive on this rank that nobody serves.
   std::string blocked(std::size_t rank, Rank from, const MessageId& id) {
     return text_of<PipelineError>(
         [&] { (void)transports[rank]->receive(from, id)->wait().message; });

@@ -22,7 +22,7 @@ class NoProgress final : public Progress {
   std::string position() const override { return "a position"; }
 };
 
-// A transport whose device works on after the step, and may fail meanwhile.
+// A transport whose device is still working after the step, and may fail meanwhile.
 class BusyTransport final : public Transport {
  public:
   void begin_step(const StepInfo&) override {}

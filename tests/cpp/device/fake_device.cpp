@@ -37,7 +37,7 @@ class FakeEvent final : public Event, public std::enable_shared_from_this<FakeEv
   bool done_ = false;
 };
 
-// The clock of the thread that is the stream.
+// Uses the clock of the thread that acts as the stream.
 class FakeStopwatch final : public Stopwatch {
  public:
   explicit FakeStopwatch(FakeStream& stream) : stream_(stream) {}

@@ -10,17 +10,17 @@
 
 namespace dualpipe::testing {
 
-// What does the work of one stream, or of some that share it as streams share a hardware queue:
-// what waits then keeps back all behind it.
+// Does the work of one stream, or of several that share it as streams share a hardware queue: a
+// wait then blocks everything behind it.
 using FakeQueue = std::shared_ptr<HostStream>;
 [[nodiscard]] FakeQueue fake_queue();
 
-// A stream that is a thread: work is really asynchronous, so that a wait that is missing is a race
-// that ThreadSanitizer sees.
+// A stream backed by a thread: work is really asynchronous, so a missing wait is a race that
+// ThreadSanitizer sees.
 class FakeStream final : public Stream {
  public:
   explicit FakeStream(FakeQueue queue = fake_queue());
-  ~FakeStream() override;  // waits for all work: a stream that goes cancels nothing
+  ~FakeStream() override;  // waits for all work: destroying a stream cancels nothing
   FakeStream(const FakeStream&) = delete;
   FakeStream& operator=(const FakeStream&) = delete;
   [[nodiscard]] EventPtr record() override;
@@ -33,10 +33,10 @@ class FakeStream final : public Stream {
   const FakeQueue queue_;
 };
 
-// A device whose memory is the host's, and full of 0xEE when it is allocated.
+// A device whose memory is the host's, filled with 0xEE when it is allocated.
 class FakeDevice final : public Device {
  public:
-  // The queue of all streams for messages; null: each has its own.
+  // message_queue: shared by all message streams; null: each has its own.
   explicit FakeDevice(FakeQueue message_queue = nullptr);
   void begin() override {}
   [[nodiscard]] FakeStream& compute() override { return compute_; }

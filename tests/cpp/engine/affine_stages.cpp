@@ -18,7 +18,7 @@ Results empty_results(const Placement& placement) {
           std::vector<Results::Parameters>(static_cast<std::size_t>(placement.num_stages()))};
 }
 
-// A number and a None.
+// A message of the number and a None.
 Message to_message(Number value) {
   auto owner = std::make_shared<Number>(value);
   TensorSpec spec;

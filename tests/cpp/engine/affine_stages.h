@@ -29,7 +29,7 @@ struct Results {
   bool operator==(const Results&) const = default;
 };
 
-// Micro-batch by micro-batch, in one piece.
+// What the unsplit model computes, micro-batch by micro-batch.
 [[nodiscard]] Results unsplit(const Placement& placement, bool with_backward = true);
 
 // One rank's stages of that model, as plain C++. Not thread-safe.
@@ -45,7 +45,7 @@ class AffineStages final : public StageRunner {
   std::pair<Message, Message> overlapped(Half forward_half, Half backward_half) override;
   int peak_live() const override { return peak_live_; }
 
-  // Called before each computation (a pair: with its two halves, and then once as a pair).
+  // Called before each computation (for a pair: once for the pair, then for each half).
   std::function<void(const Action&)> before = [](const Action&) {};
 
   // This rank's share: zero where another rank computes.

@@ -26,7 +26,7 @@ class Outcome {
 
   [[nodiscard]] bool ok() const { return error_ == nullptr; }
   [[nodiscard]] std::string text() const;  // "" where it went well
-  // Whether it is of this very type, not of one derived from it.
+  // Whether the error is of exactly this type, not of one derived from it.
   template <typename Error>
   [[nodiscard]] bool is() const {
     try {
@@ -53,8 +53,8 @@ struct PipelineOptions {
   std::function<std::unique_ptr<Transport>(Rank, std::unique_ptr<Transport>)> wrap;
 };
 
-// The engines of all ranks, which are threads; over loopback, over the transport and the control
-// plane that processes use, on a link and a store in memory, or over those and a fake device link.
+// The engines of all ranks, which are threads: over loopback; over the transport and the control
+// plane that processes use, on a link and a store in memory; or over those and a fake device link.
 class EnginePipeline {
  public:
   explicit EnginePipeline(int num_ranks, const PipelineOptions& options = {});
@@ -65,7 +65,7 @@ class EnginePipeline {
   [[nodiscard]] LinkFabric& fabric() { return fabric_; }  // all others
   [[nodiscard]] FakeWorld& world() { return world_; }     // nccl, copy
 
-  // Runs the body on one thread a rank.
+  // Runs the body on one thread per rank.
   std::vector<Outcome> on_all(const std::function<void(Engine&)>& body);
 
  private:
@@ -100,7 +100,7 @@ class AffineJob {
     return programs_[static_cast<std::size_t>(rank)];
   }
   [[nodiscard]] AffineStages& stages(int rank) { return stages_[static_cast<std::size_t>(rank)]; }
-  // Of all ranks together.
+  // The sum of all ranks' results.
   [[nodiscard]] Results results() const;
   // The actions of a rank that compute, in order.
   [[nodiscard]] std::vector<Action> computations(int rank) const;
@@ -112,7 +112,7 @@ class AffineJob {
   std::vector<AffineStages> stages_;
 };
 
-// Fails the test where a trace is not of these computations, one after the other.
+// Fails the test unless the trace holds these computations, one after the other.
 void expect_in_order(const Trace& trace, const std::vector<Action>& computations);
 
 // Fails the test with the text of each rank that did not end well.

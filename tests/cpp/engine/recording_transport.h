@@ -9,7 +9,7 @@
 
 namespace dualpipe::testing {
 
-// A transport that tells what is asked of it, each call before it is passed on.
+// A transport that logs each call before passing it on.
 class RecordingTransport final : public Transport {
  public:
   // "receive activation of ...", "wait activation of ...", "send gradient of ...", "end_step",

@@ -14,7 +14,7 @@ namespace {
 using namespace dualpipe::testing;
 using namespace std::chrono_literals;
 
-// Faults that no call meets: the watchdog finds them, and every rank ends.
+// Faults that no call sees: the watchdog finds them, and the step ends on every rank.
 class DeviceFault : public ::testing::Test {
  protected:
   void expect_ended_by(const std::vector<Outcome>& outcomes, const std::string& text) {
@@ -75,7 +75,7 @@ TEST_F(DeviceFault, AfterAStepEndsAllWhoSynchronize) {
   expect_next_step_works();
 }
 
-// The thread that issues a send late meets it, or the one that computes.
+// Seen by the link's thread, which issues late sends, or by the thread that computes.
 TEST(BrokenDevice, EndsAStepThatCopies) {
   PipelineOptions options;
   options.over = Over::kCopy;
@@ -93,7 +93,7 @@ TEST(BrokenDevice, EndsAStepThatCopies) {
   EXPECT_EQ(job.results(), unsplit(job.lowered().placement));
 }
 
-// Over NCCL ranks wait for each other to begin: for a message that never comes, only earlier.
+// Over NCCL, ranks wait for each other to begin: a late rank is noticed before a message is missed.
 TEST(LateRank, IsNamedInTime) {
   PipelineOptions options;
   options.over = Over::kNccl;

@@ -16,7 +16,7 @@ using namespace std::chrono_literals;
 
 constexpr std::int64_t kMillisecond = 1'000'000;
 
-// Ranks whose devices, which are threads, are at work when the call that issued it has returned.
+// Ranks whose devices, which are threads, still work when the call that issues it has returned.
 class DeviceTrace : public ::testing::Test {
  protected:
   explicit DeviceTrace(const char* planner = "dualpipe", int num_microbatches = 4)
@@ -27,7 +27,7 @@ class DeviceTrace : public ::testing::Test {
     }
   }
 
-  // The stage computes at once, when its input is there, and its device takes the time.
+  // Issues work of this length, once the stage's input is there; it takes time on the device only.
   void issue(int rank, std::chrono::milliseconds length) {
     FakeStream& stream = device(rank).compute();
     stream.record()->synchronize();

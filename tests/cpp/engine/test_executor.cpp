@@ -118,7 +118,7 @@ std::ptrdiff_t at(const std::vector<std::string>& log, const std::string& text) 
   return std::find(log.begin(), log.end(), text) - log.begin();
 }
 
-// What rank 1 of two does in a step of 1f1b, its transport's calls and its computations.
+// What rank 1 of two does in a step of 1f1b: its transport's calls and its computations.
 std::vector<std::string> log_of_last_rank(int lookahead) {
   std::vector<std::string> log;
   PipelineOptions options;
@@ -199,7 +199,7 @@ TEST(Executor, ReducesEachStageOnceItsGradientsAreFinal) {
   }));
   for (int rank = 0; rank < 4; ++rank) {
     CountingReducer& reducer = reducers[static_cast<std::size_t>(rank)];
-    EXPECT_EQ(reducer.advanced, reducer.started);  // by the last W of each stage alone
+    EXPECT_EQ(reducer.advanced, reducer.started);  // only by the last W of each stage
     std::sort(reducer.started.begin(), reducer.started.end());
     EXPECT_EQ(reducer.started,
               (std::vector{Stage(std::min(rank, 3 - rank)), Stage(std::max(rank, 3 - rank))}));

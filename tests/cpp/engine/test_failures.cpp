@@ -21,7 +21,7 @@ void expect_contains(const std::string& text, const std::string& part) {
   EXPECT_NE(text.find(part), std::string::npos) << "\"" << part << "\" is missing in: " << text;
 }
 
-// The rank at fault has what was thrown; the others know who, where and what.
+// The rank at fault gets what was thrown; the others learn who, where and what.
 void expect_blamed(const std::vector<Outcome>& outcomes, int culprit, const Action& where) {
   for (int rank = 0; rank < static_cast<int>(outcomes.size()); ++rank) {
     const Outcome& outcome = outcomes[static_cast<std::size_t>(rank)];
@@ -149,7 +149,7 @@ TEST_F(FailingRecovery, IsForgottenOnceAnotherOneWorked) {
   EXPECT_EQ(job.results(), unsplit(job.lowered().placement));
 }
 
-// The others must not wait for a rank whose device is broken until their time limit.
+// The others must not wait until their time limit for a rank whose device is broken.
 TEST_F(FailingRecovery, IsToldToAllInTheNextStep) {
   fail_a_step();
   const auto start = Clock::now();
@@ -218,7 +218,7 @@ TEST_P(FailingStage, RefusesRanksThatRunDifferentSteps) {
   EXPECT_LT(Clock::now() - start, 1s);
   bool noticed = false;
   for (const Outcome& outcome : outcomes) {
-    // A rank may hear of it from another one before it would notice by itself.
+    // A rank may learn of it from another one before it notices by itself.
     EXPECT_TRUE(outcome.is<UserError>() || outcome.is<PipelineError>()) << outcome.text();
     expect_contains(outcome.text(), "8 of a test");
     expect_contains(outcome.text(), "10 of a test");
@@ -350,7 +350,7 @@ TEST(LateFailure, DoesNotDisturbARankThatCommitsAnEarlierStep) {
       if (call == "end_step") committing = true;
       if (call == "abort" && committing) disturbed = true;
       if (call != "end_step returns") return;
-      std::this_thread::sleep_for(100ms);  // 20 looks of the watchdog
+      std::this_thread::sleep_for(100ms);  // 20 polls of the watchdog
       committing = false;
     };
     return std::unique_ptr<Transport>(
@@ -380,7 +380,7 @@ TEST(LateFailure, IsSurvivedByARankThatNoticesItInItsCommit) {
   job.stages(1).before = [](const Action& action) {
     if (action.microbatch() == Microbatch(1)) std::this_thread::sleep_for(100ms);
   };
-  Program too_long = job.program(0);  // fails once all is sent
+  Program too_long = job.program(0);  // fails after everything has been sent
   too_long.instructions.push_back(too_long.instructions[0]);
   const auto outcomes = pipeline.on_all([&](Engine& engine) {
     if (engine.rank() == Rank(1)) {

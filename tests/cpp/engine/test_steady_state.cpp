@@ -63,7 +63,7 @@ TEST(SteadyState, AThousandStepsTakeNoMoreMemory) {
     const BufferPool::Statistics now = pipeline.hub().memory();
     EXPECT_EQ(now.bytes_in_use, 0u);
     if (hundred == 0) early = now;
-    // Never more than if every message of a step were on its way at once.
+    // Never more than if all messages of a step were in transit at once.
     EXPECT_LE(now.num_allocations, 4u * 8 * 6);
     EXPECT_EQ(now.bytes_allocated,
               now.num_allocations * early.bytes_allocated / early.num_allocations);

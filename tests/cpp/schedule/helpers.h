@@ -71,7 +71,7 @@ void expect_error(Call&& call, std::initializer_list<const char*> parts) {
   ADD_FAILURE() << "nothing was thrown";
 }
 
-// Every size up to max_ranks that a planner serves, and a few micro-batch counts.
+// Visits the plans of every planner for all sizes up to max_ranks and some micro-batch counts.
 template <typename Visit>
 void for_each_plan(int max_ranks, Visit&& visit) {
   int visited = 0;

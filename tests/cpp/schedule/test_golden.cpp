@@ -7,7 +7,7 @@
 namespace dualpipe {
 namespace {
 
-// A change of any order shows up as a change of a text file in review. To write the files anew:
+// Any change of an order shows up in review as a change of a text file. To regenerate the files:
 // DUALPIPE_UPDATE_GOLDEN=1 build/tests/cpp/test_schedule --gtest_filter='Golden*'
 struct Golden {
   const char* name;

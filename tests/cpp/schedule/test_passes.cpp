@@ -49,8 +49,8 @@ TEST(LowerCommunication, SendsRightAfterTheResultAndAsksInTime) {
   EXPECT_EQ(text_of(ahead, 1), "1RECV_F0 1F0 1RECV_F1 1B0 1SEND_B0 1F1 1B1 1SEND_B1");
 }
 
-// Rank 0 makes micro-batch 0 first; rank 1 wants micro-batch 1 first: both receives stand in front
-// of that use, in the order of the sends.
+// Rank 0 makes micro-batch 0 first; rank 1 uses micro-batch 1 first: both receives come before that
+// use, in the order of the sends.
 TEST(LowerCommunication, AsksInTheOrderOfTheSource) {
   const Schedule schedule = make(kLoop, 2, {"0F0 0F1 0B1 0B0", "1F1 1B1 1F0 1B0"});
   EXPECT_EQ(text_of(lower_communication(schedule, 0), 1),

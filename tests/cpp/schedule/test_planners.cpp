@@ -121,7 +121,7 @@ TEST(DualPipe, MirroredRanksDoTheSameWithTheOtherHalf) {
   }
 }
 
-// So the gradients of the upper one are summed while the lower one is computed.
+// So the gradients of the upper stage are summed while the lower one is computed.
 TEST(DualPipe, EndsWithTheLowerStageOfEachRank) {
   for (const int p : {2, 4, 8}) {
     const Schedule schedule = plan("dualpipe", {p, 2 * p, 0});
@@ -155,7 +155,7 @@ TEST(Zb1p, DefersTheWeightsOfRankRByRMicrobatches) {
   EXPECT_EQ(text_of(schedule, 2), "2F0 2I0 2F1 2I1 2F2 2I2 2W0 2F3 2I3 2W1 2W2 2W3");
 }
 
-// As many as rank 0 of 1F1B: what I leaves for W needs the layers' inputs.
+// As many as on rank 0 of 1F1B: the W that I defers needs the layers' inputs.
 TEST(Zb1p, HoldsAMicrobatchForEachRankEverywhere) {
   const Schedule schedule = plan("zb1p", {8, 32, 0});
   for (int r = 0; r < 8; ++r) EXPECT_EQ(peak_live_activations(schedule, Rank(r)), 8);

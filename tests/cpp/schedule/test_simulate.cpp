@@ -11,7 +11,7 @@ using test::make;
 
 constexpr auto kLoop = PlacementKind::kLoop;
 
-// Bubble of every rank, which must be one number.
+// The bubble, which must be the same on every rank.
 double bubble(const Schedule& schedule, const CostModel& costs, Sends sends) {
   const Timeline timeline = simulate(schedule, costs, sends);
   const double first = timeline.bubble(Rank(0));
@@ -33,8 +33,8 @@ TEST(Simulate, DualPipeBubblesAreThePublishedOnesAndHalfOfThem) {
   }
 }
 
-// Ranks differ in how many pairs they run, so a faster pair tells them apart: the formula is that
-// of the middle ranks, which run most.
+// Ranks differ in how many pairs they run, so a faster pair makes their bubbles differ: the formula
+// is that of the middle ranks, which run most.
 TEST(Simulate, DualPipeBubbleFollowsTheFormulaForOtherCosts) {
   for (int half : {2, 4, 8}) {
     const Schedule schedule = plan("dualpipe", {2 * half, 8 * half, 0});

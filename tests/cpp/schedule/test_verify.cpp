@@ -136,7 +136,8 @@ TEST(Verify, FindsReceivesInAnotherOrderThanSends) {
                "1RECV_F1 is number 0 in its channel, but rank 0 sends");
 }
 
-// Rank 1 asks for the second activation only after computing with it was due on rank 0.
+// Rank 0 sends the second activation only after its first backward; rank 1 uses that activation
+// before it sends the gradient that this backward needs.
 TEST(Verify, FindsADeadlockThatOnlyRendezvousShows) {
   const Schedule schedule = make(kLoop, 2,
                                  {"0F0 0SEND_F0 0RECV_B0 0B0 0F1 0SEND_F1 0RECV_B1 0B1",
@@ -146,8 +147,7 @@ TEST(Verify, FindsADeadlockThatOnlyRendezvousShows) {
   expect_found(found, 1, "1F1 waits for ever for 0SEND_F1 of rank 0, which stands at 0B0");
 }
 
-// The message of micro-batch 1 could arrive, but that of micro-batch 0 goes first in the channel
-// and is asked for after its own use of a later result.
+// Rank 1 asks for micro-batch 1 first, but the channel carries micro-batch 0 first.
 TEST(Verify, FindsWhatIsStuckBehindAnotherMessage) {
   Schedule schedule = lower(plan("gpipe", {2, 2, 0}), {.lookahead = 0});
   EXPECT_EQ(joined(verify_lowered(schedule)), "");
@@ -179,8 +179,8 @@ TEST(Verify, TakesNoGradientsInInference) {
   expect_found(verify_lowered(schedule), 1, "1SEND_B0 is missing");
 }
 
-// Any two neighbours in a row of a lowered schedule, swapped: either nothing that matters has
-// changed or the verifier says so; and a dropped or doubled action is always found.
+// Two neighbours in a row of a lowered schedule are swapped: either nothing that matters has
+// changed or the verifier reports it; a dropped or doubled action is always found.
 TEST(Verify, SurvivesRandomMutations) {
   std::mt19937 random(7);
   int found_swaps = 0;
