@@ -103,14 +103,16 @@ class Transport {
   // engine tells the others. Does not block, unless a class says when it does.
   virtual void begin_step(const StepInfo& info) = 0;
 
-  // Returns at once. The message is kept until it has left, not longer. `ready` says when its bytes
-  // are final (null: now); the returned event says when they may change again (null: now).
+  // Does not wait for the receiver, but for room where very many messages are under way, and on the
+  // host for `ready`, which says when the bytes are final (null: now). The message is kept until it
+  // has left, not longer; the returned event says when its bytes may change again (null: now).
   virtual EventPtr send(Rank to, const MessageId& id, Message message, const EventPtr& ready) = 0;
 
   // Requests the next message of the channel. Returns at once.
   [[nodiscard]] virtual std::unique_ptr<PendingReceive> receive(Rank from, const MessageId& id) = 0;
 
-  // Commits the step: returns when every rank has called it and this rank's sends have left.
+  // Commits the step: returns when every rank has called it and this rank's sends have left, or,
+  // for a device, have been issued.
   virtual void end_step() = 0;
 
   // Ends the step: every blocked or later call of this rank throws PipelineError(failure.text)

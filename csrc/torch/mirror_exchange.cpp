@@ -40,10 +40,10 @@ bool is_final(const Tensors& bucket, const PendingWeights& pending) {
   });
 }
 
-// How many buckets may be under way before the sums wait for those of the mirror: a channel between
-// devices takes only some hundreds of messages before it waits for the other side, and on the host
-// each message is a copy.
-constexpr std::size_t kAhead = 128;
+// How many buckets may be under way before the sums wait for those of the mirror: well below what a
+// channel between devices takes before a sender waits for room (128 messages), and on the host each
+// message is a copy.
+constexpr std::size_t kAhead = 64;
 
 Rank mirror_of(Rank rank, int num_ranks) { return Rank(num_ranks - 1 - rank.value()); }
 

@@ -108,7 +108,7 @@ auto call(Function function) {
 }
 
 // Uses a connection of its own, made by the first call, so that waiting for a key on another one
-// holds up nobody here. One thread at a time.
+// holds up nobody here. One thread at a time, which is LimitedStore's.
 class C10dStore final : public KeyValueStore {
  public:
   C10dStore(std::string prefix, c10::intrusive_ptr<c10d::Store> original)

@@ -138,7 +138,7 @@ TEST(Verify, FindsReceivesInAnotherOrderThanSends) {
 
 // Rank 0 sends the second activation only after its first backward; rank 1 uses that activation
 // before it sends the gradient that this backward needs.
-TEST(Verify, FindsADeadlockThatOnlyRendezvousShows) {
+TEST(Verify, FindsADeadlockOfMessages) {
   const Schedule schedule = make(kLoop, 2,
                                  {"0F0 0SEND_F0 0RECV_B0 0B0 0F1 0SEND_F1 0RECV_B1 0B1",
                                   "1RECV_F0 1F0 1RECV_F1 1F1 1B0 1SEND_B0 1B1 1SEND_B1"});
