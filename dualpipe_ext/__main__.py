@@ -16,7 +16,7 @@ from dualpipe_ext._build.plan import find_prebuilt
 from dualpipe_ext._build.toolchain import CudaOption
 
 WIDTH_OF_FILES = 1000
-"""Columns where the output is no terminal: a line is never broken there."""
+"""Columns when the output is not a terminal, so that no line is ever wrapped."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 

@@ -17,10 +17,10 @@ __all__ = ["DeferredForward"]
 
 
 class DeferredForward:
-    """The forward of one layer, which owns it: a bound method would make a cycle of the two."""
+    """The forward of one layer, which owns it; a bound method would form a reference cycle."""
 
     def __init__(self, layer: nn.Module) -> None:
-        """Stand in for the forward of the class of ``layer``."""
+        """Stands in for the forward of the class of ``layer``."""
         self._layer = weakref.ref(layer)
 
     @property
@@ -28,7 +28,7 @@ class DeferredForward:
         """The layer whose forward this is.
 
         Raises:
-            ReferenceError: It is gone.
+            ReferenceError: the layer no longer exists.
         """
         layer = self._layer()
         if layer is None:
@@ -39,15 +39,15 @@ class DeferredForward:
         return layer
 
     def __call__(self, input: Tensor) -> Tensor:
-        """Map (..., in) to (..., out) as the layer's class does, deferring weight gradients."""
+        """Maps (..., in) to (..., out) as the layer's class does, deferring weight gradients."""
         return _deferred_forward(self.layer, input)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeferredForward:
-        """Stand in for the forward of the layer's copy."""
+        """Stands in for the forward of the layer's copy."""
         return DeferredForward(copy.deepcopy(self.layer, memo))
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[nn.Module, str]]:
-        """Load as the forward of the layer's class."""
+        """Unpickles as the forward of the layer's class."""
         return getattr, (self.layer, "forward")
 
 

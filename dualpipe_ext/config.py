@@ -25,58 +25,61 @@ Transport = Literal["auto", "host", "nccl", "copy"]
 
 @dataclass(frozen=True, kw_only=True)
 class DualPipeConfig:
-    """How the engine runs a pipeline. The same on every rank.
+    """How the engine runs a pipeline. Must be the same on every rank.
 
     Attributes:
-        num_stages: of the whole model; a pipeline of another number is an error. 0: whatever the
-            schedule has on the ranks that there are.
-        num_microbatches: used by ``step`` where ``num_chunks`` is left out; 0: it must be given
-            (:class:`~dualpipe_ext.TrainingWrapper` takes the least that the schedule serves).
-        schedule: used where a pipeline is given none.
-        balance: how an adapter cuts a whole model: ``"parameters"``, ``"memory"`` or ``"time"``
-            evened out over the ranks, or the number of layers of each stage
+        num_stages: the number of stages of the whole model; a pipeline with a different number is
+            an error. 0: whatever the schedule has on the given number of ranks.
+        num_microbatches: the default of ``num_chunks`` in ``step``; 0: ``num_chunks`` is required
+            (:class:`~dualpipe_ext.TrainingWrapper` uses twice the number of ranks).
+        schedule: the default of pipelines that are given no schedule.
+        balance: how an adapter splits a whole model: evening out ``"parameters"``, ``"memory"`` or
+            ``"time"`` over the ranks, or by the number of layers of each stage
             (:meth:`dualpipe_ext.adapters.ModelAdapterBase.partition`).
-        overlap_strategy: ``"full"``, or ``"none"``, to compare with or to look for a mistake:
-            receives are posted where they are used, weight gradients are computed with those of the
-            inputs, a pair runs one after the other and mirrored gradients are summed after the
-            step, whatever ``lookahead``, ``split_weight_gradients`` and ``use_overlapped`` say.
-        memory_optimization: what to do about activations that wait for their backward:
-            ``"activation_checkpoint"`` keeps the inputs of each layer of an adapter's partition (of
-            each stage that is another module) and computes the rest again; ``"offload"`` moves them
-            to host memory, which does nothing for stages that are there. Losses and gradients are
-            the same numbers. Offloading has not run on a GPU yet.
-        lookahead: computations ahead of its use at which a receive is posted. More hides more
-            latency and holds more receive buffers. Left out: 2 through the host's memory, and 0 from
-            GPU to GPU. There the host is ahead of the device anyway, and a posted receive keeps the
-            device busy: whatever waits for all of it in a stage (``torch.cuda.synchronize()``,
-            memory given back, a kernel's first use) would wait for messages that depend on this
-            rank.
-        timeout: seconds that a rank waits for one message, before the step fails on all ranks; or
-            for the others at construction and in calls like ``clip_grad_norm_``.
-        bucket_bytes: mirrored gradients are exchanged in pieces of about this size.
+        overlap_strategy: ``"full"``; or ``"none"``, for comparison and debugging: receives are
+            posted where they are used, weight gradients are computed together with input gradients,
+            the two halves of a pair run one after the other, and mirrored gradients are summed
+            after the step, whatever ``lookahead``, ``split_weight_gradients`` and
+            ``use_overlapped`` say.
+        memory_optimization: what to do about activations that are kept for a backward:
+            ``"activation_checkpoint"`` keeps only the inputs of each layer of an adapter's
+            partition (of the whole stage, if it is any other module) and recomputes the rest;
+            ``"offload"`` moves activations to host memory, which has no effect if the stages are
+            already there. Losses and gradients stay the same. Offloading has not been run on a GPU
+            yet.
+        lookahead: how many computations ahead of its use a receive is posted. A larger number hides
+            more latency and needs more receive buffers. Default: 2 through host memory, 0 from GPU
+            to GPU. In the latter case the host is ahead of the device anyway, and a posted receive
+            keeps the device busy: anything in a stage that waits for the whole device
+            (``torch.cuda.synchronize()``, freeing memory, the first use of a kernel) would wait for
+            messages that depend on this rank.
+        timeout: how many seconds a rank waits for one message before the step fails on all ranks;
+            also how long it waits for other ranks at construction and in calls like
+            ``clip_grad_norm_``.
+        bucket_bytes: mirrored gradients are exchanged in buckets of about this size.
         mirror_init: what makes the two copies of a stage equal at construction: ``"broadcast"``
-            (the rank with the stage's own number wins; what both stages of a rank hold is the
-            lower one's), ``"check"`` (differing copies are a
-            ``ValueError``) or ``"none"``.
-        split_weight_gradients: defer the weight gradients of ``nn.Linear`` to the W of the
-            schedule. Off: everything is computed in I, correctly and with a larger bubble.
-        transport: what messages between stages travel over: ``"host"``, the memory of the host
-            and the process group's backend for it, whatever device the stages are on;
-            ``"nccl"``, from GPU to GPU, for stages on CUDA; or ``"copy"``, the same by the copy
-            engines of GPUs on one node, which takes no processor from computation. ``"auto"``:
-            ``"nccl"`` where all ranks are processes with stages on a GPU of their own, otherwise
-            ``"host"``; :attr:`Pipeline.transport` says which. None of the three has run on a GPU yet.
-        nccl_max_ctas: thread blocks that a message over NCCL may take from computation; 0: as many
-            as NCCL likes.
-        dynamic_shapes: from GPU to GPU, describe each message to its receiver. Needed where what a
-            stage returns changes its shape or type from step to step with equal inputs.
-        use_overlapped: run a stage's own ``overlapped_forward_backward`` where it has one.
+            (the copy on the rank with the stage's number is used; a parameter that both stages of a
+            rank hold belongs to the lower one), ``"check"`` (``ValueError`` if copies differ) or
+            ``"none"``.
+        split_weight_gradients: defer the weight gradients of ``nn.Linear`` to W. If off, everything
+            is computed in I: correct, but with a larger bubble.
+        transport: what messages between stages travel over. ``"host"``: host memory and the process
+            group's backend for it, whatever device the stages are on. ``"nccl"``: from GPU to GPU,
+            for stages on CUDA. ``"copy"``: likewise, by the copy engines of GPUs on one node, which
+            takes no multiprocessors from computation. ``"auto"``: ``"nccl"`` if all ranks are
+            processes with stages on a GPU of their own, otherwise ``"host"``;
+            :attr:`Pipeline.transport` says which. None of the three has been run on a GPU yet.
+        nccl_max_ctas: the most thread blocks that a message over NCCL may take from computation; 0:
+            NCCL decides.
+        dynamic_shapes: from GPU to GPU, describe each message to its receiver. Needed if a stage's
+            outputs change in shape or dtype from step to step although its inputs do not.
+        use_overlapped: run a stage's own ``overlapped_forward_backward`` if it has one.
         seed: reseeds torch before every stage's forward from (seed, step, stage, micro-batch), so
-            that dropout does not depend on the ranks that run the stages, or on the schedule
-            (:func:`dualpipe_ext.microbatch_seed`); the caller's generators stay as they were.
-            ``None``: random numbers are the caller's
-            (:class:`~dualpipe_ext.TrainingWrapper` chooses a seed).
-            For ranks that are processes: threads share torch's one generator and disturb it.
+            that dropout depends neither on which ranks run the stages nor on the schedule
+            (:func:`dualpipe_ext.microbatch_seed`); the caller's generators are left as they were.
+            ``None``: random numbers come from the caller's generators
+            (:class:`~dualpipe_ext.TrainingWrapper` chooses a seed). Only for ranks that are
+            processes: threads share torch's single generator and would disturb one another.
     """
 
     num_stages: int = 0
@@ -129,26 +132,26 @@ class DualPipeConfig:
 
     @property
     def evens_out(self) -> bool:
-        """Whether ``balance`` says what to even out, rather than how many layers a stage gets."""
+        """Whether ``balance`` names what to even out, rather than how many layers a stage gets."""
         return isinstance(self.balance, str)
 
     def resolved(self) -> DualPipeConfig:
-        """This configuration with what its ``overlap_strategy`` decides filled in."""
+        """Returns this configuration with what ``overlap_strategy`` decides filled in."""
         if self.overlap_strategy == "full":
             return self
         return replace(self, lookahead=0, split_weight_gradients=False, use_overlapped=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, by name."""
+        """Returns all settings, by name."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> DualPipeConfig:
-        """The configuration with these settings; what is left out has its default.
+        """Creates a configuration from settings by name; omitted ones have their defaults.
 
         Raises:
             ValueError: an unknown setting, or a value that is not allowed.
-            TypeError: a value of a wrong type, or no mapping.
+            TypeError: a value of the wrong type, or ``settings`` is not a mapping.
         """
         if not isinstance(settings, Mapping):
             raise TypeError(f"settings must be a mapping; found {type(settings).__name__}")
@@ -161,7 +164,7 @@ class DualPipeConfig:
         return cls(**settings)
 
     def to_yaml(self, path: str | os.PathLike[str] | None = None) -> str:
-        """All settings as YAML; also written to ``path`` where one is given."""
+        """Returns all settings as YAML; also writes them to ``path``, if given."""
         text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
         if path is not None:
             Path(path).write_text(text)
@@ -169,11 +172,11 @@ class DualPipeConfig:
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> DualPipeConfig:
-        """The configuration in a YAML file, as :meth:`from_dict` reads it.
+        """Reads a configuration from a YAML file, as :meth:`from_dict` does from a mapping.
 
         Raises:
-            ValueError: as there, with the file's name; or a file that is no YAML.
-            TypeError: as there.
+            ValueError: as :meth:`from_dict`, with the file's path; or the file is not valid YAML.
+            TypeError: as :meth:`from_dict`, with the file's path.
         """
         try:
             settings = yaml.safe_load(Path(path).read_text())
@@ -205,7 +208,7 @@ def _one_of(name: str, value: object, kind: Any) -> None:
 
 
 def _checked_balance(balance: object) -> Balance:
-    """Numbers of layers as a tuple, so that equal configurations are equal."""
+    """Checks a balance; returns layer counts as a tuple, so that equal configurations are equal."""
     if isinstance(balance, (list, tuple)):
         for size in balance:
             _at_least("balance", size, 0)

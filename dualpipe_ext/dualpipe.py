@@ -15,21 +15,21 @@ __all__ = ["DualPipe", "DualPipeV"]
 
 
 class DualPipe(Pipeline):
-    """Micro-batches enter at both ends: rank r of P (even) holds stages r and P-1-r.
+    """A pipeline that micro-batches enter at both ends: rank r of P holds stages r and P-1-r.
 
-    One half of the batch enters at rank 0 and flows down, the other half enters at rank P-1 and
-    flows up. Every stage has two copies, whose gradients are summed by :meth:`sync_gradients`. Each
-    copy sees half of the batch: where stages change buffers of their own (the running statistics
-    of a batch norm), :meth:`sync_buffers` gives both copies the mean.
+    P is even. One half of the batch enters at rank 0 and flows down; the other half enters at rank
+    P-1 and flows up. Every stage has two copies, whose gradients are summed by
+    :meth:`sync_gradients`. Each copy sees half of the batch: if stages update buffers (such as the
+    running statistics of a batch norm), :meth:`sync_buffers` sets both copies to their mean.
     Source: DeepSeek-V3 Technical Report (arXiv 2412.19437), section 3.2.1.
 
     Args:
-        modules: (stage r, stage P-1-r); or twice the same partition of an adapter
-            (:func:`dualpipe_ext.adapters.get_model_adapter`), which knows the other one.
-        batch_dim: the dimension along which batches are cut.
-        process_group: the ranks; torch's default group where left out.
-        rank_mapping: entry i is the place in the pipeline of the group's rank i.
-        config: the same on every rank.
+        modules: (stage r, stage P-1-r); or the same partition of an adapter twice
+            (:func:`dualpipe_ext.adapters.get_model_adapter`), as it knows its mirror.
+        batch_dim: the dimension along which batches are split.
+        process_group: the ranks, as for :class:`Pipeline`.
+        rank_mapping: entry i is the position in the pipeline of the group's rank i.
+        config: must be the same on every rank.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class DualPipeV(Pipeline):
 
     Args:
         modules: (stage r, stage 2P-1-r).
-        batch_dim: the dimension along which batches are cut.
-        process_group: the ranks; torch's default group where left out.
-        rank_mapping: entry i is the place in the pipeline of the group's rank i.
-        config: the same on every rank.
+        batch_dim: the dimension along which batches are split.
+        process_group: the ranks, as for :class:`Pipeline`.
+        rank_mapping: entry i is the position in the pipeline of the group's rank i.
+        config: must be the same on every rank.
     """
 
     def __init__(

@@ -43,26 +43,28 @@ __all__ = ["Pipeline"]
 
 
 class Pipeline(nn.Module):
-    """Stage modules of one rank, run by any schedule on the native engine.
+    """Runs the stage modules of one rank by any schedule, on the native engine.
 
-    Every rank of the group makes one, with the modules of its own stages (:attr:`stages`), and
-    calls :meth:`step`. Stages return a tensor, or a tuple of tensors and ``None`` of any dtype,
-    which is what the next stage is called with.
+    Every rank of the group constructs one from the modules of its own stages (:attr:`stages`) and
+    calls :meth:`step`. A stage returns a tensor, or a tuple of tensors and ``None``, of any dtype;
+    the next stage is called with what it returned.
 
     Args:
-        modules: this rank's stages, in the order of :attr:`stages`. A partition of
-            :mod:`dualpipe_ext.adapters` given twice stands for itself and the other one.
-        schedule: a name of ``dualpipe_ext.schedule.schedules()``, or a schedule of one's own; the
-            configuration's where left out.
-        batch_dim: the dimension along which batches are cut.
-        process_group: the ranks; torch's default group where left out.
-        rank_mapping: entry i is the place in the pipeline of the group's rank i.
-        config: the same on every rank.
+        modules: this rank's stages, in the order of :attr:`stages`. A partition from
+            :mod:`dualpipe_ext.adapters` given twice stands for itself and its mirror.
+        schedule: a name from ``dualpipe_ext.schedule.schedules()``, or a schedule of your own;
+            defaults to the configured one.
+        batch_dim: the dimension along which batches are split.
+        process_group: the ranks of the pipeline; by default the threads of ``run_ranks()``, if this
+            is one of them, otherwise torch's default group.
+        rank_mapping: entry i is the position in the pipeline of the group's rank i.
+        config: must be the same on every rank.
 
     Raises:
-        ValueError: wrong modules, a group that the schedule cannot serve, or ranks that differ in
-            schedule, configuration or mirrored parameters. Raised on every rank.
-        PipelineError: another rank could not be constructed.
+        ValueError: the modules or the group do not suit the schedule or the configuration; or, on
+            every rank, ranks differ in schedule, configuration or mirrored parameters.
+        TypeError: an argument of the wrong type.
+        PipelineError: another rank could not construct its pipeline.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Pipeline(nn.Module):
             lambda: self._adopt(list(modules), schedule or self.config.schedule),
         )
         self._settle([each["offer"] for each in facts])
-        # A sharded gradient is there after the step alone.
+        # Sharded gradients exist only after the step.
         self._can_sum_within = self.config.overlap_strategy == "full" and not any(
             each["are sharded"] for each in facts
         )
@@ -128,28 +130,29 @@ class Pipeline(nn.Module):
 
     @property
     def transport(self) -> Transport:
-        """What messages travel over: ``"host"``, ``"nccl"`` or ``"copy"``, never ``"auto"``."""
+        """What messages travel over: ``"host"``, ``"nccl"`` or ``"copy"``; never ``"auto"``."""
         return self._local.transport
 
     @property
     def weight_split(self) -> WeightSplitReport:
-        """Which weight gradients the schedule's W computes, and which ones are computed in I.
+        """Which weight gradients are computed in W, and which in I.
 
-        Empty where the configuration does not split them.
+        Empty if the configuration does not split them.
         """
         return self._local.weight_split
 
     @property
     def num_steps(self) -> int:
-        """Calls of :meth:`step` so far, of which random numbers depend where ``seed`` is set."""
+        """The number of calls of :meth:`step` so far; with ``seed``, it affects random numbers."""
         return self._num_steps
 
     def resume_at(self, num_steps: int, *, seed: int | None = None) -> None:
-        """Goes on as after so many steps, with parameters that were loaded into all copies.
+        """Continues as if ``num_steps`` steps had run; parameters must be loaded into all copies.
 
         Args:
-            num_steps: of the pipeline that is continued.
-            seed: its ``config.seed``. Left out, the own one stays; a pipeline without one gets none.
+            num_steps: the number of steps of the pipeline being continued.
+            seed: the ``config.seed`` of that pipeline; by default this pipeline keeps its own. A
+                pipeline without a seed does not take one.
         """
         if seed is not None and self.config.seed is not None:
             self.config = replace(self.config, seed=seed)
@@ -168,43 +171,44 @@ class Pipeline(nn.Module):
         return_outputs: bool = False,
         sync_gradients: bool = False,
     ) -> tuple[Tensor | None, Joined | tuple[Joined, ...]]:
-        """Runs one batch forward and backward; under ``torch.no_grad()`` forward alone.
+        """Runs one batch forward and backward; under ``torch.no_grad()``, forward only.
 
-        All ranks call it with the same ``num_chunks``, ``return_outputs`` and ``sync_gradients``.
-        Gradients accumulate in ``.grad``, as with ``loss.backward()`` for every micro-batch; those of
-        a parameter that has a ``main_grad`` are added to that instead, whatever its type.
+        All ranks must pass the same ``num_chunks``, ``return_outputs`` and ``sync_gradients``.
+        Gradients accumulate in ``.grad``, as with ``loss.backward()`` for every micro-batch; if a
+        parameter has a ``main_grad``, its gradient is added to that instead, whatever its dtype.
 
-        Within ``torch.autocast`` forwards and criterion choose their types by it, and backwards run
-        in these, as they do after the end of its scope (in a stage's own
-        ``overlapped_forward_backward``, as that has it).
+        Under ``torch.autocast``, forwards and the criterion choose their dtypes accordingly, and
+        backwards run in these dtypes, as they would after the end of the autocast scope. (A stage's
+        own ``overlapped_forward_backward`` decides this for itself.)
 
         Args:
             inputs: tensors with the batch along ``batch_dim``, on the ranks where micro-batches
                 enter (DualPipe: the first and the last rank, each with its half of the batch;
-                otherwise the first rank). ``None`` elsewhere.
-            num_chunks: the number of micro-batches N, over both directions. What the schedule asks
-                of it (``dualpipe``: even, at least 2P) holds for inference as well: it runs the
-                forwards of the same plan.
-            criterion: ``criterion(*outputs, *labels)`` gives one micro-batch's scalar loss.
-            labels: tensors like the inputs, on the ranks where micro-batches leave. With DualPipe
-                the first rank's labels belong to the last rank's inputs, and the other way round.
-                ``()`` for a criterion that takes outputs alone.
-            return_outputs: also return the last stage's outputs, without their graph.
+                otherwise the first rank). ``None`` on other ranks.
+            num_chunks: the number of micro-batches N, over both directions; defaults to
+                ``config.num_microbatches``. What the schedule requires of it (``dualpipe``: even,
+                at least 2P) also applies to inference, which runs the forwards of the same plan.
+            criterion: ``criterion(*outputs, *labels)`` returns the scalar loss of one micro-batch.
+            labels: tensors with the batch along ``batch_dim``, on the ranks where micro-batches
+                leave. With DualPipe, the first rank's labels belong to the last rank's inputs, and
+                vice versa. ``()`` for a criterion that takes only outputs.
+            return_outputs: also return the outputs of the last stage, detached from their graph.
             sync_gradients: sum the gradients of the two copies of each stage within the step, each
-                part as soon as both copies have it (at the end, where messages of a GPU go by the
-                host, or ranks on it are threads); in an accumulation over several steps, in the
-                last one alone. Otherwise call :meth:`sync_gradients` before the optimizer.
+                bucket as soon as both copies have it (at the end of the step if a GPU's messages go
+                through the host or its ranks are threads). When accumulating over several steps,
+                set it only in the last one. If it is not set, call :meth:`sync_gradients` before
+                the optimizer step.
 
         Returns:
             ``(loss, outputs)``. ``loss`` holds the losses of the micro-batches that leave on this
-            rank, shape ``[number of these]``; ``None`` on other ranks and without a criterion.
-            ``outputs`` has the whole of them along ``batch_dim`` (as a list of pieces where they do
-            not fit together), a tuple where there are several, or is ``None``.
+            rank, one element for each; ``None`` on other ranks and without a criterion.
+            ``outputs`` holds their outputs, joined along ``batch_dim`` (as a list of pieces if they
+            cannot be joined); a tuple if there are several; ``None`` if they were not requested.
 
         Raises:
-            ValueError, TypeError: a mistake on this rank: sizes, inputs, labels, criterion.
+            ValueError, TypeError: a mistake on this rank, in sizes, inputs, labels or criterion.
             PipelineError: a stage raised (the cause is chained), or another rank failed. The step
-                failed on every rank; gradients are undefined (zero them); the next step works.
+                failed on every rank and gradients are undefined (zero them); the next step works.
         """
         if self._runner.is_running:
             raise ValueError(
@@ -241,10 +245,10 @@ class Pipeline(nn.Module):
         return step.loss(), step.gathered_outputs()
 
     def abandon_step(self, error: BaseException) -> None:
-        """Tells the other ranks that this one does not come to the next :meth:`step`.
+        """Tells the other ranks that this one will not take part in the next :meth:`step`.
 
-        It fails on them with a ``PipelineError`` that has the text of the error, and counts as a
-        step here as well. For what goes wrong on one rank before the step.
+        For errors that occur on one rank before the step. The other ranks' step fails with a
+        ``PipelineError`` that contains the text of ``error``; it counts as a step here, too.
         """
         self._num_steps += 1
         with suppress(type(error)), self._local.fully_sharded.step(training=False):
@@ -252,17 +256,17 @@ class Pipeline(nn.Module):
             raise error
 
     def abandon_sum(self, error: BaseException) -> None:
-        """The same for the next :meth:`sync_gradients`, which is no step."""
+        """Does the same for the next :meth:`sync_gradients`, which does not count as a step."""
         self._tell(error, is_step=False)
 
     def _tell(self, error: BaseException, *, is_step: bool) -> None:
         self._engine.fail(f"{type(error).__name__}: {error}", is_step)
 
     def sync_gradients(self) -> None:
-        """Sums the gradients of the two copies of each stage; both copies get the same bits.
+        """Sums the gradients of the two copies of each stage; both copies get identical bits.
 
-        Call it after the last :meth:`step` of an accumulation, on every rank. Nothing happens
-        where stages have one copy. A gradient that is ``None`` on both copies stays so.
+        Call it on every rank, after the last :meth:`step` of an accumulation. It does nothing if
+        stages have one copy. A gradient that is ``None`` on both copies stays ``None``.
         """
         mirrors = self._local.mirrors
         if mirrors is not None:
@@ -273,25 +277,26 @@ class Pipeline(nn.Module):
             self._unsummed.note_sum()
 
     def synchronize(self) -> None:
-        """Waits until the GPUs of all ranks are through with what they were told so far.
+        """Waits until the GPUs of all ranks have finished all work issued so far.
 
-        Call it on every rank before trusting results for good, saving them for one. Over
-        ``transport="nccl"`` and ``"copy"``, :meth:`step` returns before the GPU is done: a message
-        that fails after that ends the next call, not the step, whose results are then worthless.
+        Call it on every rank before relying on results permanently, such as by saving them. With
+        ``transport="nccl"`` or ``"copy"``, :meth:`step` returns before the GPU has finished. A
+        message that fails after that makes the next call raise, not the step itself, whose results
+        are then worthless.
 
         Raises:
-            PipelineError: a message of the last step failed, on any rank.
+            PipelineError: a message of the last step failed on any rank.
         """
         self._engine.synchronize()
 
     def mark_gradients_summed(self) -> None:
-        """For loops that sum gradients over all copies of each stage themselves."""
+        """Notes that gradients are summed, for loops that sum all copies of a stage themselves."""
         self._unsummed.note_sum()
 
     def sync_parameters(self) -> None:
         """Overwrites parameters and buffers of each stage's second copy with those of the first.
 
-        The first copy of stage s is that on rank s. Called at construction by default.
+        The first copy of stage s is the one on rank s. Called at construction by default.
         """
         if self._local.mirrors is not None:
             exchange = self._local.mirrors.copy(self._engine, self.config.bucket_bytes)
@@ -299,37 +304,42 @@ class Pipeline(nn.Module):
             self._unsummed.note_copy()
 
     def check_copies(self) -> None:
-        """Raises where the two copies of a stage have other bits in a parameter; all ranks call it.
+        """Raises if any parameter differs in its bits between the two copies of a stage.
 
-        They stay equal by themselves: construction makes them so, and both get the same gradients.
-        What sets them apart is weights that one rank alone has loaded or changed, or an optimizer
-        of other settings. Saving a checkpoint looks as well, and warns.
+        Call it on every rank. Copies normally stay equal: construction makes them so, and both get
+        the same gradients. They diverge if only one rank loads or changes weights, or if their
+        optimizers have different settings. Saving a checkpoint checks this as well, but only warns.
 
         Raises:
-            ValueError: they differ; on all ranks, with the first parameter that does.
-            PipelineError: another rank does not come within ``config.timeout`` seconds, or is gone.
+            ValueError: the copies differ; raised on all ranks, naming the first parameter that
+                does.
+            PipelineError: another rank does not join within ``config.timeout`` seconds, or is gone.
         """
         if self._local.mirrors is not None:
             modules = dict(zip(self.stages, self.module, strict=True))
             check_copies(self.group, self.config.timeout, modules)
 
     def sync_buffers(self) -> None:
-        """Gives both copies of each floating-point buffer their mean; others stay as they are.
+        """Sets both copies of each floating-point or complex buffer to their mean.
 
-        For running statistics of batch norms, which each copy takes of its own micro-batches. Call
-        it on every rank, before evaluating or saving. Nothing happens where stages have one copy.
+        Other buffers are left alone. This is for the running statistics of batch norms, which each
+        copy computes from its own micro-batches. Call it on every rank, before evaluating or
+        saving. It does nothing if stages have one copy.
         """
         if self._local.mirrors is not None:
             self._local.mirrors.average_buffers(self._engine, self.config.bucket_bytes, self.stages)
 
     def swap_with_mirror(self, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-        """Gives tensors to the rank that has the other copies, and returns what that rank gives.
+        """Sends tensors to the rank that holds the other copies; returns what that rank sends.
 
-        Call it on every rank of a pipeline whose stages have two copies; some may give nothing.
+        Call it on every rank of a pipeline whose stages have two copies; a rank may send nothing.
 
         Args:
-            tensors: of a floating-point type.
-            like: tensors of the shapes and types that will come, whatever they hold.
+            tensors: what to send, of a floating-point dtype.
+            like: tensors with the shapes and dtypes of those to be received; values do not matter.
+
+        Raises:
+            ValueError: stages have one copy.
         """
         if self._local.mirrors is None:
             raise ValueError(
@@ -340,21 +350,22 @@ class Pipeline(nn.Module):
         )
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Clips the gradients of the whole model by their norm; returns the norm before.
+        """Clips the gradients of the whole model by their norm; returns the norm before clipping.
 
         Every parameter counts once, however many copies it has: the norm is that of the unsplit
-        model. Call it on every rank, after gradients are in sync. It waits for them on a GPU.
+        model. Call it on every rank, after gradients are summed. On a GPU, it waits for them.
 
         Args:
-            max_norm: above 0; ``float("inf")`` measures alone.
-            norm_type: p of the p-norm, above 0; ``float("inf")`` for the largest element.
+            max_norm: above 0; ``float("inf")`` measures without clipping.
+            norm_type: the p of the p-norm, above 0; ``float("inf")`` for the largest absolute
+                value.
 
         Returns:
-            The norm: a float64 scalar in host memory, the same on every rank.
+            The norm, a float64 scalar in host memory, the same on every rank.
 
         Raises:
             ValueError: ``max_norm`` or ``norm_type`` is not positive.
-            PipelineError: another rank does not come within ``config.timeout`` seconds, or is gone.
+            PipelineError: another rank does not join within ``config.timeout`` seconds, or is gone.
         """
         if not max_norm > 0 or not norm_type > 0:
             raise ValueError(
@@ -374,7 +385,7 @@ class Pipeline(nn.Module):
         return norm
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        """Not a module to call: use :meth:`step`."""
+        """Always raises: a pipeline is not called like a module; use :meth:`step`."""
         raise TypeError("a pipeline is not called; use step(), under torch.no_grad() for inference")
 
     # Hooks
@@ -382,17 +393,17 @@ class Pipeline(nn.Module):
     def register_before_backward_hook(
         self, hook: Callable[[Tensor, int], Tensor | None]
     ) -> RemovableHandle:
-        """``hook(loss, microbatch)`` may return another loss to differentiate.
+        """Registers ``hook(loss, microbatch)``, which may return another loss to differentiate.
 
-        One that is scaled, say, or has an auxiliary loss added. The losses that :meth:`step`
-        returns stay the criterion's.
+        For example, a scaled loss or one with an auxiliary loss added. :meth:`step` still returns
+        the losses of the criterion.
         """
         return _register(self._hooks.before_backward, hook)
 
     def register_after_forward_hook(
         self, hook: Callable[[Tensor, Sequence[Tensor | None], int], None]
     ) -> RemovableHandle:
-        """``hook(loss, outputs, microbatch)`` is called when a micro-batch has its loss."""
+        """Registers ``hook(loss, outputs, microbatch)``, called once a micro-batch has its loss."""
         return _register(self._hooks.after_forward, hook)
 
     # What happened
@@ -404,11 +415,11 @@ class Pipeline(nn.Module):
 
     @property
     def times_device(self) -> bool:
-        """Whether steps from now on are timed by the GPU's clock.
+        """Whether subsequent steps are timed by the GPU's clock.
 
-        :meth:`stats` and :attr:`last_trace` then wait for the GPU and say what it did. It costs two
-        to four events a computation; always so while profiling is enabled. On a CPU, or where the
-        extension was built without CUDA, there is the host's clock alone.
+        :meth:`stats` and :attr:`last_trace` then wait for the GPU and report what it did. This
+        costs two to four events per computation, and always happens while profiling is enabled. On
+        a CPU, or if the extension was built without CUDA, only the host's clock is available.
         """
         return self._runner.times_device
 
@@ -417,46 +428,47 @@ class Pipeline(nn.Module):
         self._runner.times_device = on
 
     def time_next_step(self) -> None:
-        """Has the next training step timed by the GPU's clock, whatever :attr:`times_device` says."""
+        """Times the next training step by the GPU's clock, whatever :attr:`times_device` says."""
         self._runner.times_next = True
 
     def save_trace(self, path: str | os.PathLike[str]) -> None:
         """Writes the last training step of all ranks for Perfetto or ``chrome://tracing``.
 
-        Call it on every rank; the first one writes the file, with a line for each rank of what it
-        computed and waited for, from where its own step began, and below these the plan with
-        F = I = W. On a GPU the times are the host's unless :attr:`times_device` was set before the
-        step.
+        Call it on every rank; the first one writes the file. It has one line per rank, showing what
+        the rank computed and waited for from the beginning of its own step, and below these the
+        plan with F = I = W. On a GPU, the times are the host's unless :attr:`times_device` was set
+        before the step.
 
         Args:
-            path: the file, JSON.
+            path: the JSON file to write.
 
         Raises:
-            ValueError: the last step was no training step, or there was none yet.
-            PipelineError: so on another rank, or that does not come within ``config.timeout`` seconds.
+            ValueError: the last step was not a training step, or there was none yet.
+            PipelineError: another rank has nothing to write either, or does not join within
+                ``config.timeout`` seconds.
         """
         self._runner.save_trace(Path(path), self.config.timeout)
 
     def stats(self) -> StepStatistics:
-        """The last step on this rank, measured and planned.
+        """Returns measured and planned statistics of the last step on this rank.
 
         Raises:
-            ValueError: no step was run yet.
+            ValueError: no step has run yet.
         """
         return self._runner.stats()
 
     # Construction
 
     def _adopt(self, modules: list[nn.Module], schedule: str | Schedule) -> dict[str, Any]:
-        """Checks and takes the modules; returns what the other ranks must know."""
+        """Checks and adopts the modules; returns what the other ranks must know."""
         self._local = LocalStages(modules, schedule, self.group, self.config)
         self.module = nn.ModuleList(self._local.modules)
         return self._local.describe() | {"batch_dim": self.batch_dim}
 
     def _settle(self, offers: Sequence[Offer]) -> None:
-        """Chooses what messages travel over, as all ranks do, and has the ranks find each other."""
+        """Chooses the transport, the same on all ranks, and connects the ranks."""
         transport, reason = choose_transport(offers)
-        if transport != "host" or reason:  # then there is something to fail at
+        if transport != "host" or reason:  # only then is there anything that can fail
             collect(
                 self.group,
                 self.config.timeout,

@@ -1,4 +1,4 @@
-"""Where the time of a pipeline's steps goes: what the engine measures, added up over steps."""
+"""Where the time of a pipeline's steps goes: the engine's measurements, summed over steps."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class _Time:
 
 @dataclass
 class _Steps:
-    """The steps of one rank, those of training or those of inference."""
+    """The training steps or the inference steps of one rank."""
 
     count: int = 0
     total_seconds: float = 0.0
@@ -84,11 +84,11 @@ class _Steps:
 class Profiler:
     """The times of all steps of this process's pipelines since :func:`enable_profiling`.
 
-    For stages on a GPU they are those of the GPU's clock, for which each step waits at its end: the
-    host does not run ahead into the next one while profiling is enabled.
+    Stages on a GPU are timed by the GPU's clock, and each step waits for the GPU at its end: while
+    profiling is enabled, the host does not run ahead into the next step.
 
     Args:
-        log_dir: the folder of files whose path is relative.
+        log_dir: the folder that relative file paths refer to.
     """
 
     def __init__(self, log_dir: str | os.PathLike[str] = ".") -> None:
@@ -99,19 +99,19 @@ class Profiler:
     def record(
         self, rank: int, training: bool, step: StepStatistics, trace: Sequence[TraceEvent]
     ) -> None:
-        """Adds a step of a rank."""
+        """Records one step of a rank."""
         with self._lock:
             self._steps.setdefault((rank, training), _Steps()).add(step, trace)
 
     def summary(self) -> list[dict[str, Any]]:
-        """Means over steps, a dictionary for each rank of this process and kind of step.
+        """Returns means over steps, one dictionary for each rank of this process and kind of step.
 
-        ``actions`` has the number of computations of each kind over all steps, the seconds that
-        were spent in them and those that they were blocked on messages. ``last_step_seconds`` are
-        of the last 1000 steps.
+        ``actions`` holds, for each kind of computation over all steps, the count, the seconds spent
+        computing and the seconds blocked on messages. ``last_step_seconds`` covers at most the last
+        1000 steps.
 
         Raises:
-            ValueError: there was no step.
+            ValueError: no step was recorded.
         """
         with self._lock:
             found = [
@@ -126,8 +126,8 @@ class Profiler:
         return found
 
     def print_summary(self) -> None:
-        """Prints means over steps, a line for each rank of this process and kind of step."""
-        from rich.console import Console  # a tenth of what importing this package takes
+        """Prints means over steps, one line for each rank of this process and kind of step."""
+        from rich.console import Console  # here, as it takes a tenth of this package's import time
         from rich.table import Table
 
         table = Table(title="a step's time")
@@ -164,13 +164,14 @@ class Profiler:
         Console(width=120).print(table)
 
     def save_to_file(self, path: str | os.PathLike[str]) -> Path:
-        """Writes :meth:`summary` as JSON, a file for each process.
+        """Writes :meth:`summary` as JSON, one file per process.
 
         Args:
-            path: the file of the first process; others put ``.rank1`` and so on before its ending.
+            path: the file of the first process; others insert ``.rank1`` and so on before its
+                suffix.
 
         Returns:
-            Where it was written.
+            The path of the file that was written.
         """
         found = self.summary()
         target = self.log_dir / path
@@ -186,10 +187,10 @@ _profiler: Profiler | None = None
 
 
 def enable_profiling(log_dir: str | os.PathLike[str] = ".") -> Profiler:
-    """Adds up the times of all steps from now on, in this process; forgets earlier ones.
+    """Starts recording the times of all steps in this process; discards earlier ones.
 
     Args:
-        log_dir: the folder of what :meth:`Profiler.save_to_file` writes; made where needed.
+        log_dir: the folder that :meth:`Profiler.save_to_file` writes to; created if needed.
     """
     global _profiler
     _profiler = Profiler(log_dir)
@@ -197,16 +198,16 @@ def enable_profiling(log_dir: str | os.PathLike[str] = ".") -> Profiler:
 
 
 def disable_profiling() -> None:
-    """Stops adding up steps; :func:`get_profiler` raises from then on."""
+    """Stops recording steps; :func:`get_profiler` raises from then on."""
     global _profiler
     _profiler = None
 
 
 def get_profiler() -> Profiler:
-    """The profiler of this process.
+    """Returns the profiler of this process.
 
     Raises:
-        ValueError: profiling was not enabled.
+        ValueError: profiling is not enabled.
     """
     if _profiler is None:
         raise ValueError("there is no profiler: call enable_profiling() before the training loop")
@@ -214,12 +215,12 @@ def get_profiler() -> Profiler:
 
 
 def is_profiling() -> bool:
-    """Whether steps are added up."""
+    """Whether steps are being recorded."""
     return _profiler is not None
 
 
 def record_step(pipeline: Any, training: bool) -> None:
-    """Adds the last step of a pipeline, where profiling is enabled."""
+    """Records the last step of a pipeline, if profiling is enabled."""
     profiler = _profiler
     if profiler is not None:
         profiler.record(pipeline.rank, training, pipeline.stats(), pipeline.last_trace)

@@ -7,7 +7,7 @@
 >>> schedule.simulate(CostModel(), sends="early").bubble(0)
 1.0
 
-An action's text is that of ``torch.distributed.pipelining``: stage, operation, micro-batch.
+Actions are written as in ``torch.distributed.pipelining``: stage, operation, micro-batch.
 Operations are ``F`` (forward), ``I`` (backward for inputs), ``W`` (backward for weights), ``B``
 (both), ``(0F7;7B13)OVERLAP_F_B`` (a forward and a backward of different micro-batches as one),
 ``SEND_F``, ``RECV_F``, ``SEND_B``, ``RECV_B`` and ``REDUCE_GRAD``.
@@ -51,9 +51,9 @@ class PlannerInfo:
     placement: str
     """Where stages live: ``loop`` (stage s on rank s mod P), ``v`` or ``bidirectional``."""
     stages_per_rank: int
-    """How many stages a rank runs; 0: any number."""
+    """The number of stages per rank; 0: any number."""
     summary: str
-    """One line, with the source."""
+    """One line of text, with the source."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Diagnostic:
 
     rank: int
     step: int
-    """Index into the rank's actions; -1: the whole row."""
+    """Index into the rank's actions; -1: the whole rank."""
     text: str
 
 
@@ -70,7 +70,7 @@ class Action(NamedTuple):
     """A computation, a message or a reduction of one stage."""
 
     op: str
-    """The letters of the text: ``F``, ``SEND_F``, ..."""
+    """The operation as in the text: ``F``, ``SEND_F``, ..."""
     stage: int
     microbatch: int | None
     """``None`` for ``REDUCE_GRAD``."""
@@ -87,24 +87,24 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """How long things take, all in one unit of time of your choice.
+    """How long things take, in any one unit of time.
 
-    A duration of F, I or W is one number for all stages, or a sequence with one for each stage.
+    The duration of F, I or W is one number for all stages, or a sequence with one for each stage.
 
     Raises:
-        ScheduleError: (in ``simulate``) a duration is negative or not finite, or there are not as
-            many as stages.
+        ScheduleError: (in ``simulate``) a duration is negative or not finite, or a sequence does
+            not have one for each stage.
     """
 
     forward: float | Sequence[float] = 1.0
     backward_input: float | Sequence[float] = 1.0
     backward_weight: float | Sequence[float] = 1.0
     overlapped: float | None = None
-    """A forward and a backward as one overlapped piece; ``None``: their parts, one by one."""
+    """A forward and a backward as one overlapped piece; ``None``: their parts run one by one."""
     latency: float = 0.0
-    """From a message's end at the sender to its arrival."""
+    """The time from the end of a message at the sender to its arrival."""
     message_time: float = 0.0
-    """Bytes over bandwidth: how long a message occupies its channel."""
+    """How long a message occupies its channel: bytes over bandwidth."""
 
 
 class Timeline:
@@ -120,36 +120,36 @@ class Timeline:
 
     @property
     def num_ranks(self) -> int:
-        """How many ranks there are."""
+        """The number of ranks."""
         return self._native.num_ranks
 
     def spans(self, rank: int) -> list[Span]:
-        """A rank's compute actions in order, with their times."""
+        """Returns a rank's compute actions in order, with their times."""
         return [Span(*span) for span in self._native.spans(rank)]
 
     def busy(self, rank: int) -> float:
-        """The time that a rank computes."""
+        """Returns how long a rank computes."""
         return self._native.busy(rank)
 
     def bubble(self, rank: int) -> float:
-        """The makespan minus the time that a rank computes."""
+        """Returns the makespan minus the time for which a rank computes."""
         return self._native.bubble(rank)
 
     def peak_activations(self, rank: int) -> int:
-        """The most micro-batches whose activations a rank holds at once, from F to B or W."""
+        """Returns the most micro-batches whose activations a rank holds at once, F to B or W."""
         return self._native.peak_activations(rank)
 
     def grid(self, unit: float = 0.25) -> str:
-        """A line for each rank and a character for each ``unit`` of time; bubbles are dots."""
+        """Draws one line per rank and one character per ``unit`` of time; bubbles are dots."""
         return self._native.grid(unit)
 
     def to_chrome_trace(self, path: PathLike, microseconds_per_unit: float = 1000.0) -> None:
-        """Writes JSON for ``chrome://tracing`` or Perfetto, a thread for each rank."""
+        """Writes JSON for ``chrome://tracing`` or Perfetto, with one thread per rank."""
         Path(path).write_text(self._native.to_chrome_trace(microseconds_per_unit))
 
 
 class Schedule:
-    """What every rank does, in order. Immutable; equal to another that does the same, whatever its name."""
+    """What every rank does, in order. Immutable; comparisons ignore the name."""
 
     def __init__(self, native: _C.Schedule) -> None:
         self._native = native
@@ -158,17 +158,17 @@ class Schedule:
     def from_csv(
         cls, path: PathLike, placement: Placement = "loop", num_stages: int | None = None
     ) -> Schedule:
-        """Reads a schedule: a line for each rank, actions separated by commas, empty cells allowed.
+        """Reads a schedule: one line per rank, actions separated by commas, empty cells allowed.
 
         Args:
             path: the file; ``torch.distributed.pipelining`` writes and reads the same format.
             placement: where stages live: ``loop``, ``v`` or ``bidirectional``.
-            num_stages: of the whole model. Left out: one a rank (``loop`` and ``bidirectional``)
-                or two a rank (``v``).
+            num_stages: the number of stages of the whole model; defaults to one per rank (``loop``
+                and ``bidirectional``) or two per rank (``v``).
 
         Raises:
-            ScheduleError: a malformed cell (with line and column), sizes that the placement cannot
-                serve, or a schedule that does not hold (see :meth:`verify`).
+            ScheduleError: a malformed cell (with line and column), sizes that the placement does
+                not support, or an invalid schedule (see :meth:`verify`).
         """
         text = Path(path).read_text()
         if num_stages is None:
@@ -180,12 +180,12 @@ class Schedule:
 
     @property
     def native(self) -> _C.Schedule:
-        """The schedule as the engine takes it."""
+        """The native object, which the engine takes."""
         return self._native
 
     @property
     def name(self) -> str:
-        """The planner's name, or that of the file."""
+        """The name of the planner or of the file."""
         return self._native.name
 
     @property
@@ -195,37 +195,37 @@ class Schedule:
 
     @property
     def num_ranks(self) -> int:
-        """How many ranks there are."""
+        """The number of ranks."""
         return self._native.num_ranks
 
     @property
     def num_stages(self) -> int:
-        """How many slices the model is cut into."""
+        """The number of stages of the whole model."""
         return self._native.num_stages
 
     @property
     def num_microbatches(self) -> int:
-        """How many micro-batches one step has."""
+        """The number of micro-batches of one step."""
         return self._native.num_microbatches
 
     def actions(self, rank: int) -> list[str]:
-        """A rank's actions as text, in order."""
+        """Returns a rank's actions as text, in order."""
         return self._native.actions(rank)
 
     def stages_of(self, rank: int) -> list[int]:
-        """The stages that a rank holds, in the order in which its modules are given."""
+        """Returns the stages that a rank holds, in the order in which its modules are given."""
         return self._native.stages_of(rank)
 
     def mirror_of(self, rank: int) -> int | None:
-        """The rank that holds the other copy of a rank's stages, where there is one."""
+        """Returns the rank that holds the other copies of a rank's stages, or ``None``."""
         return self._native.mirror_of(rank)
 
     def microbatches_at(self, stage: int, rank: int) -> list[int]:
-        """The micro-batches whose ``stage`` runs on ``rank``, ascending."""
+        """Returns the micro-batches whose ``stage`` runs on ``rank``, in ascending order."""
         return self._native.microbatches_at(stage, rank)
 
     def to_csv(self, path: PathLike) -> None:
-        """Writes the schedule: a line for each rank, actions separated by commas."""
+        """Writes the schedule: one line per rank, actions separated by commas."""
         Path(path).write_text(self._native.to_csv())
 
     def lower(
@@ -240,14 +240,14 @@ class Schedule:
 
         Args:
             lookahead: how many compute actions ahead of its use a receive is posted.
-            keep_overlap: overlapped pairs stay one action, for stages with an
-                ``overlapped_forward_backward`` of their own; otherwise they come apart.
-            with_backward: ``False`` leaves what inference runs.
-            reduce_gradients: adds ``REDUCE_GRAD`` after the last weight gradient of each stage,
-                where stages have mirrors.
+            keep_overlap: keep each overlapped pair as one action, for stages with an
+                ``overlapped_forward_backward`` of their own; otherwise pairs are split.
+            with_backward: ``False`` keeps only what inference runs.
+            reduce_gradients: add ``REDUCE_GRAD`` after the last weight gradient of each stage, if
+                stages have mirrors.
 
         Raises:
-            ScheduleError: the schedule has messages already, or ``lookahead`` is negative.
+            ScheduleError: the schedule already has messages, or ``lookahead`` is negative.
         """
         return Schedule(
             self._native.lower(
@@ -259,35 +259,36 @@ class Schedule:
         )
 
     def verify(self) -> None:
-        """Proves the schedule.
+        """Proves that the schedule is valid.
 
         Every stage has one F and one B (or I and W) for each micro-batch, on the right rank, after
-        what it needs. With messages, also: each channel sends and receives in one order, and no rank
-        waits for ever.
+        everything it depends on. If there are messages, each channel also sends and receives in the
+        same order, and no rank waits forever.
 
         Raises:
-            ScheduleError: names the first few violations and draws where the first one is.
+            ScheduleError: names the first few violations and draws the place of the first one.
         """
         self._native.verify()
 
     def diagnostics(self) -> list[Diagnostic]:
-        """What :meth:`verify` finds, at most 64 mistakes; empty for a sound schedule."""
+        """Returns what :meth:`verify` finds, at most 64 mistakes; empty for a valid schedule."""
         return [Diagnostic(*found) for found in self._native.diagnostics()]
 
     def simulate(
         self, costs: CostModel | None = None, sends: Literal["early", "late"] = "early"
     ) -> Timeline:
-        """Runs this schedule of compute actions against a cost model.
+        """Simulates this schedule of compute actions under a cost model.
 
         Args:
-            costs: durations; left out: F = I = W = 1, and messages take no time.
-            sends: ``early``, as the engine runs it: results leave before weights, and a serial pair
-                waits for each input where it uses it. ``late``, as published: pairs wait for both
-                inputs, and every backward sends at its end.
+            costs: durations; by default F = I = W = 1, and messages take no time.
+            sends: ``early``, as the engine runs it: results are sent before weight gradients are
+                computed, and a serial pair waits for each input only where it is used. ``late``, as
+                published: pairs wait for both inputs, and every backward sends at its end.
 
         Raises:
-            ScheduleError: a duration is negative or not finite, or there are not as many as stages.
-            ValueError: ``sends`` is neither.
+            ScheduleError: a duration is negative or not finite, or a sequence of durations does not
+                have one for each stage.
+            ValueError: ``sends`` is neither ``early`` nor ``late``.
         """
         if sends not in ("early", "late"):
             raise ValueError(f'sends is {sends!r}; use "early" or "late"')
@@ -304,20 +305,20 @@ class Schedule:
         return Timeline(self._native.simulate(native_costs, when))
 
     def peak_activations(self, rank: int) -> int:
-        """The most micro-batches whose activations a rank holds at once, from F to B or W."""
+        """Returns the most micro-batches whose activations a rank holds at once, F to B or W."""
         return self._native.peak_activations(rank)
 
     def grid(self, rank: int | None = None, step: int = -1) -> str:
-        """A line for each rank and a column for each step.
+        """Draws one line per rank and one column per step.
 
         Args:
-            rank: draws only the neighbourhood of this rank; ``None``: everything.
-            step: the step of ``rank`` to draw around, marked ``>0F3<``.
+            rank: draw only the neighbourhood of this rank; ``None``: everything.
+            step: the step of ``rank`` to draw around, marked as in ``>0F3<``.
         """
         return self._native.grid(rank, step)
 
     def digest(self) -> int:
-        """A 64-bit number that is the same on every machine for the same schedule."""
+        """Returns a 64-bit number that is the same on every machine for the same schedule."""
         return self._native.digest()
 
     def __eq__(self, other: object) -> bool:
@@ -334,22 +335,22 @@ class Schedule:
 
 
 def plan(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int = 0) -> Schedule:
-    """A verified schedule of compute actions.
+    """Plans and verifies a schedule of compute actions.
 
     Args:
         name: one of :func:`schedules`, such as ``dualpipe`` or ``1f1b``.
-        num_ranks: ranks of the pipeline.
-        num_microbatches: micro-batches of one step.
-        stages_per_rank: for ``interleaved_1f1b`` (0: two); the others know theirs.
+        num_ranks: the number of ranks of the pipeline.
+        num_microbatches: the number of micro-batches of one step.
+        stages_per_rank: only for ``interleaved_1f1b`` (0: two); all others have a fixed number.
 
     Raises:
-        ScheduleError: an unknown name, or sizes that the schedule cannot serve.
+        ScheduleError: an unknown name, or sizes that the schedule does not support.
     """
     return Schedule(_C.plan_schedule(name, num_ranks, num_microbatches, stages_per_rank))
 
 
 def parse_action(text: str) -> list[Action]:
-    """Reads the text of an action; an overlapped pair is two actions, its forward first.
+    """Parses the text of an action; an overlapped pair is two actions, the forward first.
 
     Raises:
         ScheduleError: the text is malformed; names the column.
@@ -358,7 +359,7 @@ def parse_action(text: str) -> list[Action]:
 
 
 def schedules() -> Sequence[PlannerInfo]:
-    """All built-in schedules."""
+    """Returns all built-in schedules."""
     return [
         PlannerInfo(info.name, info.placement, info.stages_per_rank, info.summary)
         for info in _C.planners()

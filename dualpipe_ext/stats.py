@@ -1,4 +1,4 @@
-"""What a step did: measured by the engine, beside what the schedule plans."""
+"""What a step did, as measured by the engine, beside what the schedule plans."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["StepStatistics", "TraceEvent"]
 
 
 class TraceEvent(NamedTuple):
-    """One computation of a step. Times in seconds since the step began.
+    """One computation of a step, with times in seconds since the step began.
 
-    ``wait`` is the part of it that was spent blocked on messages. Whose times they are is
-    :attr:`StepStatistics.clock`.
+    ``wait`` is the part of it that was spent blocked on messages.
+    :attr:`StepStatistics.clock` says by which clock the times were taken.
     """
 
     action: str
@@ -26,18 +26,19 @@ class StepStatistics:
     """The last step on this rank.
 
     Attributes:
-        clock: ``"host"``, or ``"device"`` for stages on a GPU where :attr:`~dualpipe_ext.Pipeline.
+        clock: ``"host"``; or ``"device"`` for stages on a GPU, if :attr:`~dualpipe_ext.Pipeline.
             times_device` asked for it. A host that runs ahead of its GPU knows when work was
-            issued, and not how long it took.
-        step_seconds: from the call to the commit on all ranks. By the device's clock: from where
-            this rank's stream gets to the step until it is past its last computation, so that what
-            it idles after that is in none of these numbers.
-        busy_seconds: of these, spent computing.
+            issued, but not how long it took.
+        step_seconds: from the call to the commit on all ranks. By the device's clock: from when
+            this rank's stream reaches the step until it has passed its last computation, so that
+            idle time after that is in none of these numbers.
+        busy_seconds: the part of ``step_seconds`` spent computing.
         measured_bubble: the share of the step in which this rank did not compute.
         planned_bubble: the same in the schedule, with F = I = W and messages that take no time.
-        peak_live_activations: the most micro-batches (those of two stages are two) of which the engine
-            kept something at once, for a backward or for deferred weight gradients; 0 in inference.
-        planned_peak_activations: the same in the schedule, where each keeps them until its B or W.
+        peak_live_activations: the most micro-batches (counted once for each stage) of which the
+            engine kept something at once, for a backward or for deferred weight gradients; 0 in
+            inference.
+        planned_peak_activations: the same in the schedule, where each is kept until its B or W.
     """
 
     clock: Literal["host", "device"]

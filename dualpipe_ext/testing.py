@@ -25,32 +25,34 @@ def run_ranks(
 ) -> list[Any]:
     """Calls ``fn(rank, num_ranks, *args)`` on every rank and returns the results, by rank.
 
-    On GPUs a rank that is a thread has a current stream of its own, on the caller's current device,
-    which begins after what the caller has issued and is through when its results are returned.
+    On GPUs, a rank that is a thread has a current stream of its own on the caller's current device;
+    its work starts after what the caller has issued, and has finished when results are returned.
 
-    Every rank computes with one thread: more of them would fight over the same cores. Ranks that
-    are processes end with the process that started them, whatever ends it. Ranks that are threads
-    share torch's generator of random numbers: ``torch.manual_seed`` on one of them disturbs the
-    others, and numbers come in no certain order. Draw before, or from a ``torch.Generator``.
+    Every rank computes with one thread: more would compete for the same cores. Ranks that are
+    processes end with the process that started them, however that ends. Ranks that are threads
+    share torch's random number generator: ``torch.manual_seed`` on one of them disturbs the others,
+    and the order of draws is not deterministic. Draw random numbers beforehand, or from a
+    ``torch.Generator``.
 
     Args:
-        fn: for processes, a function that can be imported: it is sent to them by name.
-        num_ranks: how many there are.
+        fn: for processes, it must be importable: it is sent to them by name.
+        num_ranks: the number of ranks.
         ranks: ``"threads"`` of this process, which exchange messages in memory, or
-            ``"processes"`` with torch's gloo backend as their default group.
+            ``"processes"``, whose default group uses torch's gloo backend.
         args: further arguments of ``fn``, the same on every rank.
-        timeout: seconds for everything; no limit where left out. After it, what each rank that is
-            not through is doing is printed to stderr (its Python stacks), TimeoutError is raised,
+        timeout: the limit for the whole run in seconds; ``None``: no limit. When it is exceeded,
+            the Python stacks of each unfinished rank are printed to stderr, TimeoutError is raised,
             and ranks that are processes are killed.
-        link_latency: threads only: seconds that every message takes.
-        link_bandwidth: threads only: bytes a second of each channel; 0: unlimited.
-        faults: threads only: ``faults(source, destination, kind, stage, microbatch)`` is asked for
-            every message that is sent; ``Fault.DROP`` loses it, ``Fault.FAIL`` breaks the link.
+        link_latency: threads only: seconds that every message is delayed.
+        link_bandwidth: threads only: bytes per second of each channel; 0: unlimited.
+        faults: threads only: ``faults(source, destination, kind, stage, microbatch)`` is called for
+            every message sent; ``Fault.DROP`` loses it, ``Fault.FAIL`` breaks the link.
 
     Raises:
-        Exception: the first error of a rank that is not the echo of another rank's.
-        TimeoutError: a rank was not through after ``timeout`` seconds, and none had failed.
-        ValueError: an unknown kind of ranks, link options for processes, or a function in no file.
+        Exception: the first error of a rank that does not just repeat another rank's.
+        TimeoutError: a rank had not finished after ``timeout`` seconds, and none had failed.
+        ValueError: an unknown kind of ranks, link options or faults for processes, or a function
+            that is not defined in a file.
         TypeError: ``fn`` or ``args`` cannot be sent to processes.
     """
     if ranks == "threads":

@@ -1,4 +1,4 @@
-"""Helpers for backward functions and overlapped stages of one's own; a profiler of steps."""
+"""Helpers for custom backward functions and overlapped stages; the profiler of steps."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = [
 
 
 def run_backward(tensors: Sequence[Tensor | None], grad_tensors: Sequence[Tensor | None]) -> None:
-    """Run the backward pass of a stage from its outputs, accumulating into ``.grad``.
+    """Runs the backward pass of a stage from its outputs, accumulating into ``.grad``.
 
     Args:
-        tensors: Outputs of the stage; those that need no gradient are passed over.
-        grad_tensors: Their gradients, shaped alike; ``None`` where there is none.
+        tensors: outputs of the stage; those that require no gradient are skipped.
+        grad_tensors: their gradients, of the same shapes; ``None`` where there is none.
 
     Raises:
-        ValueError: The two differ in length.
+        ValueError: the two differ in length.
     """
     if len(tensors) != len(grad_tensors):
         raise ValueError(

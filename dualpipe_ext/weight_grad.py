@@ -1,4 +1,4 @@
-"""Deferred weight gradients: layers that defer natively, and a store for functions that do it."""
+"""Deferred weight gradients: layers that defer natively, and a store for custom functions."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ __all__ = [
 
 
 def defer_weight_gradients(module: nn.Module) -> WeightSplitReport:
-    """Make the linear layers of a module leave their weight gradients to the engine.
+    """Makes the linear layers of a module leave their weight gradients to the engine.
 
-    Every ``nn.Linear`` and every ``Conv1D`` of transformers below ``module`` gets a ``forward`` of
-    its own, which computes the same bits. In a step of the engine the backward pass for inputs (I)
+    Every ``nn.Linear`` and every transformers ``Conv1D`` in ``module`` gets a ``forward`` of its
+    own, which computes the same bits. In a step of the engine, the backward pass for inputs (I)
     then skips the gradients of weight and bias, and the pass for weights (W) adds them in place to
-    ``.grad``, or to ``main_grad`` where the parameter has one. Outside of a step nothing changes.
-    Parameters, their names and hooks, and the hooks of modules stay as they are; a deep copy
-    defers as well, an unpickled one does not. Calling it twice is harmless.
+    ``.grad``, or to ``main_grad`` if the parameter has one. Outside a step nothing changes.
+    Parameters, their names and hooks, and the hooks of modules stay as they are; a deep copy also
+    defers, an unpickled module does not. Calling this twice is harmless.
 
     Args:
-        module: Any module, changed in place.
+        module: any module; changed in place.
 
     Returns:
         Which weights are deferred, which may be, which are not, and why.
@@ -47,7 +47,7 @@ def defer_weight_gradients(module: nn.Module) -> WeightSplitReport:
 
 
 def undo_defer_weight_gradients(module: nn.Module) -> None:
-    """Give every layer that :func:`defer_weight_gradients` changed its own ``forward`` back."""
+    """Restores the ``forward`` of every layer that :func:`defer_weight_gradients` changed."""
     for layer in module.modules():
         if isinstance(layer.__dict__.get("forward"), DeferredForward):
             del layer.__dict__["forward"]
@@ -60,7 +60,7 @@ _TLS_KEY = "dualpipe_ext.WeightGradStore"
 
 @dataclass
 class _ThreadStore:
-    """The store of a thread that no engine is working on."""
+    """The store of a thread, for use outside an engine."""
 
     enabled: bool = False
     cache: list[Function] = field(default_factory=list)
@@ -68,7 +68,7 @@ class _ThreadStore:
 
 
 def _thread_store() -> _ThreadStore:
-    # Torch's own thread-local state: autograd's threads see what the thread that called it has.
+    # In torch's thread-local state, which autograd's threads inherit from their caller.
     if not torch._C._is_key_in_tls(_TLS_KEY):
         _stash(_ThreadStore())
     store = torch._C._get_obj_in_tls(_TLS_KEY)
@@ -80,7 +80,7 @@ def _stash(store: _ThreadStore) -> None:
     num_references = sys.getrefcount(store)
     torch._C._stash_obj_in_tls(_TLS_KEY, store)
     if sys.getrefcount(store) == num_references:
-        # torch 2.11 gives back, when the thread ends, a reference that it never took.
+        # When the thread ends, torch 2.11 releases a reference that it never took.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(store))
 
 
@@ -89,10 +89,10 @@ class _StoreType(type):
 
     @property
     def enabled(cls) -> bool:
-        """Whether a backward function should ``put`` its weight gradient, not compute it.
+        """Whether a backward function should ``put`` its weight gradient instead of computing it.
 
-        True in the passes of an engine that defer (I). Without an engine it is what this thread
-        assigned last, False at first.
+        True in the passes of an engine that defer (I). Outside an engine, it is what this thread
+        last assigned, initially False.
         """
         queue = _C.current_weight_queue()
         return (queue is not None and queue.deferring) or _thread_store().enabled
@@ -103,14 +103,14 @@ class _StoreType(type):
 
 
 class WeightGradStore(metaclass=_StoreType):
-    """Where a backward function of your own leaves its weight gradient for later.
+    """Where custom backward functions leave their weight gradients for later.
 
-    In an ``autograd.Function``'s backward, test ``WeightGradStore.enabled`` and hand ``put`` a
+    In the backward of an ``autograd.Function``, test ``WeightGradStore.enabled`` and pass ``put`` a
     function that adds the weight gradient. The engine calls it in the W of that stage and
-    micro-batch, without gradients; what it raises is raised by the step. On CUDA a backward runs in
-    autograd's threads, and the function in the engine's.
+    micro-batch, with gradients disabled; the step raises whatever it raises. On CUDA, a backward
+    runs in autograd's threads, and the function in the engine's thread.
 
-    The class holds no state. In an engine's step it stands for that engine's queue; elsewhere for a
+    The class holds no state. In a step, it stands for the queue of the engine; elsewhere for a
     store of the calling thread, which you flush and pop yourself::
 
         WeightGradStore.enabled = True
@@ -122,10 +122,10 @@ class WeightGradStore(metaclass=_StoreType):
 
     @classmethod
     def put(cls, function: Function) -> None:
-        """Keep a function for later; call it now where the engine's pass does not defer.
+        """Keeps a function for later; calls it now if the engine's pass does not defer.
 
         Raises:
-            TypeError: It cannot be called.
+            TypeError: ``function`` is not callable.
         """
         if not callable(function):
             raise TypeError(
@@ -143,17 +143,17 @@ class WeightGradStore(metaclass=_StoreType):
 
     @classmethod
     def flush(cls) -> None:
-        """Make the functions put since the last flush one group, which may be empty."""
+        """Makes one group, possibly empty, of the functions put since the last flush."""
         store = _thread_store()
         store.groups.append(store.cache)
         store.cache = []
 
     @classmethod
     def pop(cls) -> None:
-        """Call the functions of the oldest group, in order, and forget them.
+        """Calls the functions of the oldest group, in order, and discards them.
 
         Raises:
-            ValueError: There is no group.
+            ValueError: there is no group.
         """
         groups = _thread_store().groups
         if not groups:
@@ -164,7 +164,7 @@ class WeightGradStore(metaclass=_StoreType):
 
     @classmethod
     def clear(cls) -> None:
-        """Forget all functions and groups."""
+        """Discards all functions and groups."""
         store = _thread_store()
         store.cache = []
         store.groups.clear()

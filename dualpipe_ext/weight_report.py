@@ -29,12 +29,12 @@ class ModuleSplit:
     """One module with parameters of its own.
 
     Attributes:
-        name: Its name in the whole module; empty for the whole module itself.
-        type_name: Name of its class.
-        split: Where its weight gradients are computed.
-        num_weights: Numbers in its parameters that need gradients. A parameter that several
-            modules share counts once, for the one that defers it.
-        reason: Why it is not deferred natively; empty if it is.
+        name: its name in the whole module; empty for the whole module itself.
+        type_name: the name of its class.
+        split: where its weight gradients are computed.
+        num_weights: the number of elements of its parameters that require gradients. A parameter
+            that several modules share counts once, for the one that defers it.
+        reason: why it is not deferred natively; empty if it is.
     """
 
     name: str
@@ -48,25 +48,25 @@ class ModuleSplit:
 class WeightSplitReport:
     """Which weights of a module are deferred, and why others are not.
 
-    What a module computes with its parameters elsewhere than in its own forward, as in
-    ``F.linear(x, self.layer.weight)``, cannot be seen: it is computed in I.
+    Parameters that are used outside the forward of their own module, as in
+    ``F.linear(x, self.layer.weight)``, cannot be detected: their gradients are computed in I.
 
     Attributes:
-        modules: The modules with parameters of their own, in the order of ``named_modules``.
+        modules: the modules with parameters of their own, in the order of ``named_modules``.
     """
 
     modules: tuple[ModuleSplit, ...]
 
     def num_weights(self, split: WeightSplit | None = None) -> int:
-        """Weights that need gradients; of one kind, or all."""
+        """Returns the number of weights that require gradients: of one kind, or of all."""
         return sum(m.num_weights for m in self.modules if split in (None, m.split))
 
     def share(self, split: WeightSplit) -> float:
-        """The part of all weights that is of one kind, from 0 to 1; 0 if there are none."""
+        """Returns the share of weights that are of one kind, from 0 to 1; 0 if there are none."""
         return self.num_weights(split) / max(self.num_weights(), 1)
 
     def to_dict(self) -> dict[str, object]:
-        """The report as plain data, for JSON."""
+        """Returns the report as plain data, for JSON."""
         return {
             "shares": {split.name.lower(): self.share(split) for split in WeightSplit},
             "num_weights": self.num_weights(),
@@ -74,7 +74,7 @@ class WeightSplitReport:
         }
 
     def __str__(self) -> str:
-        """A table: the share of each kind, then the modules that are not deferred natively."""
+        """Returns a table: the share of each kind, then the modules not deferred natively."""
         shares = [
             f"{self.share(split):7.1%}  {self.num_weights(split):>15,}  {split.value}"
             for split in WeightSplit
@@ -88,7 +88,7 @@ class WeightSplitReport:
 
 
 def weight_split(module: nn.Module) -> WeightSplitReport:
-    """Report which weights of a module can be deferred, without changing it."""
+    """Reports which weights of a module can be deferred, without changing it."""
     functional = {id(layer) for layer in _used_as_functions(module)}
     compiled = {id(layer) for layer in _compiled(module)}
     found: list[tuple[str, nn.Module, WeightSplit, str]] = []
