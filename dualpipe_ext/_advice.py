@@ -1,4 +1,4 @@
-"""Warnings that point at the line of the user's that led to them."""
+"""Warnings that point at the line of the user's code that led to them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["warn_caller"]
 
 
 def warn_caller(text: str) -> None:
-    """Warns with the place of the nearest caller outside of this package."""
+    """Warns, pointing at the nearest caller outside this package."""
     level = 1
     frame = sys._getframe()
     while frame.f_back and frame.f_globals.get("__name__", "").startswith("dualpipe_ext."):

@@ -1,4 +1,4 @@
-"""One rank's part of a batch: checked, and cut into the micro-batches that enter or leave here."""
+"""One rank's part of a batch: checked, and split into the micro-batches that enter or leave."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Given = Sequence[Tensor | None]
 
 
 class RankBatch:
-    """Which micro-batches enter (their inputs) and leave (their labels, losses) on a rank."""
+    """Which micro-batches enter (with inputs) and leave (with labels and losses) on a rank."""
 
     def __init__(self, schedule: Schedule, rank: int) -> None:
         self.rank = rank
@@ -30,7 +30,7 @@ class RankBatch:
     def check(
         self, inputs: Given, labels: Given | None, criterion: Criterion | None, training: bool
     ) -> None:
-        """Raises ValueError for data missing or on a wrong rank, TypeError for a bare tensor."""
+        """Raises ValueError for data missing or on a wrong rank, TypeError for a wrong type."""
         if isinstance(labels, Tensor):
             raise TypeError("labels must be a tuple of tensors; found a tensor; pass labels=(y,)")
         self._check_inputs(any(x is not None for x in inputs))
@@ -75,7 +75,7 @@ class RankBatch:
 
 
 def check_num_chunks(num_chunks: int) -> None:
-    """Raises where the number of micro-batches is missing or is not a number."""
+    """Raises if the number of micro-batches is missing or is not a number."""
     if not isinstance(num_chunks, int) or isinstance(num_chunks, bool):
         raise TypeError(
             f"num_chunks={num_chunks!r}: it must be an int, not {type(num_chunks).__name__}"
@@ -88,7 +88,7 @@ def check_num_chunks(num_chunks: int) -> None:
 
 
 def cut_batch(tensors: Given, microbatches: list[int], dim: int, what: str) -> dict[int, Chunk]:
-    """The pieces of ``tensors``, by micro-batch; empty where no micro-batch enters or leaves."""
+    """Returns the pieces of ``tensors`` by micro-batch; empty if there is no micro-batch."""
     if not microbatches:
         return {}
     return dict(zip(microbatches, scatter(tensors, len(microbatches), dim, what), strict=True))

@@ -17,14 +17,14 @@ WideBuffer = tuple[Tensor, Tensor]  # this rank's part of a buffer, and a copy t
 
 
 def average_over(group: dist.ProcessGroup | None, buffers: Iterable[Tensor]) -> None:
-    """Gives all ranks of a group the mean of each buffer that has one.
+    """Sets each buffer that has a mean to its mean over all ranks of a group.
 
     Args:
-        group: replicas, which have the same buffers; ``None``: there is one.
-        buffers: this rank's.
+        group: the replicas, which have the same buffers; ``None``: there is only one.
+        buffers: the buffers of this rank.
 
     Raises:
-        PipelineError: another one does not come, or is gone.
+        PipelineError: another rank does not join, or is gone.
     """
     if group is None:
         return
@@ -36,7 +36,7 @@ def average_over(group: dist.ProcessGroup | None, buffers: Iterable[Tensor]) -> 
 
 
 def wide_copies(buffers: Iterable[Tensor]) -> list[WideBuffer]:
-    """The buffers that have a mean, in a type in which that of equal numbers is the number."""
+    """Returns the buffers that have a mean, with copies wide enough for equal ones to stay equal."""
     found = [local_part(b).detach() for b in buffers if b.is_floating_point() or b.is_complex()]
     return [
         (own, own.to(torch.complex128 if own.is_complex() else torch.float64, copy=True))
@@ -45,7 +45,7 @@ def wide_copies(buffers: Iterable[Tensor]) -> list[WideBuffer]:
 
 
 def assign_means(sums: Sequence[WideBuffer], count: int) -> None:
-    """Gives each buffer its sum, which is over so many copies, divided by their number."""
+    """Sets each buffer to its sum divided by ``count``, the number of copies summed."""
     with torch.no_grad():
         for buffer, total in sums:
             buffer.copy_(total / count)

@@ -15,7 +15,7 @@ from dualpipe_ext.groups import PipelineGroup
 __all__ = ["check_copies", "digest"]
 
 _WORD = 8  # bytes
-_PIECE = 1 << 17  # words at a time, which a cache holds
+_PIECE = 1 << 17  # words at a time, which fit into a cache
 # Odd, and without a pattern in its bits.
 _FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
 _PRIME = 31
@@ -23,14 +23,14 @@ _MASK = (1 << 64) - 1
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """64 bits of the values of all tensors, the same on every device; waits for them.
+    """Returns 64 bits that depend on the values of all tensors, as hexadecimal digits.
 
-    Of sharded ones, of this rank's parts.
-
-    It finds what went wrong by chance. It is no cryptographic hash, which a GPU has none of.
+    They are the same on every device; the call waits for the tensors. Of a sharded tensor, only
+    this rank's part counts. The digest detects accidental differences: it is not a cryptographic
+    hash, as there is none for GPUs.
 
     Raises:
-        TypeError: a sparse tensor of another kind than COO.
+        TypeError: a sparse tensor that is not in the COO layout.
     """
     total = 0
     for tensor in tensors:
@@ -40,16 +40,16 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 
 def check_copies(group: PipelineGroup, timeout: float, modules: Mapping[int, nn.Module]) -> None:
-    """Raises on all ranks where parameters of a stage differ between its copies.
+    """Raises on all ranks if parameters of a stage differ between its copies.
 
     Args:
-        group: the ranks, which call it together.
-        timeout: seconds to wait for the slowest one.
-        modules: this rank's, by stage.
+        group: the ranks, which call this together.
+        timeout: seconds to wait for the slowest rank.
+        modules: the modules of this rank, by stage.
 
     Raises:
-        ValueError: they differ, with the first one that does.
-        PipelineError: a rank did not come.
+        ValueError: the copies differ; names the first parameter that does.
+        PipelineError: a rank did not join.
     """
     failure = "could not read its parameters"
     by_rank = collect(group, timeout, lambda: _by_stage(modules), failure)
@@ -67,7 +67,7 @@ def _by_name(modules: Mapping[int, nn.Module]) -> dict[str, dict[str, str]]:
 
 
 def _by_stage(modules: Mapping[int, nn.Module]) -> dict[str, str]:
-    """One text a stage, whatever the order of its parameters."""
+    """Returns one digest per stage, which does not depend on the order of its parameters."""
     return {
         stage: sha256(repr(sorted(named.items())).encode()).hexdigest()
         for stage, named in _by_name(modules).items()
@@ -75,7 +75,7 @@ def _by_stage(modules: Mapping[int, nn.Module]) -> dict[str, str]:
 
 
 def _different(by_rank: list[dict[str, str]]) -> set[str]:
-    """The stages that ranks have different digests of."""
+    """Returns the stages of which ranks have different digests."""
     first: dict[str, str] = {}
     for own in by_rank:
         first = own | first
@@ -99,7 +99,7 @@ def _describe(by_rank: list[dict[str, dict[str, str]]]) -> str:
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
-    """Tensors that have memory: none of one that is on the meta device."""
+    """Returns the dense tensors that a tensor consists of; none for one on the meta device."""
     if tensor.is_meta:
         return []
     if tensor.layout == torch.strided:
@@ -122,18 +122,18 @@ def _digest_of(tensor: Tensor) -> Tensor:
 
 
 def _weights(count: int, device: torch.device) -> Tensor:
-    """Odd numbers, one for each place, of which no two sums of small multiples are likely equal."""
+    """Returns odd numbers, one per position; sums of small multiples of them are rarely equal."""
     multiples = torch.arange(1, count + 1, device=device) * _FACTOR
     return (_mixed(multiples) * _FACTOR) | 1
 
 
 def _mixed(words: Tensor) -> Tensor:
-    """With high bits in low places too: a product has nothing of a factor's bits below them."""
+    """Mixes high bits into low ones: a bit of a product depends on no higher bit of its factors."""
     return words ^ (words >> 29)
 
 
 def _words(octets: Tensor) -> Tensor:
-    """The same bits as integers, with zeros behind them where they are no multiple of a word."""
+    """Returns the same bits as integers, padded with zeros to a multiple of a word."""
     missing = -octets.numel() % _WORD
     if missing or octets.storage_offset() % _WORD:
         octets = torch.nn.functional.pad(octets, (0, missing))

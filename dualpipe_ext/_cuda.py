@@ -1,4 +1,4 @@
-"""What a build with CUDA has beside the rest; the stub of the module is that of a build without."""
+"""What only a build with CUDA has; the native module's type stub is that of a build without."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
     "shared_queues",
 ]
 
-QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"  # read by the driver when CUDA starts; 8 where not set
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"  # read by the driver when CUDA starts; 8 if not set
 MOST_QUEUES = 32
 
 
@@ -36,7 +36,7 @@ def has_cuda() -> bool:
 
 
 def require_cuda(transport: str) -> None:
-    """Raises ValueError if this build has no CUDA, or for NCCL if the process has loaded two."""
+    """Raises ValueError if this build has no CUDA or, for NCCL, if the process has loaded two."""
     if not has_cuda():
         raise ValueError(
             f"transport={transport!r} needs the extension with CUDA, and this one was built "
@@ -48,7 +48,7 @@ def require_cuda(transport: str) -> None:
 
 
 def require_environment(transport: str) -> None:
-    """Raises ValueError if a variable would have messages from GPU to GPU wait for ever, or fail."""
+    """Raises ValueError if an environment variable would make GPU-to-GPU messages hang or fail."""
     found = os.environ.get
     if found("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0"):
         raise ValueError(
@@ -88,9 +88,9 @@ def gpu_thread_engine(hub: _C.LoopbackHub, rank: int, options: Any, timeout: flo
 
 
 def clock_by_gpu(engine: _C.Engine, device: torch.device) -> None:
-    """Has the engine time its steps by the clock of the device, where that is a GPU.
+    """Lets the engine time its steps by the clock of the device, if that is a GPU.
 
-    Without CUDA in the extension there is the host's clock alone.
+    If the extension was built without CUDA, only the host's clock is available.
     """
     if has_cuda() and device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -98,23 +98,23 @@ def clock_by_gpu(engine: _C.Engine, device: torch.device) -> None:
 
 
 def reserve_queues() -> None:
-    """Asks for all hardware queues that a GPU has, where CUDA has not started in this process.
+    """Requests all hardware queues that a GPU has, unless CUDA has started in this process.
 
-    The driver reads the number once, when CUDA starts. A number that the user has set stays.
+    The driver reads their number once, when CUDA starts. A number set by the user is kept.
     """
     if has_cuda() and not torch.cuda.is_initialized():
         os.environ.setdefault(QUEUES, str(MOST_QUEUES))
 
 
 def num_queues() -> int:
-    """How many hardware queues the streams of this process have, all together."""
+    """Returns how many hardware queues the streams of this process have in total."""
     return min(MOST_QUEUES, int(os.environ.get(QUEUES) or 8))
 
 
 def shared_queues(num_streams: int) -> str | None:
-    """Advice for the user if more queues would help so many streams; otherwise ``None``.
+    """Returns advice for the user if more queues would help ``num_streams`` streams, or ``None``.
 
-    A message that waits for its peer holds up computation behind it in the same queue.
+    A message that waits for its peer holds up the computation behind it in the same queue.
     """
     found = num_queues()
     if found >= min(MOST_QUEUES, num_streams):
@@ -126,7 +126,7 @@ def shared_queues(num_streams: int) -> str | None:
 
 
 def shapes_digest(rank: int, inputs: Sequence[Sequence[Tensor | None]]) -> int:
-    """A number from 1 for the shapes and types of what enters on a rank; 0: nothing enters."""
+    """Returns a nonzero digest of shapes and dtypes of what enters on a rank; 0: nothing enters."""
     if not inputs:
         return 0
     described = [

@@ -1,4 +1,4 @@
-"""Stages that torch's data parallelism has changed: sharded by FSDP2, or wrapped, which is refused.
+"""Stages changed by torch's data parallelism: sharded by FSDP2, or wrapped, which is refused.
 
 FSDP gathers a stage's parameters for its forward, and reduces their gradients as soon as autograd has
 finished a stage's backward: once for every micro-batch, and before the W that computes most of them.
@@ -28,10 +28,10 @@ __all__ = ["FullyShardedStages", "check_not_wrapped"]
 
 
 def check_not_wrapped(stage: int, module: nn.Module) -> None:
-    """Raises where a wrapper would reduce gradients in each backward, before W has computed them.
+    """Raises if a wrapper would reduce gradients in each backward, before W has computed them.
 
     Raises:
-        ValueError: the stage, or a part of it, is in ``DistributedDataParallel``, or in FSDP1.
+        ValueError: the stage or a part of it is wrapped in ``DistributedDataParallel`` or FSDP1.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     wrappers = (DistributedDataParallel, *((fsdp.FullyShardedDataParallel,) if fsdp else ()))
@@ -163,7 +163,7 @@ def _set_last(root: FSDPModule, is_last: bool) -> None:
 
 
 def _reduce(root: FSDPModule) -> None:
-    """What FSDP does at the end of a backward, with all that was added up since."""
+    """Does what FSDP does at the end of a backward, for all gradients accumulated so far."""
     _set_last(root, True)
     for group in _groups_of(root):
         group.post_backward()

@@ -1,4 +1,4 @@
-"""Exceptions of a step: whose they are, and what one rank tells the others of its user's code."""
+"""Exceptions of a step: who caused them, and how they are described to the other ranks."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def is_the_stages(error: BaseException, step: Step) -> bool:
 
 
 def _was_raised_in_python(error: BaseException) -> bool:
-    """Whether the user's code raised it below the engine: in a backward or a hook of torch.
+    """Whether the user's code raised it below the engine, in a backward or a hook of torch.
 
-    What the engine itself raises has the frame that called it, and no other.
+    The traceback of what the engine itself raises has only the frame that called the engine.
     """
     return error.__traceback__ is not None and error.__traceback__.tb_next is not None

@@ -1,4 +1,4 @@
-"""Training steps that train nothing."""
+"""Detects training steps that train nothing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ __all__ = ["FrozenWatch"]
 
 
 class FrozenWatch:
-    """Warns if the first loss of a training step depends on no parameter that learns, of any stage.
+    """Warns if the first loss of a training step depends on no trainable parameter of any stage.
 
-    What a stage receives requires a gradient if what was sent does, so that a loss knows of the
-    stages of all ranks. (A loss that was detached from them is an error of :class:`Step`'s.)
+    What a stage receives requires a gradient if what was sent does, so a loss depends visibly on
+    the stages of all ranks. (A loss that was detached from them is an error raised by
+    :class:`Step`.)
 
     Args:
         is_told: whether this rank is the one that warns.
@@ -25,7 +26,7 @@ class FrozenWatch:
         self._is_told = is_told
 
     def watching(self, criterion: Criterion) -> Criterion:
-        """The same criterion, whose losses are looked at in training."""
+        """Returns the same criterion, with a check of its first loss in training."""
         if not self._is_told or not torch.is_grad_enabled():
             return criterion
 

@@ -1,4 +1,4 @@
-"""What the ranks of a pipeline tell one another beside its steps."""
+"""What the ranks of a pipeline tell one another outside of its steps."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ __all__ = ["act_together", "agree", "check_others", "collect"]
 
 _NOT_COMPARED = ("stages", "schedule name", "offer", "are sharded", "warnings")
 
-Describe = Callable[[], Any]  # of what JSON can hold
+Describe = Callable[[], Any]  # returns what JSON can hold
 
 
 def agree(group: PipelineGroup, timeout: float, describe: Describe) -> list[Any]:
     """Calls ``describe`` on every rank, compares the results and returns them, by rank.
 
-    Entries must be equal on all ranks; those under ``"stages"``, where two ranks have the same.
-    ``"schedule name"``, ``"offer"`` and ``"are sharded"`` are not compared. Nor are ``"warnings"``,
-    texts by topic: the first rank warns for all of them, once of each topic.
+    Entries must be equal on all ranks; those under ``"stages"``, on ranks that hold the same stage.
+    ``"schedule name"``, ``"offer"`` and ``"are sharded"`` are not compared. Neither are
+    ``"warnings"``, texts by topic: the first rank warns on behalf of all, once for each topic.
 
     Raises:
         Exception: what ``describe`` raised on this rank, once the others know of it.
-        ValueError: the ranks differ; on every rank, with what was found where.
-        PipelineError: ``describe`` raised on another rank, or a rank did not come.
+        ValueError: the ranks differ; raised on every rank, saying what was found where.
+        PipelineError: ``describe`` raised on another rank, or a rank did not join.
     """
     facts = collect(group, timeout, describe, "could not make its pipeline")
     _compare(facts)
@@ -45,8 +45,8 @@ def collect(group: PipelineGroup, timeout: float, describe: Describe, failure: s
 
     Raises:
         Exception: what ``describe`` raised on this rank, once the others know of it.
-        PipelineError: ``describe`` raised on another rank, which ``failure`` says more about, or a
-            rank did not come.
+        PipelineError: ``describe`` raised on another rank (``failure`` says what that one could not
+            do), or a rank did not join.
     """
     try:
         own: dict[str, Any] = {"facts": describe()}
@@ -63,9 +63,9 @@ def collect(group: PipelineGroup, timeout: float, describe: Describe, failure: s
 def act_together(
     group: PipelineGroup, timeout: float, act: Callable[[], None], *, failure: str
 ) -> None:
-    """Calls ``act`` on every rank; for what is done in each step, where texts would take too long.
+    """Calls ``act`` on every rank, in steps in which exchanging texts would take too long.
 
-    Where ``act`` itself exchanges something, it begins that with :func:`check_others`.
+    If ``act`` itself exchanges something, it must call :func:`check_others` before that.
 
     Raises as :func:`collect` does.
     """
@@ -81,14 +81,14 @@ def act_together(
         if any(flag for (flag,) in failed):
             collect(group, timeout, lambda: _raise(raised), failure)
     finally:
-        raised = None  # its frames hold this one, and would keep what acts with it
+        raised = None  # its frames refer to this one, and would keep objects of callers alive
 
 
 def check_others(group: PipelineGroup, timeout: float, failure: str) -> None:
-    """Within what :func:`act_together` calls: raises where another rank has failed before this.
+    """Raises if another rank has already failed; called within :func:`act_together`.
 
     Raises:
-        PipelineError: it has, with its reason.
+        PipelineError: another rank has failed, with its reason.
     """
     if any(flag for (flag,) in group.all_gather_floats([0.0], timeout)):
         try:
@@ -98,7 +98,7 @@ def check_others(group: PipelineGroup, timeout: float, failure: str) -> None:
 
 
 class _ToldError(PipelineError):
-    """Of another rank, which all ranks know already."""
+    """An error of another rank that all ranks already know of."""
 
 
 def _raise(error: Exception | None) -> None:
@@ -130,7 +130,7 @@ def _compare(facts: list[dict[str, Any]]) -> None:
 
 
 def _value(facts: dict[str, Any], key: str) -> str:
-    if key == "schedule" and "schedule name" in facts:  # for people: another one may do the same
+    if key == "schedule" and "schedule name" in facts:  # to read: schedules may differ in name only
         return f"{facts['schedule name']!r} ({facts[key]})"
     return str(facts[key]) if key.startswith("DualPipeConfig.") else repr(facts[key])
 

@@ -1,4 +1,4 @@
-"""What one rank holds of a model: its stages, taken over from the user's modules."""
+"""The stages of one rank, adopted from the user's modules."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ HOST_LOOKAHEAD = 2
 
 
 class LocalStages:
-    """The stages of one rank, checked and made ready for the engine.
+    """The stages of one rank, checked and prepared for the engine.
 
     Attributes:
         source: where the schedules of steps come from.
-        num_stages: the stages of the whole model.
+        num_stages: the number of stages of the whole model.
         stages: the stages of this rank, in the order of ``modules``.
         device: the device of their tensors.
         overlapped: the stages' own ``overlapped_forward_backward``, if they have one.
         weight_split: which weight gradients W computes.
-        mirrors: the other copies of the stages; ``None``: there are none.
-        fully_sharded: what of them FSDP2 keeps in shards.
+        mirrors: the other copies of the stages; ``None`` if there are none.
+        fully_sharded: what FSDP2 has sharded of them.
         offer: what the messages of this rank can travel over.
-        transport: what they do travel over, after :meth:`use_transport`.
-        gpu: how messages travel from GPU to GPU; ``None``: in host memory.
+        transport: what they travel over, once :meth:`use_transport` has set it.
+        gpu: how messages travel from GPU to GPU; ``None``: they travel in host memory.
 
     Raises:
-        ValueError, TypeError: the modules or the configuration do not fit the schedule.
+        ValueError, TypeError: the modules or the configuration do not suit the schedule.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class LocalStages:
         self._check()
         found = _device_of(self.modules)
         self.device = found or torch.device("cpu")
-        save_memory(self.modules, "none")  # what another pipeline did to them
+        save_memory(self.modules, "none")  # undoes what another pipeline did to them
         self.overlapped = find_overlapped(self.modules if config.use_overlapped else [])
         self.weight_split = self._split_weights()
         save_memory(self.modules, config.memory_optimization)
@@ -89,7 +89,7 @@ class LocalStages:
         self._warn_of_what_is_unusual()
 
     def use_transport(self, transport: Transport, reason: str) -> None:
-        """Takes what all ranks have chosen, and on the first one says why it is no better."""
+        """Adopts the transport that all ranks chose; if it is a fallback, the first one says why."""
         self.transport = transport
         if reason and self._rank == 0:
             warn_caller(
@@ -107,7 +107,7 @@ class LocalStages:
 
     @property
     def lookahead(self) -> int:
-        """Computations ahead of its use at which a receive is posted (``DualPipeConfig``)."""
+        """How many computations ahead of its use a receive is posted (``DualPipeConfig``)."""
         chosen = self._config.lookahead
         if chosen is not None:
             return chosen
@@ -122,7 +122,7 @@ class LocalStages:
         return next(holding) == self._rank
 
     def peers(self) -> list[int]:
-        """The ranks that this one may exchange messages with, and greets in each step."""
+        """Returns the ranks that this one may exchange messages with, and greets in each step."""
         num_ranks = self._group.size
         found = {(self._rank - 1) % num_ranks, (self._rank + 1) % num_ranks}
         if self.mirrors is not None:
@@ -130,7 +130,7 @@ class LocalStages:
         return sorted(found - {self._rank})
 
     def describe(self) -> dict[str, Any]:
-        """What all ranks tell one another."""
+        """Returns what this rank tells the others."""
         layout = self._layout
         with_values = self._config.mirror_init == "check"
         shared = shared_parameters(self.modules)
@@ -227,7 +227,7 @@ class LocalStages:
             )
 
     def _warnings_for_all(self) -> dict[str, str]:
-        """By topic, what need not be said by every rank."""
+        """Returns, by topic, warnings that not every rank needs to give."""
         drifting = self.mirrors.drifting_buffers() if self.mirrors else []
         if not drifting:
             return {}
@@ -242,7 +242,7 @@ class LocalStages:
 
 
 def _device_of(modules: Sequence[nn.Module]) -> torch.device | None:
-    """The device of the parameters, else of the buffers; ``None`` if there is no tensor."""
+    """Returns the device of the parameters, else of the buffers; ``None`` if there are neither."""
     parameters = (parameter.device for module in modules for parameter in module.parameters())
     buffers = (buffer.device for module in modules for buffer in module.buffers())
     return next(chain(parameters, buffers), None)

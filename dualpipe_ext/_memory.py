@@ -1,4 +1,4 @@
-"""Keeping less of a forward for its backward: computed again, or moved to host memory."""
+"""Keeps less of a forward for its backward: the rest is recomputed, or moved to host memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HOST = "cpu"
 
 
 def save_memory(stages: Sequence[nn.Module], how: str) -> None:
-    """Makes stages keep less, as ``DualPipeConfig.memory_optimization`` says.
+    """Makes stages keep less memory, as ``DualPipeConfig.memory_optimization`` says.
 
     Undoes an earlier call first. Parameters, names and hooks of modules stay as they are.
     """
@@ -43,9 +43,9 @@ def _targets(stages: Sequence[nn.Module], how: str) -> Iterator[nn.Module]:
 
 
 class SavingForward:
-    """The forward of one module, which owns it: a bound method would make a cycle of the two.
+    """The forward of one module, which owns it; a bound method would form a reference cycle.
 
-    ``inner`` is a forward of the module's own that it had in place of its class's.
+    ``inner`` is the forward that the module itself had in place of its class's, if any.
     """
 
     def __init__(self, module: nn.Module, inner: Callable[..., Any] | None, how: str) -> None:
@@ -58,7 +58,7 @@ class SavingForward:
         """The module whose forward this is.
 
         Raises:
-            ReferenceError: it is gone.
+            ReferenceError: the module no longer exists.
         """
         module = self._owner()
         if module is None:
@@ -69,7 +69,7 @@ class SavingForward:
         return module
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """Runs the module as it would run without this."""
+        """Runs the module's forward, keeping less of it."""
         module = self.module
         forward = partial(self._inner or partial(type(module).forward, module), **options)
         if not torch.is_grad_enabled():
@@ -81,23 +81,23 @@ class SavingForward:
             return forward(*inputs)
 
     def remove(self, module: nn.Module) -> None:
-        """Gives the module the forward back that it had."""
+        """Restores the forward that the module had before."""
         del module.__dict__["forward"]
         if self._inner is not None:
             module.__dict__["forward"] = self._inner
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SavingForward:
-        """The same for the module's copy."""
+        """Returns the same for the module's copy."""
         inner = copy.deepcopy(self._inner, memo)
         return SavingForward(copy.deepcopy(self.module, memo), inner, self._how)
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[nn.Module, str]]:
-        """Loads as the forward of the module's class."""
+        """Unpickles as the forward of the module's class."""
         return getattr, (self.module, "forward")
 
 
 def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
-    """Returns what to keep of a saved tensor. Parameters are not copied: they stay anyway."""
+    """Returns what to keep of a saved tensor. Parameters are not copied: they are held anyway."""
     owner = tensor._base if tensor._is_view() else tensor
     if tensor.device.type == HOST or isinstance(owner, nn.Parameter):
         return tensor.device, tensor.detach()

@@ -23,7 +23,7 @@ class MirroredStages:
     """The stages of one rank, r and P-1-r, whose other copies are on rank P-1-r.
 
     A parameter that both modules hold (tied embeddings on the first and the last rank) belongs to
-    the lower stage, so that it travels and counts once.
+    the lower stage, so that it is sent and counted once.
     """
 
     def __init__(
@@ -40,16 +40,16 @@ class MirroredStages:
         self._tied = bool(shared_parameters(modules))
         self._device = device
         self._sum: _C.MirrorExchange | None = None
-        self._summed: list[list[int]] = []  # the identities of what it sums
+        self._summed: list[list[int]] = []  # the ids of what it sums
         self._shards: list[tuple[Tensor, Tensor]] = []  # (sharded parameter, stand-in for its part)
 
     @property
     def are_sharded(self) -> bool:
-        """Whether replicas or ranks beside this one hold parts of the parameters."""
+        """Whether any parameter is sharded over other ranks."""
         return any(is_sharded(p) for _, module in self._modules for p in module.parameters())
 
     def gradient_sum(self, engine: _C.Engine, bucket_bytes: int) -> _C.MirrorExchange:
-        """What sums gradients: those in ``.grad``, and those in ``main_grad``."""
+        """Returns the exchange that sums gradients in ``.grad`` and in ``main_grad``."""
         parameters = self._tensors(with_buffers=False)
         in_main = [main_grads(own) for _, own in parameters]
         present = _identities([own for _, own in parameters] + in_main)
@@ -65,7 +65,7 @@ class MirroredStages:
 
     @contextmanager
     def lending_shards(self) -> Iterator[None]:
-        """Has sums work on this rank's parts of sharded gradients."""
+        """Makes sums work on this rank's parts of sharded gradients."""
         for parameter, stand_in in self._shards:
             stand_in.grad = None if parameter.grad is None else local_part(parameter.grad)
         try:
@@ -79,7 +79,7 @@ class MirroredStages:
                 stand_in.grad = None
 
     def copy(self, engine: _C.Engine, bucket_bytes: int) -> _C.MirrorExchange:
-        """What overwrites parameters and buffers of the second copies with those of the first."""
+        """Returns the exchange that overwrites the second copies' values with the first's."""
         tensors = [
             (stage, [local_part(tensor) for tensor in own])
             for stage, own in self._tensors(with_buffers=True)
@@ -94,8 +94,8 @@ class MirroredStages:
         own: Sequence[Tensor],
         like: Sequence[Tensor],
     ) -> list[Tensor]:
-        """Gives the mirror tensors of this rank's, and returns those that it has given."""
-        # A gradient that one copy of a stage has becomes the other's as well, in the same bits.
+        """Sends tensors to the mirror, and returns those that it has sent."""
+        # Summing gives a gradient that only one copy of a stage has to the other copy, bit for bit.
         given = [_bearer(tensor) for tensor in own]
         taken = [tensor.detach() for tensor in like]
         by_stage = {self._rank: given, self._num_ranks - 1 - self._rank: taken}
@@ -105,7 +105,7 @@ class MirroredStages:
         return [tensor.grad for tensor in taken if tensor.grad is not None]
 
     def average_buffers(self, engine: _C.Engine, bucket_bytes: int, stages: Sequence[int]) -> None:
-        """Gives both copies of each floating-point buffer their mean, in the same bits."""
+        """Sets both copies of each floating-point or complex buffer to the same mean."""
         wide = [(stage, wide_copies(module.buffers())) for stage, module in self._modules]
         sums = [(stage, [_bearer(total) for _, total in own]) for stage, own in wide]
         exchange = self._exchange(engine, sums, bucket_bytes, copy=False)
@@ -116,7 +116,7 @@ class MirroredStages:
             assign_means(own, 2)
 
     def drifting_buffers(self) -> list[str]:
-        """Statistics of batch norms, which each copy keeps of its own half of the batch."""
+        """Returns statistics of batch norms, which each copy takes of its own half of the batch."""
         return [
             f"{f'{name}.' if name else ''}running_mean of stage {stage} ({type(norm).__name__})"
             for stage, module in self._modules
@@ -125,7 +125,7 @@ class MirroredStages:
         ]
 
     def num_changes(self) -> int:
-        """A number that grows whenever a parameter that learns is changed in place."""
+        """Returns a number that grows whenever a trainable parameter is changed in place."""
         return sum(
             local_part(parameter)._version
             for _, module in self._modules
@@ -134,17 +134,17 @@ class MirroredStages:
         )
 
     def gradient_marks(self) -> list[tuple[int, int]]:
-        """For each gradient a pair that it has only as long as it is neither replaced nor changed."""
+        """Returns, for each gradient, a pair that differs once it is replaced or changed."""
         parameters = [p for _, module in self._modules for p in module.parameters()]
         grads = [p.grad for p in parameters if p.grad is not None] + main_grads(parameters)
         return [(id(grad), local_part(grad)._version) for grad in grads if not grad.is_inference()]
 
     def counted_parameters(self) -> list[Tensor]:
-        """The parameters that this rank adds to a norm: each one on one rank alone."""
+        """Returns the parameters that this rank adds to a norm: each on only one rank."""
         return next(own for stage, own in self._tensors(False) if stage == self._rank)
 
     def _summable(self, parameter: Tensor) -> Tensor:
-        """The parameter itself, or what stands in for this rank's part of it."""
+        """Returns the parameter itself, or a stand-in for this rank's part if it is sharded."""
         if not is_sharded(parameter):
             return parameter
         stand_in = local_part(parameter)
@@ -181,7 +181,7 @@ class MirroredStages:
 
 
 def describe_stage(module: nn.Module, shared: set[nn.Parameter], *, with_values: bool) -> list[Any]:
-    """Names, shapes, dtypes of parameters and buffers; with a digest of their values on demand."""
+    """Returns names, shapes and dtypes of parameters and buffers; on demand, a digest of values."""
 
     def kind(p: nn.Parameter) -> str:
         frozen = "" if p.requires_grad else ", frozen"
@@ -205,16 +205,16 @@ def _identities(tensors: Sequence[Sequence[Tensor]]) -> list[list[int]]:
 
 
 def _bearer(grad: Tensor) -> Tensor:
-    """A tensor whose ``.grad`` is this one."""
+    """Returns a tensor whose ``.grad`` is this one."""
     bearer = grad.detach()
     bearer.grad = grad
     return bearer
 
 
 def check_memory(stages: Sequence[int], modules: Sequence[nn.Module]) -> None:
-    """Raises where two parameters, of different stages, are in the same memory.
+    """Raises if two different parameters of different stages share their memory.
 
-    Each would be summed and updated by itself; one that both stages hold is recognized.
+    Each would be summed and updated separately. One parameter held by both stages is recognized.
     """
     owners: dict[tuple[torch.device, int], tuple[nn.Parameter, int, str]] = {}
     for stage, module in zip(stages, modules, strict=True):
@@ -234,7 +234,7 @@ def check_memory(stages: Sequence[int], modules: Sequence[nn.Module]) -> None:
 
 
 def shared_parameters(modules: Sequence[nn.Module]) -> set[nn.Parameter]:
-    """Parameters that more than one of the modules holds."""
+    """Returns the parameters that more than one of the modules holds."""
     seen: set[nn.Parameter] = set()
     shared: set[nn.Parameter] = set()
     for module in modules:

@@ -15,7 +15,7 @@ MODULE_NAME = "dualpipe_ext._C"
 
 
 def load_extension() -> ModuleType:
-    """The extension module, compiled first if need be; the same one on every call.
+    """Returns the extension module, compiling it first if needed; the same one on every call.
 
     Raises:
         BuildError: it cannot be compiled or loaded; says why and what to do.

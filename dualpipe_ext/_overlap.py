@@ -1,4 +1,4 @@
-"""Finding a stage's own ``overlapped_forward_backward``, through whatever wraps the module."""
+"""Finds a stage's own ``overlapped_forward_backward``, through whatever wraps the module."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")  # DDP and its like, 
 
 @dataclass(frozen=True)
 class OverlapChoice:
-    """The function to call for a pair; or why there is none although a stage brings one."""
+    """The function to call for a pair; or why none can be used although a stage has one."""
 
     function: Callable[..., Any] | None = None
     problem: str = ""
 
 
 def find_overlapped(modules: Sequence[nn.Module]) -> OverlapChoice:
-    """The function that all of a rank's modules share, bound to their class."""
+    """Finds the function that all of a rank's modules share, bound to their class."""
     owners = [_owner(module) for module in modules]
     classes = [None if owner is None else type(owner) for owner in owners]
     if all(cls is None for cls in classes):
@@ -37,7 +37,7 @@ def find_overlapped(modules: Sequence[nn.Module]) -> OverlapChoice:
 
 
 def _owner(module: nn.Module) -> nn.Module | None:
-    """The innermost wrapped module whose class has the function."""
+    """Returns the first module, going inwards through wrappers, whose class has the function."""
     current: Any = module
     while isinstance(current, nn.Module):
         if hasattr(type(current), _NAME):

@@ -36,7 +36,7 @@ class PlannedStep:
 
 @dataclass
 class StepPlanner:
-    """Plans, lowers, proves and resolves. ``keep_overlap``: pairs stay one action in training."""
+    """Plans, lowers, verifies and resolves. ``keep_overlap``: pairs stay one action in training."""
 
     source: ScheduleSource
     rank: int
@@ -45,10 +45,11 @@ class StepPlanner:
     _known: dict[tuple[int, bool, bool], PlannedStep] = field(default_factory=dict)
 
     def plan(self, num_chunks: int, training: bool, sum_gradients: bool) -> PlannedStep:
-        """The step for these sizes; ``sum_gradients`` has no meaning without training.
+        """Returns the step for these arguments; ``sum_gradients`` is ignored without training.
 
         Raises:
-            ScheduleError: the schedule cannot serve them.
+            ScheduleError: the planner does not support ``num_chunks``.
+            ValueError: a fixed schedule has another number of micro-batches.
         """
         key = (num_chunks, training, sum_gradients and training)
         if key not in self._known:

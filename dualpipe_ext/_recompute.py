@@ -13,11 +13,11 @@ Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 
 
 def buffers_once(module: nn.Module) -> Callable[[], Contexts]:
-    """``context_fn`` for ``torch.utils.checkpoint``: of a forward, and of its second run.
+    """Returns a ``context_fn`` for ``torch.utils.checkpoint``, for a forward and its second run.
 
-    The second run leaves buffers as they are, which a batch norm's statistics need: torch's
-    checkpoint would count each micro-batch twice. Only submodules that change some buffer in the
-    first run have theirs copied.
+    The second run leaves buffers unchanged, as the statistics of a batch norm require: with torch's
+    checkpoint alone, each micro-batch would count twice. Buffers are copied only in submodules that
+    changed one in the first run.
     """
 
     def contexts() -> Contexts:
@@ -48,13 +48,13 @@ def _putting_back(modules: list[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for module, name, buffer, value in kept:
-            # Through .data: autograd may have saved the buffer, which has the same values again.
+            # Through .data: autograd may have saved the buffer, whose values are the same again.
             buffer.data.copy_(value)
             module._buffers[name] = buffer
 
 
 def _marks(module: nn.Module) -> list[tuple[Tensor, int]]:
-    """Its buffers, each with what changes once it is changed in place."""
+    """Returns a module's buffers, each with a number that changes when it is changed in place."""
     buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
     return [(b, 0 if b.is_inference() else b._version) for b in buffers]
 

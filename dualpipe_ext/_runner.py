@@ -1,4 +1,4 @@
-"""Runs of planned steps on the engine of one rank, and what is known of the last one."""
+"""Runs planned steps on the engine of one rank, and reports on the last one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StepRunner:
     """Runs the steps of one rank.
 
     Attributes:
-        is_running: whether a step is under way.
+        is_running: whether a step is in progress.
         times_device: as ``Pipeline.times_device``.
         times_next: whether the next training step is timed by the GPU's clock in any case.
     """
@@ -43,11 +43,11 @@ class StepRunner:
         self._last_plan: PlannedStep | None = None
 
     def run(self, plan: PlannedStep, step: Step, reducer: _C.MirrorExchange | None) -> None:
-        """Runs a step, and sums gradients in it where there is a reducer.
+        """Runs a step, summing gradients within it if there is a reducer.
 
         Raises:
-            ValueError, TypeError: a mistake of the caller's on this rank.
-            PipelineError: a stage raised (the cause is chained), or another rank failed; with the
+            ValueError, TypeError: a mistake of the caller on this rank.
+            PipelineError: a stage raised (the cause is chained), or another rank failed; shows the
                 schedule around the action at which this rank stopped.
         """
         self._last_plan = plan
@@ -78,18 +78,18 @@ class StepRunner:
             step.forget_errors()
 
     def trace(self) -> list[TraceEvent]:
-        """Every computation of the last step, in order."""
+        """Returns all computations of the last step, in order."""
         return [
             TraceEvent(action, start * 1e-9, end * 1e-9, wait * 1e-9)
             for action, start, end, wait in self._engine.trace_events
         ]
 
     def save_trace(self, path: Path, timeout: float) -> None:
-        """Writes the last step of all ranks, which call it together, on the first one.
+        """Writes the last step of all ranks on the first one; all ranks call this together.
 
         Raises:
-            ValueError: the last step was no training step, or there was none.
-            PipelineError: so on another rank alone, or that did not come.
+            ValueError: the last step was not a training step, or there was none.
+            PipelineError: another rank has no trace to write, or did not join.
         """
         traces = collect(self._group, timeout, self._training_trace, "has no trace")
         if self._group.rank == 0:
@@ -102,10 +102,10 @@ class StepRunner:
         return self.trace()
 
     def stats(self) -> StepStatistics:
-        """The last step, measured and planned.
+        """Returns measured and planned statistics of the last step.
 
         Raises:
-            ValueError: no step was run yet.
+            ValueError: no step has run yet.
         """
         engine, plan = self._engine, self._planned()
         return StepStatistics(
@@ -124,14 +124,14 @@ class StepRunner:
         return self._last_plan
 
     def _own_random_numbers(self, step: Step) -> AbstractContextManager[Any]:
-        """Leaves the caller's as they are, where a step seeds its own: ranks seeded alike stay alike."""
+        """Protects the caller's generators from a step that reseeds: equal ones stay equal."""
         if step.seed is None or self._group.are_threads:  # which share one generator
             return nullcontext()
         device = self._local.device
         return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
     def _shapes(self, step: Step) -> int:
-        """What ranks agree on where messages are described in the first step of a kind alone."""
+        """Returns what ranks must agree on, as only the first step of a kind describes messages."""
         if self._local.gpu is None:
             return 0
         return shapes_digest(self._group.rank, list(step.inputs.values()))

@@ -1,4 +1,4 @@
-"""Tensors of which each rank holds a part: the DTensors of FSDP2 and of tensor parallelism."""
+"""Tensors of which each rank holds a part: DTensors, as FSDP2 and tensor parallelism use them."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ ShardGroups = tuple["dist.ProcessGroup", ...]
 
 
 def is_sharded(tensor: object) -> TypeGuard[DTensor]:
-    """Whether it is a DTensor, of any placement."""
-    # Who has one has imported its module, which takes half a second.
+    """Whether ``tensor`` is a DTensor, of any placement."""
+    # Whoever has one has imported its module. Importing it here would take half a second.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in the same memory; a plain tensor is its own part."""
+    """Returns this rank's part of a tensor, in the same memory; a plain tensor is its own part."""
     detached: Any = tensor.detach() if is_sharded(tensor) else None
     part: Tensor = tensor if detached is None else detached.to_local()
     return part
 
 
 def as_sharded(part: Tensor, like: DTensor) -> DTensor:
-    """The tensor, sharded as ``like``, of which this rank holds a part."""
+    """Returns the tensor, sharded as ``like``, of which ``part`` is this rank's part."""
     return type(like).from_local(
         part,
         like.device_mesh,
@@ -53,10 +53,10 @@ def as_sharded(part: Tensor, like: DTensor) -> DTensor:
 
 
 def check_whole(module: nn.Module, what: str, remedy: str) -> None:
-    """Raises where this rank holds but a part of a parameter.
+    """Raises if a parameter is sharded.
 
     Raises:
-        ValueError: it does.
+        ValueError: one is; the message consists of ``what``, the parameter and the ``remedy``.
     """
     for name, parameter in module.named_parameters():
         if is_sharded(parameter):
@@ -74,10 +74,10 @@ def mesh_groups(modules: Iterable[Any]) -> list[dist.ProcessGroup]:
 
 
 def shard_groups(tensor: Tensor) -> ShardGroups:
-    """The groups of ranks, one behind the other, whose parts make up the tensor.
+    """Returns the groups, one per sharded mesh dimension, whose ranks hold the tensor's parts.
 
     Raises:
-        ValueError: parts are yet to be added.
+        ValueError: the tensor is a partial sum, whose parts are yet to be added.
     """
     if not is_sharded(tensor):
         return ()
@@ -96,7 +96,7 @@ def shard_groups(tensor: Tensor) -> ShardGroups:
 
 
 def describe_sharding(tensor: Tensor) -> str:
-    """How a tensor is sharded, and which part this rank holds; empty for a plain one."""
+    """Describes how a tensor is sharded and which part this rank holds; empty for a plain one."""
     if not is_sharded(tensor):
         return ""
     mesh = tensor.device_mesh

@@ -11,7 +11,7 @@ __all__ = ["ScheduleSource"]
 
 @dataclass(frozen=True)
 class ScheduleSource:
-    """A planner's name with what it needs to plan, or one fixed schedule."""
+    """A planner's name and the sizes it needs, or one fixed schedule."""
 
     name: str
     num_ranks: int
@@ -20,12 +20,13 @@ class ScheduleSource:
 
     @classmethod
     def of(cls, schedule: str | Schedule, num_ranks: int, num_modules: int) -> ScheduleSource:
-        """The source for a pipeline whose ranks have ``num_modules`` modules each.
+        """Returns the source for a pipeline whose ranks have ``num_modules`` modules each.
+
+        An unknown name is left to :meth:`plan` to report, a wrong number of modules to the caller.
 
         Raises:
-            ScheduleError: an unknown name.
-            ValueError: a schedule for another number of ranks, or another number of modules.
-            TypeError: ``schedule`` is something else.
+            ValueError: ``schedule`` is for another number of ranks.
+            TypeError: ``schedule`` is neither a name nor a schedule.
         """
         if isinstance(schedule, Schedule):
             source = cls(schedule.name, num_ranks, num_modules, schedule)
@@ -44,14 +45,15 @@ class ScheduleSource:
         return source
 
     def smallest(self) -> Schedule:
-        """A schedule that shows who holds what: placements do not depend on micro-batches."""
+        """Returns a schedule that shows which rank holds which stages, for any number of chunks."""
         return self.fixed or self.plan(2 * self.num_ranks)
 
     def plan(self, num_microbatches: int) -> Schedule:
-        """The compute actions of a step; verified.
+        """Returns the verified compute actions of a step.
 
         Raises:
-            ScheduleError: the planner cannot serve these sizes, or the fixed schedule has others.
+            ScheduleError: an unknown planner, or sizes that it does not support.
+            ValueError: the fixed schedule has another number of micro-batches.
         """
         if self.fixed is None:
             return plan(self.name, self.num_ranks, num_microbatches, self.stages_per_rank)
@@ -67,4 +69,4 @@ def _stages_per_rank(name: str, num_modules: int) -> int:
     for info in schedules():
         if info.name == name:
             return num_modules if info.stages_per_rank == 0 else info.stages_per_rank
-    return num_modules  # unknown: plan() says so, and which ones there are
+    return num_modules  # unknown: plan() raises, and says which ones there are

@@ -24,9 +24,9 @@ AfterForward = Callable[[Tensor, "Sequence[Tensor | None]", int], None]
 
 
 def microbatch_seed(seed: int, step: int, stage: int, microbatch: int) -> int:
-    """The seed for one stage's forward of one micro-batch, under ``DualPipeConfig(seed=...)``.
+    """Returns the seed of a stage's forward of a micro-batch, under ``DualPipeConfig(seed=...)``.
 
-    A mix of its arguments that gives unrelated streams to neighbours (SplitMix64's finalizer;
+    The arguments are mixed so that similar ones give unrelated streams (SplitMix64's finalizer;
     Steele, Lea and Flood, 2014). ``step`` counts the calls of ``step()``, from 1.
     """
     mask = (1 << 64) - 1
@@ -41,15 +41,15 @@ def microbatch_seed(seed: int, step: int, stage: int, microbatch: int) -> int:
 
 @dataclass
 class LossHooks:
-    """Called on the ranks that compute losses, in the order of registration."""
+    """Hooks that are called on the ranks that compute losses, in the order of registration."""
 
-    # Ordered dictionaries, for a RemovableHandle refers to them weakly.
+    # OrderedDict, as a RemovableHandle holds a weak reference, which a plain dict does not allow.
     before_backward: OrderedDict[int, BeforeBackward] = field(default_factory=OrderedDict)
     after_forward: OrderedDict[int, AfterForward] = field(default_factory=OrderedDict)
 
 
 def _notes_mistakes(method: Method) -> Method:
-    """Notes what a method of :class:`Step` raises by itself, apart from the user's code."""
+    """Notes what a method of :class:`Step` itself raises, as opposed to the user's code."""
 
     @wraps(method)
     def noting(self: Step, *arguments: Any) -> Any:
@@ -68,7 +68,7 @@ class Step:
     """One step of one rank. ``forward`` and ``overlapped`` are called by the engine."""
 
     modules: dict[int, nn.Module]  # by stage
-    main_grads: MainGrads  # of parameters whose gradients are summed there
+    main_grads: MainGrads  # of the parameters whose gradients are accumulated there
     last_stage: int
     inputs: dict[int, Chunk]  # by micro-batch, where it enters here
     labels: dict[int, Chunk]  # by micro-batch, where it leaves here
@@ -89,7 +89,7 @@ class Step:
     def forward(
         self, stage: int, microbatch: int, inputs: list[Tensor | None]
     ) -> tuple[Outputs, Tensor | None]:
-        """Runs a stage; returns (what the next stage is sent, the loss to differentiate)."""
+        """Runs a stage; returns (what to send to the next stage, the loss to differentiate)."""
         stage_inputs = self.inputs[microbatch] if stage == 0 else inputs
         if self.seed is not None:
             torch.manual_seed(self.seed(stage, microbatch))
@@ -105,7 +105,7 @@ class Step:
         forward: tuple[int, int, list[Tensor | None]],
         backward: tuple[int, int, Tensor | None, list[Tensor | None], list[Tensor | None]],
     ) -> tuple[Outputs, Tensor | None]:
-        """Runs the stage's own overlapped forward and backward (the reference's signature)."""
+        """Runs the stage's own overlapped function, which has the reference's signature."""
         assert self.overlapped_function is not None
         stage0, microbatch0, received = forward
         stage1, _, loss1, outputs1, output_grads1 = backward
@@ -135,13 +135,13 @@ class Step:
         return [], self._leave(microbatch0, outputs, self._scalar(loss0, outputs))
 
     def loss(self) -> Tensor | None:
-        """The losses of this rank's micro-batches, in their order; ``None`` where there are none."""
+        """Returns the losses of this rank's micro-batches, in order; ``None`` if there are none."""
         if not self.losses:
             return None
         return torch.stack([self.losses[i] for i in sorted(self.losses)])
 
     def gathered_outputs(self) -> Joined | tuple[Joined, ...]:
-        """The outputs of this rank's micro-batches; ``None`` where none leave here."""
+        """Returns the joined outputs of this rank's micro-batches; ``None`` if there are none."""
         if not self.outputs:
             return None
         return gather([self.outputs[i] for i in sorted(self.outputs)], self.batch_dim)
@@ -153,7 +153,7 @@ class Step:
         return self._scalar(loss, outputs)
 
     def _leave(self, microbatch: int, outputs: Outputs, loss: Tensor | None) -> Tensor | None:
-        """A micro-batch is through the last stage: keeps its results, runs the hooks."""
+        """Keeps the results of a micro-batch that has left the last stage, and runs the hooks."""
         if self.keep_outputs:
             self.outputs[microbatch] = [None if x is None else x.detach() for x in outputs]
         if loss is None:
@@ -184,15 +184,15 @@ class Step:
                 "the criterion returned a loss without a graph, so nothing can be trained; "
                 "remove detach(), item() or no_grad() from the criterion"
             )
-        # Not a view: an overlapped function of the user may detach the loss in place.
+        # Not a view: a user's overlapped function may detach the loss in place.
         return loss if loss.dim() == 0 else loss.sum()
 
     def forget_errors(self) -> None:
-        """Lets go of errors: their frames hold this step, and would keep its pipeline with it."""
+        """Drops errors: their frames refer to this step, and would keep its pipeline alive."""
         self.error = self.mistake = None
 
     def _user(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls the user's code and remembers what it raised: the engine needs to tell others."""
+        """Calls the user's code and remembers what it raised, to tell it from our own errors."""
         try:
             return function(*arguments)
         except BaseException as error:

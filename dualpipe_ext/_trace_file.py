@@ -1,4 +1,4 @@
-"""A step's trace as a file for people: what was measured above what was planned."""
+"""Writes the trace of a step to a file to look at: what was measured above what was planned."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Event = dict[str, Any]  # of the Trace Event Format, which Perfetto and chrome:/
 
 
 def write_trace(path: Path, measured: Sequence[Sequence[TraceEvent]], planned: Timeline) -> None:
-    """Writes JSON with two groups of a thread for each rank.
+    """Writes JSON with two groups, each with one thread per rank.
 
     Args:
-        path: the file.
+        path: the file to write.
         measured: the trace of each rank, by rank.
-        planned: the same step; it is stretched to the length of the measured one.
+        planned: the plan of the same step; it is scaled to the length of the measured one.
     """
     end = max((event.end for trace in measured for event in trace), default=0.0)
     events = [*_named(0, "measured", len(measured)), *_named(1, "planned", len(measured))]

@@ -25,21 +25,21 @@ __all__ = [
     "offered_transport",
 ]
 
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # hosts may have one name
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # as several hosts may have the same name
 
 
 @dataclass(frozen=True)
 class GpuSettings:
-    """Messages in device memory.
+    """Settings for messages in device memory.
 
     Attributes:
-        ways: all that this rank sends and receives by.
+        ways: all ways by which this rank sends and receives.
         device: the index of its GPU.
-        by_copies: whether messages go by copy engines, not over NCCL.
+        by_copies: whether messages travel by copy engines rather than over NCCL.
         queues_are_shared: whether streams of this process share hardware queues.
         reductions_may_wait: whether sums of gradients may wait for other ranks within a step, as
             their streams share no queue with computation.
-        max_ctas: thread blocks that a message over NCCL may take; 0: as NCCL likes.
+        max_ctas: the most thread blocks that a message over NCCL may take; 0: NCCL decides.
         dynamic_shapes: whether each message is described to its receiver.
     """
 
@@ -59,7 +59,7 @@ class EngineSettings:
     Attributes:
         peers: the ranks that this one exchanges messages with.
         timeout: seconds that a rank may wait for one message.
-        gpu: ``None``: messages travel in host memory.
+        gpu: settings for messages on the GPU; ``None``: messages travel in host memory.
     """
 
     peers: Sequence[int]
@@ -68,13 +68,13 @@ class EngineSettings:
 
 
 class Offer(TypedDict):
-    """What messages of one rank could travel over, which it tells the others.
+    """What the messages of one rank could travel over, as it tells the others.
 
     Attributes:
         transport: the configured one.
         gpu: the GPU that ``"auto"`` might send from: its host, as NCCL tells hosts apart, and its
-            place on the bus; empty: none.
-        is_anywhere: whether stages have no tensor, so that they are where their inputs are.
+            PCI address; empty if there is none.
+        is_anywhere: whether stages have no tensors, so that they are wherever their inputs are.
         problem: why NCCL cannot be used on that GPU; empty if it can.
     """
 
@@ -90,12 +90,12 @@ def offered_transport(
     """Returns the offer of this rank.
 
     Args:
-        config: the pipeline's.
-        device: the device of the stages; ``None`` if they have no tensor.
+        config: the configuration of the pipeline.
+        device: the device of the stages; ``None`` if they have no tensors.
         threads: whether ranks share this process.
 
     Raises:
-        ValueError: the configuration asks for what it cannot do.
+        ValueError: the configured transport cannot be used here.
     """
     offer = Offer(transport=config.transport, gpu="", is_anywhere=device is None, problem="")
     if config.transport in ("nccl", "copy"):
@@ -118,7 +118,7 @@ def offered_transport(
 
 
 def choose_transport(offers: Sequence[Offer]) -> tuple[Transport, str]:
-    """Returns what all messages travel over, and why not from GPU to GPU where they might.
+    """Returns what all messages travel over, and why they do not go from GPU to GPU if they might.
 
     Args:
         offers: the offer of each rank, all for the same configured transport.
@@ -162,22 +162,23 @@ def gpu_settings(
     ways: Sequence[_C.MessageWay],
     num_ways_of_others: Sequence[int] = (),
 ) -> GpuSettings | None:
-    """The settings for messages on the GPU, where they are to stay there.
+    """Returns the settings for messages on the GPU; ``None`` if they travel in host memory.
 
     Args:
-        transport: the chosen one.
-        config: the pipeline's.
+        transport: the transport that was chosen.
+        config: the configuration of the pipeline.
         device: the device of the stages.
-        ways: all that the rank sends and receives by.
-        num_ways_of_others: the ways of each other rank that shares this process and its hardware
-            queues: all of them must decide alike.
+        ways: all ways by which the rank sends and receives.
+        num_ways_of_others: the number of ways of each other rank that shares this process and its
+            hardware queues; all of them must decide alike.
     """
     if transport == "host":
         return None
-    # Beside those of its messages, a rank has a stream that computes and two that sum, or one where
-    # sums may not wait; a communicator has two of NCCL's own, which wait for its messages and are,
-    # as computation and sums, of the default priority. That messages' own streams, which have
-    # another one, share no queue with these is assumed only where there are queues for either kind.
+    # Besides those of its messages, a rank has one stream that computes and two that sum (one, if
+    # sums may not wait). Each communicator has two streams of NCCL's own, which wait for its
+    # messages and have the default priority, like those of computation and sums. Streams of
+    # messages have another priority; that they share no queue with the others is assumed only if
+    # there are enough queues for either kind.
     num_beside = max(len(ways), 2 * len(ways) * (transport == "nccl"))
     reductions_may_wait = not num_ways_of_others and num_beside + 3 <= num_queues()
     num_others = 3 if reductions_may_wait else 2

@@ -1,4 +1,4 @@
-"""Watches for parameters that were changed by the gradients of one copy of a stage alone."""
+"""Detects parameters that were updated by the gradients of only one copy of a stage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["UnsummedGradients"]
 
 
 class UnsummedGradients:
-    """Notices gradients of one copy alone that are used all the same, and sums made twice.
+    """Detects gradients that are used before they are summed over both copies, or summed twice.
 
     Args:
         mirrors: the other copies; ``None``: there are none, and nothing to sum.
@@ -17,28 +17,28 @@ class UnsummedGradients:
 
     def __init__(self, mirrors: MirroredStages | None) -> None:
         self._mirrors = mirrors
-        self._after_step: int | None = None  # their num_changes() after a step, until a sum
+        self._after_step: int | None = None  # mirrors' num_changes() after a step, until a sum
         self._summed: list[tuple[int, int]] = []  # the marks of gradients after their sum
         self._adds_to_sum = False  # whether the last step began with gradients as a sum left them
         self._has_warned = False
 
     def begin_step(self) -> None:
-        """Looks at the gradients that a training step is about to add to."""
+        """Inspects the gradients that a training step is about to add to."""
         self._adds_to_sum = bool(self._summed) and self._summed == self._marks()
 
     def add(self) -> None:
-        """Notes that a step has left gradients to be summed."""
+        """Notes that a step left gradients that are yet to be summed."""
         self._summed = []
         if self._mirrors is not None:
             self._after_step = self._mirrors.num_changes()
 
     def note_copy(self) -> None:
-        """Notes that parameters were made equal, which is not to be taken for an update."""
+        """Notes that parameters were made equal, which must not be mistaken for an update."""
         if self._after_step is not None:
             self.add()
 
     def clear(self) -> None:
-        """Forgets that there were gradients to be summed."""
+        """Forgets that there are gradients to be summed."""
         self._after_step = None
         self._summed = []
 
@@ -48,7 +48,7 @@ class UnsummedGradients:
         self._summed = self._marks()
 
     def warn_if_summed(self, rank: int) -> None:
-        """Warns if gradients are summed again with no step in between."""
+        """Warns if gradients are about to be summed again, with or without a step in between."""
         if self._summed and self._summed == self._marks():
             warn_caller(
                 f"rank {rank}: gradients that were summed over the two copies of each stage are "
@@ -59,7 +59,7 @@ class UnsummedGradients:
             self.warn_if_accumulated(rank)
 
     def warn_if_accumulated(self, rank: int) -> None:
-        """Warns if what an earlier sum left is part of what is summed now."""
+        """Warns if the gradients to be summed contain those of an earlier sum."""
         if self._adds_to_sum:
             warn_caller(
                 f"rank {rank}: gradients that were summed over the two copies of each stage were "
@@ -69,7 +69,7 @@ class UnsummedGradients:
             )
 
     def warn_if_clipped(self, rank: int) -> None:
-        """Warns if the norm is taken of one copy's gradients alone."""
+        """Warns if the norm is taken of only one copy's gradients."""
         if self._after_step is not None and self._marks():
             warn_caller(
                 f"rank {rank}: clip_grad_norm_() before gradients are summed over the two copies "
@@ -93,5 +93,5 @@ class UnsummedGradients:
         )
 
     def _marks(self) -> list[tuple[int, int]]:
-        """Which gradients there are, and how often each was changed in place."""
+        """Returns which gradients there are, and how often each was changed in place."""
         return [] if self._mirrors is None else self._mirrors.gradient_marks()

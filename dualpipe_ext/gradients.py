@@ -25,7 +25,7 @@ GatherFloats = Callable[[Sequence[float]], list[list[float]]]
 
 
 def total_norm(parameters: Iterable[Tensor], norm_type: float, gather: GatherFloats) -> Tensor:
-    """The norm over all ranks, each of which gives the parameters that it counts. In float64."""
+    """Returns the norm over all ranks, in float64; each passes the parameters that it counts."""
     grads = gradients_of(parameters)
     local = _power_sum(grads, norm_type)
     by_rank = [values[0] for values in gather([local])]
@@ -38,18 +38,18 @@ def clip_local_gradients(parameters: Iterable[Tensor], norm: Tensor, max_norm: f
     """Scales gradients in place by ``min(1, max_norm / (norm + 1e-6))``, as torch does."""
     scale = max_norm / (float(norm) + 1e-6)
     grads = [local_part(grad) for grad in gradients_of(parameters)]
-    if not scale >= 1.0 and grads:  # a norm that is NaN spreads
+    if not scale >= 1.0 and grads:  # also if the norm is NaN, which spreads
         torch._foreach_mul_(grads, scale)
 
 
 def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Each parameter's ``.grad``; its ``main_grad``, if that is where its gradient is kept."""
+    """Returns each parameter's ``.grad``, or its ``main_grad`` if the gradient is kept there."""
     grads = (p.grad if p.grad is not None else getattr(p, "main_grad", None) for p in parameters)
     return [grad for grad in grads if grad is not None]
 
 
 def main_grads(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The ``main_grad`` of each parameter that has one, unless ``.grad`` is in the same memory."""
+    """Returns each ``main_grad`` there is, unless it shares its memory with ``.grad``."""
     found = [(p, getattr(p, "main_grad", None)) for p in parameters]
     return [main for p, main in found if main is not None and not _is_same(p.grad, main)]
 
@@ -57,10 +57,10 @@ def main_grads(parameters: Iterable[Tensor]) -> list[Tensor]:
 def parameters_with_main_grad(
     stages: Mapping[int, nn.Module],
 ) -> MainGrads:
-    """By stage, the parameters that have a ``main_grad``, with it, where there are any.
+    """Returns the parameters that have a ``main_grad``, with it, for each stage that has any.
 
     Raises:
-        ValueError: one has a ``.grad`` as well, of which a step could not tell what is in it.
+        ValueError: one also has a ``.grad``; a step could not tell what is in it.
     """
     found: MainGrads = []
     for stage, module in stages.items():
@@ -84,7 +84,7 @@ def _is_same(grad: Tensor | None, main: Tensor) -> bool:
 
 
 def _power_sum(grads: Sequence[Tensor], norm_type: float) -> float:
-    """sum(|g|^p) of all elements, or the largest |g| for p = inf; of sharded ones, of all parts."""
+    """Returns sum(|g|^p) over all elements and shards, or the largest |g| for p = inf."""
     by_sharding: dict[ShardGroups, list[Tensor]] = {}
     for grad in grads:
         by_sharding.setdefault(shard_groups(grad), []).append(local_part(grad))
@@ -97,7 +97,7 @@ def _power_sum(grads: Sequence[Tensor], norm_type: float) -> float:
 
 
 def _local_power_sum(grads: Sequence[Tensor], norm_type: float) -> Tensor:
-    """A float64 scalar on the gradients' device."""
+    """Returns the same of local tensors, as a float64 scalar on their device."""
     there = [grad for grad in grads if grad.numel()]  # an empty one has no largest element
     if not there:
         return torch.zeros((), dtype=torch.float64, device=grads[0].device)
@@ -106,7 +106,7 @@ def _local_power_sum(grads: Sequence[Tensor], norm_type: float) -> Tensor:
 
 
 def _sum_over(groups: ShardGroups, power: Tensor, is_max: bool) -> float:
-    """The same of all parts: ranks of these groups hold one each."""
+    """Reduces ``power`` over all shards; each rank of the groups holds one."""
     for group in groups:
         dist.all_reduce(power, dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=group)
     return float(power)

@@ -30,12 +30,12 @@ _current = threading.local()
 
 
 class PipelineGroup(ABC):
-    """What a pipeline asks of the ranks that it runs on.
+    """What a pipeline requires of the ranks that it runs on.
 
     Attributes:
-        rank: this rank's place in the pipeline, from 0.
+        rank: this rank's position in the pipeline, from 0.
         size: the number of ranks.
-        are_threads: whether several ranks share this process, and with it torch's random numbers.
+        are_threads: whether several ranks share this process, and with it torch's generator.
     """
 
     rank: int
@@ -44,27 +44,30 @@ class PipelineGroup(ABC):
 
     @abstractmethod
     def connect(self, timeout: float) -> None:
-        """Before the first engine: the ranks find each other, all within ``timeout`` seconds."""
+        """Connects the ranks within ``timeout`` seconds; called before the first engine is made."""
 
     @abstractmethod
     def make_engine(self, settings: EngineSettings) -> _C.Engine:
-        """A new engine for this rank; all ranks make theirs in the same order."""
+        """Makes an engine for this rank; all ranks make theirs in the same order."""
 
     @abstractmethod
     def all_gather(self, text: str, timeout: float) -> list[str]:
-        """Every rank's text, by rank. Raises PipelineError when one is missing after ``timeout``."""
+        """Returns every rank's text, by rank.
+
+        Raises PipelineError if some are missing after ``timeout`` seconds.
+        """
 
     def all_gather_floats(self, values: Sequence[float], timeout: float) -> list[list[float]]:
-        """Every rank's numbers, by rank, bit for bit. All ranks give equally many.
+        """Returns every rank's numbers, by rank, bit for bit; all ranks give equally many.
 
-        Raises PipelineError when some are missing after ``timeout`` seconds.
+        Raises PipelineError if some are missing after ``timeout`` seconds.
         """
         texts = self.all_gather(" ".join(value.hex() for value in values), timeout)
         return [[float.fromhex(word) for word in text.split()] for text in texts]
 
 
 class LoopbackHubs:
-    """The hubs that the threads of one process share: one for each pipeline that they make."""
+    """The hubs that the threads of one process share: one for texts, and one for each pipeline."""
 
     def __init__(
         self,
@@ -80,11 +83,11 @@ class LoopbackHubs:
         self._hubs: list[_C.LoopbackHub] = []
 
     def hub(self, index: int) -> _C.LoopbackHub:
-        """The hub of the pipeline that each rank makes as its ``index``-th."""
+        """Returns the hub with this index, which is made when it is first asked for."""
         with self._lock:
             while len(self._hubs) <= index:
                 self._hubs.append(_C.LoopbackHub(self.num_ranks, *self._link))
-                # The stub widens the ints that the injector is called with.
+                # The stub widens the types of the ints that the injector is called with.
                 self._hubs[-1].inject(self._faults)  # type: ignore[arg-type]
             return self._hubs[index]
 
@@ -98,14 +101,14 @@ class LoopbackGroup(PipelineGroup):
         self.size = hubs.num_ranks
         self.are_threads = self.size > 1
         self._hubs = hubs
-        self._talk = hubs.hub(0)  # texts travel here; pipelines use the hubs behind it
+        self._talk = hubs.hub(0)  # for texts; pipelines use the hubs after it
         self._engines: list[weakref.ref[_C.Engine]] = []
 
     def connect(self, timeout: float) -> None:
-        """Nothing to do: they share the hubs."""
+        """Does nothing: the threads share the hubs."""
 
     def make_engine(self, settings: EngineSettings) -> _C.Engine:
-        """Makes this rank's engine on the next hub; every thread must, in the same order."""
+        """Makes this rank's engine on the next hub; every thread does so, in the same order."""
         hub = self._hubs.hub(len(self._engines) + 1)
         if settings.gpu is None:
             engine = _C.Engine.loopback(hub, self.rank, settings.timeout)
@@ -116,18 +119,18 @@ class LoopbackGroup(PipelineGroup):
         return engine
 
     def all_gather(self, text: str, timeout: float) -> list[str]:
-        """The texts of all ranks, by rank; waits for them at most ``timeout`` seconds."""
+        """Returns the texts of all ranks, by rank; waits for them at most ``timeout`` seconds."""
         return self._talk.all_gather(self.rank, text, timeout)
 
     def leave(self, text: str) -> None:
-        """Tells the others that this rank is gone and why, so that they do not wait for it."""
+        """Tells the others that this rank is gone, and why, so that they do not wait for it."""
         self._talk.control_plane(self.rank).report(self.rank, 0, text)
         for engine in (reference() for reference in self._engines):
             if engine is not None:
                 engine.fail(text, is_step=False)
 
     def __enter__(self) -> LoopbackGroup:
-        """Makes this the group of the pipelines that the thread makes."""
+        """Makes this the default group of pipelines that this thread makes."""
         _current.group = self
         return self
 
@@ -178,13 +181,13 @@ class _ProcessGroup(PipelineGroup):
 
 
 def has_group(process_group: dist.ProcessGroup | PipelineGroup | None) -> bool:
-    """Whether :func:`resolve_group` would find one."""
+    """Whether :func:`resolve_group` would find a group."""
     known = process_group or getattr(_current, "group", None)
     return known is not None or dist.is_initialized()
 
 
 def is_first_rank(process_group: dist.ProcessGroup | PipelineGroup | None) -> bool:
-    """Whether this is the first rank of the group that a new pipeline would have; true without."""
+    """Whether this is the first rank of a new pipeline's group; true if there is no group."""
     group = process_group or getattr(_current, "group", None)
     if isinstance(group, PipelineGroup):
         return group.rank == 0
@@ -194,11 +197,12 @@ def is_first_rank(process_group: dist.ProcessGroup | PipelineGroup | None) -> bo
 def resolve_group(
     process_group: dist.ProcessGroup | PipelineGroup | None, rank_mapping: Sequence[int] | None
 ) -> PipelineGroup:
-    """The group of a new pipeline: the one given, this thread's, or torch's default one.
+    """Returns the group of a new pipeline: the one given, this thread's, or torch's default.
 
     Raises:
-        ValueError: there is none, or ``rank_mapping`` is not a permutation of the ranks.
-        TypeError: ``process_group`` is something else.
+        ValueError: there is no group, or ``rank_mapping`` is not a permutation of its ranks, or is
+            given for threads.
+        TypeError: ``process_group`` is not a process group.
     """
     group = process_group or getattr(_current, "group", None)
     if group is None:

@@ -1,4 +1,4 @@
-"""Cutting a batch into micro-batches, and putting outputs together again."""
+"""Splits a batch into micro-batches, and joins their outputs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ Joined = Tensor | list[Any] | None
 
 
 def scatter(tensors: Sequence[Tensor | None], num_chunks: int, dim: int, what: str) -> list[Chunk]:
-    """Cuts every tensor along one dimension into chunks.
+    """Splits every tensor along one dimension into chunks.
 
-    Where that does not come out even, the first ones have one row more. ``None`` stays ``None``.
+    If the rows do not divide evenly, the first chunks have one row more. ``None`` stays ``None``.
 
     Args:
-        tensors: What to cut.
-        num_chunks: Into how many pieces.
-        dim: The dimension to cut.
-        what: "inputs" or "labels", for messages.
+        tensors: what to split.
+        num_chunks: the number of chunks.
+        dim: the dimension to split.
+        what: "inputs" or "labels", for error messages.
 
     Raises:
-        TypeError: something other than a tensor or ``None``.
-        ValueError: a tensor with fewer rows than chunks, or tensors of different numbers of rows.
+        TypeError: something is neither a tensor nor ``None``.
+        ValueError: a tensor lacks the dimension or has fewer rows than chunks, or tensors differ in
+            their number of rows.
     """
     rows = {_rows(tensor, dim, what) for tensor in tensors if tensor is not None}
     if len(rows) > 1:
@@ -46,10 +47,10 @@ def scatter(tensors: Sequence[Tensor | None], num_chunks: int, dim: int, what: s
 
 
 def gather(chunks: Sequence[Sequence[Tensor | None]], dim: int) -> Joined | tuple[Joined, ...]:
-    """Puts the outputs of micro-batches together along ``dim``; a single output comes bare.
+    """Joins the outputs of micro-batches along ``dim``; a single output is not put into a tuple.
 
-    An output that cannot be put together (``None`` in some micro-batches, or of different sizes in
-    another dimension) comes as the list of its pieces.
+    An output that cannot be joined (``None`` in some micro-batches, or of different sizes in
+    another dimension) is returned as the list of its pieces.
     """
     if len({len(chunk) for chunk in chunks}) > 1:
         return [tuple(chunk) for chunk in chunks]

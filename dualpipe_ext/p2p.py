@@ -12,8 +12,8 @@ __all__ = ["set_p2p_tensor_dtype", "set_p2p_tensor_shapes"]
 def set_p2p_tensor_shapes(shapes: Sequence[Sequence[int]]) -> None:
     """Accepts the shapes of the tensors between stages.
 
-    A hint that the engine does not need: shapes travel with the first message of a channel, are
-    remembered, and may differ between micro-batches. Checked for form, then forgotten.
+    This is a hint that the engine does not need: shapes travel with the first message of a channel,
+    are remembered, and may differ between micro-batches. They are checked for form, then ignored.
 
     Raises:
         TypeError: ``shapes`` is not a list of tuples of ints.

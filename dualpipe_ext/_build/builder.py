@@ -1,4 +1,4 @@
-"""Finds the binary of a plan, or makes it: once, however many processes ask."""
+"""Finds the binary of a plan, or builds it: once, however many processes ask."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WAIT_NOTICE_S, WAIT_INTERVAL_S = 2.0, 30.0
 
 
 def ensure_built(plan: BuildPlan, cache: Cache | None = None, *, force: bool = False) -> Path:
-    """The library of ``plan``, compiled now if the cache has none that fits.
+    """Returns the library of ``plan``, compiled now if the cache has none that fits.
 
     Processes that start together compile once: one builds under a file lock, the others wait for
     it. ``force`` compiles every file again.
@@ -41,7 +41,7 @@ def ensure_built(plan: BuildPlan, cache: Cache | None = None, *, force: bool = F
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock; says now and then that another process has it for long."""
+    """Holds the lock; while another process holds it for long, says so from time to time."""
     lock, progress, patience = FileLock(path), Progress(), WAIT_NOTICE_S
     while not lock.is_locked:
         try:

@@ -1,8 +1,8 @@
 """The folder that keeps binaries between runs.
 
 ``built/<key>-<compiler>/`` holds ``_C.so`` and ``build.json``; ``work/<toolchain>/`` holds copies
-of the sources and the object files; ``locks/`` one lock for each toolchain. An entry appears by one
-rename, so that it is either complete or absent.
+of the sources and the object files; ``locks/`` holds one lock per toolchain. An entry's library
+appears by a rename, as its last file, so an entry is either complete or absent.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ class Cache:
     root: Path
 
     def entry(self, plan: BuildPlan) -> Path:
-        """The folder of the binary that this plan's compiler makes."""
+        """Returns the folder of the binary that this plan's compiler makes."""
         return self.root / "built" / f"{plan.key}-{plan.compiler_key}"
 
     def find(self, plan: BuildPlan) -> Path | None:
-        """A library that fits; where there is no compiler, whichever compiler made it."""
+        """Returns a library that fits, or ``None``; without a compiler here, one made by any."""
         pattern = f"{plan.key}-*" if plan.compiler_key == "any" else self.entry(plan).name
         found = (self.root / "built").glob(f"{pattern}/{LIBRARY_NAME}")
         return next(iter(sorted(found)), None)
 
     def work_dir(self, plan: BuildPlan) -> Path:
-        """The folder of sources and object files."""
+        """Returns the folder of sources and object files."""
         return self.root / "work" / plan.work_key
 
     def lock_file(self, plan: BuildPlan) -> Path:
-        """The lock that a builder holds; the folder is made on the way.
+        """Returns the lock file that a builder holds, after creating its folder.
 
         Raises:
             BuildError: the cache cannot be written.
@@ -73,13 +73,13 @@ class Cache:
 
 
 def default_cache() -> Cache:
-    """``DUALPIPE_EXT_CACHE``, or the user's cache folder."""
+    """Returns the cache in ``DUALPIPE_EXT_CACHE``, or in the user's cache folder."""
     chosen = os.environ.get("DUALPIPE_EXT_CACHE")
     return Cache(Path(chosen or _users_cache()).absolute())
 
 
 def _users_cache() -> str:
-    import platformdirs  # not needed by who names a folder, on a machine that may lack it
+    import platformdirs  # here: whoever names a folder may do without it
 
     return platformdirs.user_cache_dir("dualpipe_ext")
 

@@ -17,7 +17,7 @@ from dualpipe_ext._build.plan import (
 
 
 def collect_info() -> dict[str, str]:
-    """Names and values, in the order to show them."""
+    """Returns names and values, in the order in which to show them."""
     plan, cache, compiler = make_plan(), default_cache(), toolchain.find_compiler()
     cuda_home = toolchain.find_cuda_home()
     return {
@@ -37,7 +37,7 @@ def collect_info() -> dict[str, str]:
 
 
 def _built(plan: BuildPlan) -> dict[str, str]:
-    """The library that an import would load now, and its record."""
+    """Returns facts about the library that an import would load now."""
     prebuilt = find_prebuilt(plan)
     if prebuilt is not None:
         library, record_path = prebuilt, prebuilt.parent / PREBUILT_RECORD_NAME

@@ -27,7 +27,7 @@ rule link
 
 
 def ninja_text(plan: BuildPlan, compiler: str) -> str:
-    """The text; paths are relative to the work folder, so that messages read ``csrc/...``."""
+    """Returns the text. Paths are relative to the work folder, so messages read ``csrc/...``."""
     sources = plan.sources.compiled(cuda=plan.cuda_home is not None)
     objects = [f"obj/{name}.o" for name in sources]
     rules = _RULES.format(
@@ -45,8 +45,8 @@ def ninja_text(plan: BuildPlan, compiler: str) -> str:
 def stage(plan: BuildPlan, work: Path) -> None:
     """Makes the sources in ``work`` equal to the plan's.
 
-    A file is written only where its content differs, so that ninja, which compares times, in effect
-    compares contents; what is compiled is what the plan's digest was taken of.
+    A file is written only if its content differs, so that ninja, which compares times, in effect
+    compares contents. What is compiled is exactly what the plan's digest covers.
     """
     for name, content in plan.sources.files.items():
         path = work / name

@@ -17,21 +17,21 @@ from dualpipe_ext._build.toolchain import COMPILE_FLAGS, CudaOption
 
 PREBUILT_NAME = "_C" + EXTENSION_SUFFIXES[0]
 PREBUILT_RECORD_NAME = "_C.json"
-"""An extension compiled at install time, in the package's folder, and what it was built with."""
+"""The extension compiled at install time, in the package's folder, and what it was built with."""
 
 CUDA_VALUES: dict[str, CudaOption] = {"": "auto", "auto": "auto", "1": "on", "0": "off"}
 
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """One binary: these sources, this torch, this CUDA. The compiler is looked at only to build."""
+    """One binary: these sources, this torch, this CUDA. The compiler only matters for building."""
 
     sources: SourceTree
     cuda_home: Path | None = None
 
     @cached_property
     def facts(self) -> dict[str, str]:
-        """What a binary must agree with to be loaded here."""
+        """What a binary must match to be loaded here."""
         return {
             **toolchain.torch_facts(),
             "cuda": "off" if self.cuda_home is None else str(self.cuda_home),
@@ -41,25 +41,25 @@ class BuildPlan:
 
     @property
     def key(self) -> str:
-        """Names every binary that fits, whatever compiler made it."""
+        """Identifies every binary that fits, whatever compiler made it."""
         return _digest(self.facts)
 
     @property
     def compiler_key(self) -> str:
-        """Names the compiler within :attr:`key`; ``any`` where there is none to ask."""
+        """Identifies the compiler, in addition to :attr:`key`; ``any`` if there is none."""
         compiler = toolchain.find_compiler()
         return "any" if compiler is None else _digest({"compiler": compiler.version})
 
     @property
     def work_key(self) -> str:
-        """Names the object files: all but the sources, which are compared one by one."""
+        """Identifies the object files by all but the sources, which are compared one by one."""
         facts = {name: fact for name, fact in self.facts.items() if name != "sources"}
         compiler = toolchain.require_compiler()
         return _digest({**facts, "compiler": compiler.command + compiler.version})
 
 
 def cuda_option() -> CudaOption:
-    """``DUALPIPE_EXT_CUDA``: ``auto`` (the default), ``1`` or ``0``."""
+    """Returns what ``DUALPIPE_EXT_CUDA`` says: ``auto`` (the default), ``1`` or ``0``."""
     value = os.environ.get("DUALPIPE_EXT_CUDA", "")
     if value not in CUDA_VALUES:
         raise BuildError(f"DUALPIPE_EXT_CUDA is {value!r}; it must be one of auto, 1, 0.")
@@ -67,14 +67,14 @@ def cuda_option() -> CudaOption:
 
 
 def make_plan(cuda: CudaOption | None = None, sources: SourceTree | None = None) -> BuildPlan:
-    """The plan for this process: the package's sources and the environment's options."""
+    """Returns the plan for this process, from the package's sources and the environment."""
     sources = sources or find_sources()
     option = cuda_option() if cuda is None else cuda
     return BuildPlan(sources, toolchain.resolve_cuda(option, has_sources=sources.has_cuda))
 
 
 def find_prebuilt(plan: BuildPlan) -> Path | None:
-    """The library that was compiled at install time, if it fits what is there now."""
+    """Returns the library that was compiled at install time, if it still fits."""
     package = Path(__file__).resolve().parent.parent
     library, record = package / PREBUILT_NAME, package / PREBUILT_RECORD_NAME
     if library.is_file() and record.is_file() and json.loads(record.read_text())["key"] == plan.key:

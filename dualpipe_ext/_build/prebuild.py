@@ -1,4 +1,4 @@
-"""Compiles the extension into a package folder, as ``setup.py`` asks where torch is present.
+"""Compiles the extension into a package folder, for ``setup.py`` if torch is present.
 
 Run as ``python -m dualpipe_ext._build.prebuild FOLDER`` from a source tree; it needs neither the
 command line's nor the package's other dependencies.
@@ -16,7 +16,7 @@ from dualpipe_ext._build.plan import PREBUILT_NAME, PREBUILT_RECORD_NAME
 
 
 def prebuild(folder: Path) -> Path:
-    """Builds for the torch that is there; returns the library that lies in ``folder`` then."""
+    """Builds for the installed torch; returns the library, which is then in ``folder``."""
     library = ensure_built(make_plan())
     record = json.loads((library.parent / RECORD_NAME).read_text())
     install(library, folder, record, PREBUILT_NAME, PREBUILT_RECORD_NAME)

@@ -1,4 +1,4 @@
-"""One line of progress: rewritten on a terminal, now and then a line elsewhere."""
+"""One line of progress: rewritten in place on a terminal, an occasional new line elsewhere."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Progress:
             self.line(f"{line} ({self.elapsed_s:.0f} s)")
 
     def finish(self) -> None:
-        """Leaves the terminal's line clean."""
+        """Clears the line on a terminal."""
         self._clear()
 
     def _clear(self) -> None:

@@ -17,7 +17,7 @@ _CONTEXT_LINES = 12
 
 
 def find_ninja() -> str:
-    """The ninja of its wheel, else the one on the path."""
+    """Returns the ninja of its wheel, or else the one on the path."""
     try:
         from ninja import BIN_DIR
     except ImportError:
@@ -29,7 +29,7 @@ def find_ninja() -> str:
 
 
 def num_jobs() -> int:
-    """``MAX_JOBS``, or the CPUs that this process may use."""
+    """Returns ``MAX_JOBS``, or the number of CPUs that this process may use."""
     chosen = os.environ.get("MAX_JOBS")
     if chosen is None:
         return len(os.sched_getaffinity(0))
@@ -76,7 +76,7 @@ def _failure_text(output: list[str], log: Path) -> str:
 
 
 def first_error(output: list[str]) -> list[str]:
-    """The lines from the first error of the first command that failed, without the command."""
+    """Returns the first failed command's output from its first error on, without the command."""
     failures = [i for i, line in enumerate(output) if line.startswith("FAILED: ")]
     if failures:
         output = output[failures[0] + 2 : failures[1] if len(failures) > 1 else None]

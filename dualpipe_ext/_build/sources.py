@@ -10,7 +10,7 @@ from pathlib import Path
 from dualpipe_ext._build.errors import BuildError
 
 SOURCE_DIRS = ("csrc", "python")
-"""Folders of the source tree, in a checkout and in an installed package alike."""
+"""Folders of the source tree, both in a checkout and in an installed package."""
 
 COMPILED_SUFFIXES = (".cpp",)
 HEADER_SUFFIXES = (".h",)
@@ -19,9 +19,9 @@ CUDA_PREFIX = "cuda_"
 
 @dataclass(frozen=True)
 class SourceTree:
-    """The C++ sources under ``root``, as they were read once.
+    """The C++ sources under ``root``, read once.
 
-    ``is_checkout`` says that a developer may edit them: their object files are then kept.
+    If ``is_checkout``, a developer may edit them, so their object files are kept.
     """
 
     root: Path
@@ -49,7 +49,7 @@ class SourceTree:
         return result.hexdigest()[:16]
 
     def compiled(self, *, cuda: bool) -> list[str]:
-        """Files to compile, those that take longest first; CUDA files only if asked for."""
+        """Returns the files to compile, the slowest first; CUDA files only if requested."""
         names = [name for name in self.files if name.endswith(COMPILED_SUFFIXES)]
         if not cuda:
             names = [name for name in names if not is_cuda_file(name)]
@@ -61,7 +61,7 @@ class SourceTree:
         return any(is_cuda_file(name) for name in self.files)
 
     def _weight(self, name: str) -> int:
-        """A guess of how slow a file compiles: torch headers, then pybind11's, then its size."""
+        """Estimates how slowly a file compiles: torch's headers, then pybind11's, then its size."""
         if name.startswith("csrc/torch/"):
             heavy = 2
         else:
@@ -70,12 +70,12 @@ class SourceTree:
 
 
 def is_cuda_file(name: str) -> bool:
-    """Whether a source belongs to the CUDA build alone."""
+    """Whether a source belongs only to builds with CUDA."""
     return name.rsplit("/", 1)[-1].removeprefix("bind_").startswith(CUDA_PREFIX)
 
 
 def find_sources() -> SourceTree:
-    """The sources that belong to this package: installed beside it, or its checkout."""
+    """Finds the sources of this package: installed with it, or in its checkout."""
     package = Path(__file__).resolve().parent.parent
     for root, is_checkout in ((package / "_src", False), (package.parent, True)):
         if (root / "csrc").is_dir() and (root / "python").is_dir():

@@ -1,4 +1,4 @@
-"""The compiler, the torch and the CUDA that an extension is built with."""
+"""The compiler, torch and CUDA that an extension is built with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMPILER_CANDIDATES = ("g++", "c++", "clang++")
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: the command, and what it says about itself."""
+    """A C++ compiler: the command, and the version that it reports."""
 
     command: str
     version: str
@@ -32,10 +32,10 @@ class Compiler:
 
 @cache
 def find_compiler() -> Compiler | None:
-    """The compiler named by ``CXX``, or the first one on the path; ``None`` where there is none.
+    """Finds the compiler named by ``CXX``, or the first one on the path; ``None`` if there is none.
 
     Raises:
-        BuildError: ``CXX`` names something that does not run.
+        BuildError: ``CXX`` names no program that exists.
     """
     chosen = os.environ.get("CXX")
     for candidate in [chosen] if chosen else COMPILER_CANDIDATES:
@@ -52,7 +52,7 @@ def find_compiler() -> Compiler | None:
 
 
 def require_compiler() -> Compiler:
-    """The compiler; raises ``BuildError`` with the remedy where there is none."""
+    """Returns the compiler; if there is none, raises ``BuildError`` with the remedy."""
     compiler = find_compiler()
     if compiler is None:
         raise BuildError(
@@ -66,10 +66,10 @@ def require_compiler() -> Compiler:
 
 
 def find_cuda_home() -> Path | None:
-    """Where CUDA's headers and runtime are, if anywhere.
+    """Finds the folder of CUDA's headers and runtime, if there is one.
 
-    ``CUDA_HOME``; then what pip installed with torch, which fits it best; then the toolkit of the
-    nvcc on the path, and /usr/local/cuda.
+    That is ``CUDA_HOME`` or ``CUDA_PATH``, if set. Otherwise it is what pip installed with torch,
+    which fits it best; then the toolkit of the nvcc on the path; then /usr/local/cuda.
     """
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc")
@@ -81,7 +81,7 @@ def find_cuda_home() -> Path | None:
 
 
 def _is_cuda_home(home: Path) -> bool:
-    """Whether all headers are there: pip puts them together from several packages."""
+    """Whether all headers are there: pip installs them from several packages."""
     include = home / "include"
     return (
         (include / "cuda_runtime_api.h").is_file()  # nvidia-cuda-runtime
@@ -95,10 +95,10 @@ def _header_folders(cuda_home: Path) -> list[Path]:
 
 
 def resolve_cuda(option: CudaOption, *, has_sources: bool) -> Path | None:
-    """The toolkit to build with, or ``None`` for a build without CUDA.
+    """Returns the toolkit to build with, or ``None`` for a build without CUDA.
 
     Raises:
-        BuildError: CUDA was asked for and is not possible.
+        BuildError: CUDA was requested and is not possible.
     """
     if option == "off":
         return None
@@ -119,17 +119,17 @@ def resolve_cuda(option: CudaOption, *, has_sources: bool) -> Path | None:
 
 
 def torch_cuda_version() -> str | None:
-    """The CUDA version that torch was built with; ``None`` for a build without CUDA."""
+    """Returns the CUDA version that torch was built with; ``None`` if it was built without."""
     return torch.version.cuda
 
 
 def torch_root() -> Path:
-    """The folder of the installed torch."""
+    """Returns the folder of the installed torch."""
     return Path(torch.__file__).resolve().parent
 
 
 def torch_facts() -> dict[str, str]:
-    """All that a binary depends on at run time beside its sources and flags."""
+    """Returns all that a binary depends on at run time besides its sources and flags."""
     return {
         "torch": str(torch.__version__),
         "torch_revision": str(torch.version.git_version),
@@ -141,7 +141,7 @@ def torch_facts() -> dict[str, str]:
 
 
 def compile_flags(cuda_home: Path | None = None) -> list[str]:
-    """Flags of every file. ``-iquote``: <torch/...> must never find our csrc/torch."""
+    """Returns the flags of every file. ``-iquote``: <torch/...> must never find our csrc/torch."""
     root, python_include = torch_root(), Path(sysconfig.get_path("include"))
     _require(root / "include" / "ATen" / "ATen.h", "reinstall torch: its C++ headers are missing")
     _require(
@@ -163,7 +163,7 @@ def compile_flags(cuda_home: Path | None = None) -> list[str]:
 
 
 def link_flags(cuda_home: Path | None = None) -> list[str]:
-    """Flags of the one link."""
+    """Returns the flags of the linker."""
     lib = torch_root() / "lib"
     libraries = ["torch", "torch_cpu", "torch_python", "c10"]
     if cuda_home is not None:
@@ -179,7 +179,7 @@ def link_flags(cuda_home: Path | None = None) -> list[str]:
 
 
 def find_nccl() -> Path | None:
-    """The folder whose ``include`` and ``lib`` hold NCCL: torch's own, then the system's."""
+    """Finds the folder whose ``include`` and ``lib`` hold NCCL: torch's own, then the system's."""
     homes = [*_site_folders("nvidia/nccl"), Path("/usr/local"), Path("/usr")]
     return next((home for home in homes if (home / "include/nccl.h").is_file()), None)
 
@@ -199,7 +199,7 @@ def _cuda_includes(cuda_home: Path | None) -> list[Path]:
 
 
 def _cuda_libraries(cuda_home: Path | None) -> list[str]:
-    """Paths of the libraries that torch loads, so that there is one of each in a process."""
+    """Returns paths of the libraries that torch loads, so that a process has only one of each."""
     if cuda_home is None:
         return []
     nccl = find_nccl() or Path("/usr")
@@ -221,7 +221,7 @@ def _library(home: Path, pattern: str) -> str:
 
 
 def _site_folders(name: str) -> list[Path]:
-    """Folders that pip's NVIDIA packages may have made, beside torch's."""
+    """Returns folders that NVIDIA's pip packages may have created beside torch's."""
     return [path for path in torch_root().parent.glob(name) if path.is_dir()]
 
 

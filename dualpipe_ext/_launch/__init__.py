@@ -1,1 +1,1 @@
-"""How ranks are started, waited for and ended: what run_ranks() is made of."""
+"""How run_ranks() starts ranks, waits for them and ends them."""

@@ -19,8 +19,8 @@ from dualpipe_ext._launch.waiting import first_cause, time_of_end, too_late, wai
 
 __all__ = ["run_processes"]
 
-# Each rank begins as a new process does, with the environment of now. A test suite that starts
-# hundreds may choose "forkserver" and preload what they all import.
+# Each rank begins as a new process, with the current environment. A test suite that starts hundreds
+# of them may choose "forkserver" and preload what they all import.
 START_METHOD = "spawn"
 
 
@@ -30,7 +30,7 @@ def run_processes(
     """Starts a process for each rank; returns and raises as :func:`dualpipe_ext.testing.run_ranks`."""
     _check_can_be_imported(fn)
     context: Any = mp.get_context(START_METHOD)
-    output = Output() if START_METHOD == "forkserver" else None  # else the launcher's already
+    output = Output() if START_METHOD == "forkserver" else None  # others inherit the launcher's
     with tempfile.TemporaryDirectory(prefix="dualpipe_ranks_") as folder:
         processes = [
             context.Process(
@@ -58,7 +58,7 @@ def run_processes(
 
 
 def _check_can_be_imported(fn: Callable[..., Any]) -> None:
-    """Raises where processes could not find the function, or would start processes themselves."""
+    """Raises if processes could not find the function, or would start processes themselves."""
     if getattr(multiprocessing.process.current_process(), "_inheriting", False):
         raise RuntimeError(
             "run_ranks() was called while a rank imports the main module of its launcher; put the "
@@ -85,7 +85,7 @@ def _start(processes: Sequence[Any], fn: Callable[..., Any]) -> None:
 
 
 def _print_stacks(folder: str, ranks: Sequence[int]) -> None:
-    """Prints what ranks write into files when their time is over."""
+    """Prints the stacks that late ranks write into files."""
     deadline = time.monotonic() + 1.0
     texts: dict[int, str] = {}
     while len(texts) < len(ranks) and time.monotonic() < deadline:
@@ -99,7 +99,7 @@ def _stacks_of(folder: str, rank: int) -> str:
     try:
         with open(path_of_stacks(folder, rank)) as file:
             return file.read()
-    except FileNotFoundError:  # it has not even begun
+    except FileNotFoundError:  # the rank has not even started
         return ""
 
 

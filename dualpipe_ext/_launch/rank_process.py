@@ -1,4 +1,4 @@
-"""What a rank does that is a process: runs the function, and leaves what came of it in a file."""
+"""A rank that is a process: runs the function, and leaves its result or error in a file."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def run_rank(
     """The main function of a rank's process.
 
     Args:
-        fn: is called as ``fn(rank, num_ranks, *args)``.
-        rank: this one.
-        num_ranks: how many there are.
+        fn: called as ``fn(rank, num_ranks, *args)``.
+        rank: the rank of this process.
+        num_ranks: the number of ranks.
         folder: where the ranks meet and leave their results.
         args: further arguments.
-        _: makes the launcher's output this process's, by being sent.
-        time_of_end: when stacks are to be written.
+        _: redirects this process's output to the launcher's, just by being received.
+        time_of_end: when to write stacks, on the monotonic clock.
     """
     _end_with_launcher(folder)
     _write_stacks_at(time_of_end, path_of_stacks(folder, rank))
@@ -60,17 +60,17 @@ def run_rank(
 
 
 def path_of_result(folder: str, rank: int) -> str:
-    """Where a rank that is through leaves ``(True, result)`` or ``(False, error)``."""
+    """Returns where a finished rank leaves ``(True, result)`` or ``(False, error)``."""
     return os.path.join(folder, f"{rank}.pt")
 
 
 def path_of_stacks(folder: str, rank: int) -> str:
-    """Where a rank that is not through in time leaves its stacks."""
+    """Returns where a rank that does not finish in time leaves its stacks."""
     return os.path.join(folder, f"{rank}.stacks")
 
 
 class Output:
-    """Standard output and error of the launcher, which become those of a rank that is sent them."""
+    """Standard output and error of the launcher; they become those of a rank that receives this."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _write_to, (DupFd(1), DupFd(2))
@@ -84,9 +84,9 @@ def _write_to(*duplicates: Any) -> None:
 
 
 def _write_stacks_at(time_of_end: float, path: str) -> None:
-    """Has the stacks of this process written at a time of the monotonic clock, which all share.
+    """Arranges for the stacks of this process to be written at a time of the monotonic clock.
 
-    By a thread that needs no lock of the interpreter's: the process may never give that back.
+    A thread writes them that does not need the interpreter lock, which may never be released.
     """
     seconds = max(time_of_end - time.monotonic(), 0.001)
     if seconds < threading.TIMEOUT_MAX:
@@ -94,7 +94,7 @@ def _write_stacks_at(time_of_end: float, path: str) -> None:
 
 
 def _end_with_launcher(folder: str) -> None:
-    """Ends this process once the one that started it is gone, which can no longer do so itself."""
+    """Ends this process once the one that started it is gone and can no longer do so itself."""
     launcher = multiprocessing.parent_process()
     assert launcher is not None
 
@@ -107,14 +107,14 @@ def _end_with_launcher(folder: str) -> None:
 
 
 class _KeyError(KeyError):
-    """Shows its text as it is, where ``KeyError`` shows how it would be written in a program."""
+    """Shows its text as it is, unlike ``KeyError``, which shows its ``repr()``."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 def _portable(error: Exception) -> BaseException:
-    """The error with its traceback as text, which survives pickling."""
+    """Returns the error with its traceback as text, which survives pickling."""
     text = "".join(traceback.format_exception(error))
     try:
         kind = _KeyError if type(error) is KeyError else type(error)

@@ -60,19 +60,19 @@ def run_threads(
         if errors:
             raise first_cause(errors)
     finally:
-        errors.clear()  # their frames hold this one, and would keep the ranks' pipelines with it
+        errors.clear()  # their frames refer to this one, and would keep the ranks' pipelines alive
     return results
 
 
 @contextmanager
 def _stream_after(issued: torch.cuda.Stream | None) -> Iterator[None]:
-    """A current stream of this thread's own: on the default one, ranks would wait for each other."""
+    """Gives this thread its own current stream: on the default one, ranks would wait for others."""
     if issued is None:
         yield
         return
     with torch.cuda.device(issued.device):
-        # The streams that NCCL waits on by itself have the default priority. In a hardware queue with
-        # one of them, a rank's computation would wait for messages that wait for it.
+        # The streams on which NCCL itself waits have the default priority. In a hardware queue with
+        # one of them, a rank's computation would wait for messages that wait for this computation.
         stream = torch.cuda.Stream(priority=-1)
         stream.wait_stream(issued)
         with torch.cuda.stream(stream):
@@ -81,9 +81,9 @@ def _stream_after(issued: torch.cuda.Stream | None) -> Iterator[None]:
 
 
 def _multiply_once() -> None:
-    """Has cuBLAS allocate its memory of each thread, which may wait for all work on the device.
+    """Makes cuBLAS allocate its memory per thread now, as this may wait for all work on the device.
 
-    Within a step, that work may wait for another rank, whose turn would never come.
+    Within a step, such work may in turn wait for another rank, whose turn would never come.
     """
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         x = torch.ones(16, 16, device="cuda", dtype=dtype)
@@ -95,7 +95,7 @@ def _multiply_once() -> None:
 
 @contextmanager
 def _single_threaded() -> Iterator[None]:
-    """Torch's operations run on the thread that calls them."""
+    """Makes torch's operations run only on the thread that calls them."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Waiting for ranks, and what is raised if that fails."""
+"""Waits for ranks, and finds what to raise if that fails."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["first_cause", "time_of_end", "too_late", "wait"]
 
 
 def time_of_end(timeout: float | None) -> float:
-    """On the monotonic clock, which all processes share."""
+    """Returns the end of ``timeout`` on the monotonic clock, which all processes share."""
     return math.inf if timeout is None else time.monotonic() + timeout
 
 
 def wait(running: Callable[[], bool], failed: Callable[[], bool], timeout: float | None) -> None:
-    """Waits for all ranks; once one has failed, the others have some seconds to notice."""
+    """Waits for all ranks; once one has failed, the others have 15 seconds to notice."""
     deadline = time_of_end(timeout)
     patience = 15.0
     pause = 0.0002
@@ -32,7 +32,7 @@ def wait(running: Callable[[], bool], failed: Callable[[], bool], timeout: float
 
 
 def too_late(late: Sequence[int], num_ranks: int, timeout: float | None) -> TimeoutError:
-    """The error for ranks that were not through, whose stacks have been printed."""
+    """Returns the error for ranks that did not finish, whose stacks have been printed."""
     which = f"ranks {', '.join(map(str, late))} were" if len(late) > 1 else f"rank {late[0]} was"
     return TimeoutError(
         f"{which} not through within timeout={timeout:g} s, of {num_ranks} ranks; their stacks are "
@@ -41,7 +41,7 @@ def too_late(late: Sequence[int], num_ranks: int, timeout: float | None) -> Time
 
 
 def first_cause(errors: dict[int, BaseException]) -> BaseException:
-    """The error that started it: not one that only repeats what happened on another rank."""
+    """Returns the error that came first, not one that only repeats another rank's."""
     by_rank = [errors[rank] for rank in sorted(errors)]
     causes = [e for e in by_rank if not isinstance(e, (PipelineError, TimeoutError))]
     origins = [e for e in by_rank if e.__cause__ is not None or getattr(e, "is_origin", False)]
