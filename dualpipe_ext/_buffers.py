@@ -36,7 +36,7 @@ def average_over(group: dist.ProcessGroup | None, buffers: Iterable[Tensor]) -> 
 
 
 def wide_copies(buffers: Iterable[Tensor]) -> list[WideBuffer]:
-    """Returns the buffers that have a mean, with copies wide enough for equal ones to stay equal."""
+    """Returns the buffers that have a mean, with copies so wide that equal ones stay the same."""
     found = [local_part(b).detach() for b in buffers if b.is_floating_point() or b.is_complex()]
     return [
         (own, own.to(torch.complex128 if own.is_complex() else torch.float64, copy=True))

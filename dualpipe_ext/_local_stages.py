@@ -89,7 +89,7 @@ class LocalStages:
         self._warn_of_what_is_unusual()
 
     def use_transport(self, transport: Transport, reason: str) -> None:
-        """Adopts the transport that all ranks chose; if it is a fallback, the first one says why."""
+        """Adopts the transport that all ranks chose; if it is a fallback, rank 0 warns why."""
         self.transport = transport
         if reason and self._rank == 0:
             warn_caller(

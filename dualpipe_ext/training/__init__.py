@@ -1,4 +1,4 @@
-"""Training a whole model over a pipeline, with the numbers of training it in one piece."""
+"""Trains a whole model over a pipeline, with the results of training it in one piece."""
 
 from dualpipe_ext.training.losses import cross_entropy, next_token_loss
 from dualpipe_ext.training.sampler import ReplicaBatchSampler, collate_rows

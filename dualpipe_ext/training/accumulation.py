@@ -1,4 +1,4 @@
-"""Gradients of several batches as the gradient of one batch made of them."""
+"""Accumulates the gradients of several batches as the gradient of one batch made of them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["Accumulation"]
 
 
 class Accumulation:
-    """Counts the batches until a step of the optimizer, and what they weigh.
+    """Counts the batches until an optimizer step, and their units (rows or tokens).
 
-    Gradients are kept as those of the mean over all units so far: a new batch scales down what is
-    there, instead of everything being divided at the end, where float16 would have overflown.
+    Gradients are kept as those of the mean over all units so far: each batch scales down what is
+    there. If everything were divided at the end instead, float16 could overflow before that.
 
     Args:
-        num_steps: batches between two steps of the optimizer.
-        is_mean: whether the loss is a mean over units; otherwise batches just add up.
+        num_steps: the number of batches per optimizer step.
+        is_mean: whether the loss is a mean over units; otherwise batches are just summed.
     """
 
     def __init__(self, num_steps: int, is_mean: bool) -> None:
@@ -30,16 +30,16 @@ class Accumulation:
 
     @property
     def num_batches(self) -> int:
-        """Added since the last step of the optimizer."""
+        """The number of batches added since the last optimizer step."""
         return self._num_batches
 
     @property
     def is_complete(self) -> bool:
-        """Whether the last batch that was added is the last one before the optimizer's step."""
+        """Whether the batch added last is the last one before an optimizer step."""
         return self._num_batches >= self._num_steps
 
     def add(self, units: int, grads: Sequence[Tensor]) -> int:
-        """Makes room for a batch of so many units; returns what to divide its own units by."""
+        """Scales gradients for a new batch of ``units``; returns what to divide its units by."""
         total = self._units + units
         if self._is_mean and self._units and grads:
             torch._foreach_mul_(list(grads), self._units / total)
@@ -48,13 +48,13 @@ class Accumulation:
         return total
 
     def add_loss(self, loss: float, units: int) -> float:
-        """Takes the loss of the batch that was just added; returns that of all of them as one."""
+        """Adds the loss of the batch added last; returns the loss of all batches as one."""
         self._loss += loss * units if self._is_mean else loss
         if self._num_batches == 1 or not self._is_mean:
             return loss if self._num_batches == 1 else self._loss
         return self._loss / self._units
 
     def restart(self) -> None:
-        """Begins with the next batch."""
+        """Starts over: the next batch is the first one."""
         self._num_batches = self._units = 0
         self._loss = 0.0

@@ -1,4 +1,4 @@
-"""A batch as a training loop has it: inputs and labels, of which every rank takes its own."""
+"""A batch as a training loop provides it: inputs and labels, of which every rank takes its part."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ FAILED = -1.0
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model is given, in its own order, and what its outputs are compared with."""
+    """The inputs of a model, in its own order, and the labels to compare its outputs with."""
 
     inputs: Tensors
     labels: Tensors
 
     def rows(self, dim: int) -> int:
-        """How many rows all tensors have along ``dim``.
+        """Returns how many rows all tensors have along ``dim``.
 
         Raises:
-            ValueError: none, or not equally many; or a tensor without that dimension.
+            ValueError: there are no rows, tensors differ in their number, or one lacks ``dim``.
         """
         tensors = [tensor for tensor in (*self.inputs, *self.labels) if tensor is not None]
         for tensor in tensors:
@@ -50,9 +50,9 @@ class Batch:
         return found[0]
 
     def taken(self, rows: range, count: int, dim: int) -> Batch:
-        """Some rows, of which the last one is repeated until there are so many.
+        """Returns some of the rows, the last of which is repeated until there are ``count``.
 
-        Of no rows it is the one before them.
+        If ``rows`` is empty, the row before it is repeated.
         """
         if rows == range(self.rows(dim)) and count == len(rows):
             return self
@@ -68,10 +68,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchReader:
-    """Finds inputs and labels in what a loader gives.
+    """Finds inputs and labels in what a loader yields.
 
     Attributes:
-        inputs: arguments of the model that the first stage takes; ``None`` where nobody knows.
+        inputs: the arguments of the model that the first stage takes; ``None`` if unknown.
         labels: the names of labels.
     """
 
@@ -79,16 +79,16 @@ class BatchReader:
     labels: tuple[str, ...]
 
     def read(self, given: Any, partly: bool = False) -> Batch:
-        """The batch.
+        """Returns the batch.
 
         Args:
-            given: a tensor, the one input; a tuple whose last element is the labels and whose
-                others are inputs; a pair of tuples; or a mapping by name.
-            partly: whether inputs or labels may be left out, as ``None``.
+            given: a tensor, which is the only input; a tuple whose last element is the labels and
+                whose others are inputs; a pair of tuples; or a mapping by name.
+            partly: whether inputs or labels may be missing, as ``None``.
 
         Raises:
-            ValueError: names that the model does not know, or no inputs.
-            TypeError: something else.
+            ValueError: names that the model does not know, or missing inputs or labels.
+            TypeError: anything else.
         """
         if isinstance(given, Mapping):
             batch = self._read_names(given)
@@ -131,11 +131,11 @@ def is_batch(given: Any) -> bool:
 
 
 def together(batches: Iterable[Any], group: PipelineGroup, timeout: float) -> Iterator[Any]:
-    """The batches of a loader, as long as every rank has one.
+    """Yields the batches of a loader, as long as every rank has one.
 
     Raises:
-        ValueError: some ranks have more batches than others; on all of them.
-        PipelineError: the loader of another rank has failed, or takes more than ``timeout`` seconds
+        ValueError: some ranks have more batches than others; raised on all ranks.
+        PipelineError: the loader of another rank failed, or takes more than ``timeout`` seconds
             longer than this one's.
     """
     given = iter(batches)
@@ -162,7 +162,7 @@ def together(batches: Iterable[Any], group: PipelineGroup, timeout: float) -> It
 
 
 def fingerprint(batch: Batch) -> float:
-    """A number that differs between batches that differ, from a sample of their values."""
+    """Returns a number, computed from a sample of values, by which to tell batches apart."""
     return float(digest((*batch.inputs, *batch.labels)))
 
 

@@ -1,4 +1,4 @@
-"""From a whole model to what one rank has of it, and of each batch."""
+"""Cuts a whole model into what each rank holds of it, and of each batch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["OwnPart", "measured_costs", "own_part", "planner_of"]
 
 
 def planner_of(schedule: str) -> PlannerInfo:
-    """What plans a schedule of that name; raises ScheduleError where there is none."""
+    """Returns the planner of a schedule; raises ScheduleError if there is none of that name."""
     known = {info.name: info for info in schedules()}
     if schedule not in known:
         raise ScheduleError(f"{schedule!r} is no schedule; there are {', '.join(known)}")
@@ -35,7 +35,7 @@ def planner_of(schedule: str) -> PlannerInfo:
 
 
 def _source(config: DualPipeConfig, num_ranks: int) -> ScheduleSource:
-    """The configured schedule on these ranks.
+    """Returns the source of the configured schedule for these ranks.
 
     Raises:
         ValueError: it has another number of stages than is configured.
@@ -59,20 +59,20 @@ def measured_costs(
     group: PipelineGroup,
     replicas: dist.ProcessGroup | None = None,
 ) -> list[Cost] | None:
-    """What the parts of a model take, where it is to be cut by that; all ranks call it.
+    """Measures the costs of a model's parts, if it is to be cut by them; all ranks call it.
 
-    The first rank measures, of the first replica: all have to cut the model alike.
+    Only the first rank of the first replica measures, as all have to cut the model alike.
 
     Args:
         model: as for :func:`own_part`.
         config: the same on every rank.
-        sample_inputs: one micro-batch of the model, to measure its layers with.
+        sample_inputs: one micro-batch of the model's inputs, to measure its layers with.
         group: the ranks.
-        replicas: the ranks in the same place of other pipelines.
+        replicas: the ranks at the same position of other pipelines.
 
     Raises:
-        ValueError: ranks or replicas with other settings, or that are to be cut differently; on all
-            of them.
+        ValueError: ranks or replicas differ in their settings, or in whether they are given a whole
+            model; raised on all of them.
         Exception: what went wrong, on the first rank.
         PipelineError: the same, on the others.
     """
@@ -107,10 +107,10 @@ def _check_replicas(told: Sequence[dict[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class OwnPart:
-    """What a rank has of a model, and of each batch.
+    """One rank's part of a model and of each batch.
 
     Attributes:
-        stages: in the order of the pipeline's modules.
+        stages: the stages of this rank, in the order of the pipeline's modules.
         rows: where the rows of a batch enter and leave.
     """
 
@@ -125,18 +125,17 @@ def own_part(
     group: PipelineGroup,
     show: bool = True,
 ) -> OwnPart:
-    """Cuts a model, and takes what this rank holds.
+    """Cuts a model, and returns this rank's part.
 
     Args:
-        model: a whole one; all of its partitions, or more than this rank's; or this rank's stages.
+        model: a whole model; its partitions, all or at least this rank's; or this rank's stages.
         config: the same on every rank.
-        costs: as :func:`measured_costs` found them.
+        costs: what :func:`measured_costs` returned.
         group: the ranks.
-        show: print how a whole model was cut, on the first rank.
+        show: print on the first rank how a whole model was cut.
 
     Raises:
-        ValueError, TypeError: the model cannot be cut so, or is cut already and the configuration
-            says how to.
+        ValueError, TypeError: the model cannot be cut as configured, or is already cut otherwise.
     """
     source = _source(config, group.size)
     num_microbatches = config.num_microbatches or source.smallest().num_microbatches
@@ -163,7 +162,7 @@ def own_part(
 
 
 def _check_cut(given: Sequence[nn.Module], balance: Balance) -> None:
-    """Raises where stages were not cut as is configured."""
+    """Raises if stages were not cut as configured."""
     sizes = {
         tuple(len(stage.layers) for stage in each.plan.stages)
         for each in given

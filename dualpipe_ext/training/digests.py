@@ -1,4 +1,4 @@
-"""Numbers that differ where tensors do, for ranks to compare."""
+"""Numbers by which ranks compare tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["digest"]
 
 
 def digest(tensors: Iterable[Tensor | None]) -> int:
-    """A number of 32 bits, from the shapes and at most some 2048 values of each tensor."""
+    """Returns 32 bits that depend on the shape and at most some 2048 values of each tensor."""
     value = 0
     for tensor in tensors:
         value = zlib.crc32(b"-" if tensor is None else repr(tuple(tensor.shape)).encode(), value)

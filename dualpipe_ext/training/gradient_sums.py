@@ -20,7 +20,7 @@ class Bucket:
     """Gradients of one type and device.
 
     Attributes:
-        grads: they are summed in place.
+        grads: the gradients, which are summed in place.
         flat: memory for all of them, which other buckets use as well.
     """
 
@@ -28,7 +28,7 @@ class Bucket:
     flat: Tensor
 
     def sum(self, group: dist.ProcessGroup) -> None:
-        """Over the ranks of the group; all of them get the same bits.
+        """Sums the gradients over the ranks of the group; all of them get the same bits.
 
         Raises:
             PipelineError: another rank cannot be reached.
@@ -42,11 +42,11 @@ class Bucket:
 
 
 def find_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> list[bool]:
-    """Which of the parameters have a gradient on some rank of the group.
+    """Finds which of the parameters have a gradient on any rank of the group.
 
     Args:
-        parameters: the same on all ranks, in one order.
-        group: the ranks, which call it together.
+        parameters: the same on all ranks, in the same order.
+        group: the ranks, which call this together.
 
     Raises:
         PipelineError: another rank cannot be reached.
@@ -61,12 +61,12 @@ def find_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup)
 def make_buckets(
     parameters: Sequence[nn.Parameter], found: Sequence[bool], bucket_bytes: int
 ) -> list[Bucket]:
-    """All that is to be summed, and all memory for it.
+    """Makes buckets of all gradients that are to be summed, and all memory for it.
 
     Args:
-        parameters: those without a gradient get one of zeros where another rank has one.
-        found: what :func:`find_gradients` found.
-        bucket_bytes: about how large a bucket is.
+        parameters: those without a gradient get one of zeros if another rank has one.
+        found: what :func:`find_gradients` returned.
+        bucket_bytes: the approximate size of a bucket.
     """
     for parameter, is_anywhere in zip(parameters, found, strict=True):
         if is_anywhere and parameter.grad is None:
@@ -89,7 +89,7 @@ def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
 
 
 def _cut(grads: Sequence[Tensor], bucket_bytes: int) -> Iterator[list[Tensor]]:
-    """Consecutive gradients of one kind, of about so many bytes together."""
+    """Yields consecutive gradients of one kind, of about ``bucket_bytes`` together."""
     bucket: list[Tensor] = []
     size = 0
     for grad in grads:

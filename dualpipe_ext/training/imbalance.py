@@ -1,4 +1,4 @@
-"""Uneven stages, noticed while a model is trained."""
+"""Detects uneven stages while a model is trained."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dualpipe_ext.pipeline import Pipeline
 
 __all__ = ["ImbalanceWatch"]
 
-FIRST, LAST = 3, 5  # steps: the ones before are slow for other reasons
-GAIN = 0.1  # of the simulated step; smaller ones are within what one layer's noise makes
-LEAST_SECONDS = 5e-4  # of a stage and a micro-batch: below, other things than layers take the time
+FIRST, LAST = 3, 5  # steps; earlier ones are slow for other reasons
+GAIN = 0.1  # share of the simulated step; smaller gains are within the noise of one layer
+LEAST_SECONDS = 5e-4  # per stage and micro-batch; below, other things than layers take the time
 
 
 class ImbalanceWatch:
-    """Warns, once, on the first rank, where moving one layer would make steps shorter.
+    """Warns once, on the first rank, if moving one layer would make steps shorter.
 
-    Three steps have to agree that there is one; which one may differ where several are as good.
+    Three steps must agree that there is such a layer; it may differ if several are equally good.
     Stages on a GPU are timed by its clock, and each of the three steps waits for it at its end.
 
     Args:
-        pipeline: whose steps are watched, where its modules are partitions of DualPipe.
+        pipeline: the pipeline to watch, which is done only for a DualPipe of partitions.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -29,7 +29,7 @@ class ImbalanceWatch:
         self._seen: list[Imbalance] = []
 
     def after_step(self) -> None:
-        """Looks at the training step that was just run; all ranks call it."""
+        """Inspects the training step that has just run; all ranks call it."""
         self._num_steps += 1
         if not FIRST - 1 <= self._num_steps <= LAST or not self._is_watched():
             return

@@ -1,4 +1,4 @@
-"""What a loss says of its own mean, held against what a training loop was asked for."""
+"""What a loss function says about its own mean, checked against the options of a training loop."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor, nn
 
 __all__ = ["IGNORED", "LossSettings"]
 
-IGNORED = -100  # torch's default of ignore_index
+IGNORED = -100  # torch's default for ignore_index
 TORCH_LOSSES = (nn.modules.loss._Loss, nn.modules.loss._WeightedLoss)
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What a loss that is torch's or this module's was told about its mean; ``None``: nothing.
+    """The settings of a loss function that concern its mean; ``None``: not known.
 
     Attributes:
-        function: without the arguments that a ``functools.partial`` gave it.
-        reduction: of its own.
-        weight: by class.
+        function: the function, without arguments bound by ``functools.partial``.
+        reduction: its own reduction.
+        weight: its weights by class.
         ignore_index: the label that does not count.
-        num_trained: its own parameters.
-        is_known: whether it is one of those that compare each label with the output in its place.
+        num_trained: the number of its own trainable parameters.
+        is_known: whether it is a known loss over classes, of torch or of this package.
     """
 
     function: Callable[..., Any]
@@ -38,11 +38,11 @@ class LossSettings:
 
     @classmethod
     def of(cls, loss_fn: Callable[..., Any], by_class: Collection[Any]) -> LossSettings:
-        """Those of a function, a module or a partial of one.
+        """Returns the settings of a function, a module or a partial of one.
 
         Args:
-            loss_fn: of some rows.
-            by_class: functions beside torch's that leave out labels of ``IGNORED`` by default.
+            loss_fn: returns the loss of some rows.
+            by_class: functions besides torch's that leave out labels of ``IGNORED`` by default.
         """
         given: dict[str, Any] = {}
         while isinstance(loss_fn, partial):
@@ -51,11 +51,11 @@ class LossSettings:
         if isinstance(loss_fn, TORCH_LOSSES):
             given = {**vars(loss_fn), "weight": getattr(loss_fn, "weight", None), **given}
         is_known = loss_fn in (F.cross_entropy, F.nll_loss, *by_class)
-        is_known |= type(loss_fn) in (nn.CrossEntropyLoss, nn.NLLLoss)  # subclasses do as they like
+        is_known |= type(loss_fn) in (nn.CrossEntropyLoss, nn.NLLLoss)  # subclasses may differ
         if is_known:
             given = {"ignore_index": IGNORED, **given}
         else:
-            given["weight"] = None  # by element: its mean is one over rows all the same
+            given["weight"] = None  # weights by element; the mean is still one over rows
         parameters = loss_fn.parameters() if isinstance(loss_fn, nn.Module) else []
         return cls(
             loss_fn,
@@ -67,7 +67,7 @@ class LossSettings:
         )
 
     def check(self, reduction: str | None, ignore_index: int) -> None:
-        """Raises ValueError where they say otherwise than the arguments of the training loop."""
+        """Raises ValueError if these settings contradict the options of the training loop."""
         if self.num_trained:
             raise ValueError(
                 f"the loss_fn has {self.num_trained} parameters, and no stage trains them; make them "

@@ -20,15 +20,15 @@ LossFunction = Callable[..., Tensor]
 
 
 def cross_entropy(*outputs_and_labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
-    """The mean cross-entropy, in nats, of the first output for the labels.
+    """Returns the mean cross-entropy, in nats, of the first output for the labels.
 
     Args:
-        outputs_and_labels: logits ``[..., classes]``, any further outputs, and last the labels
-            ``[...]``, whole numbers.
+        outputs_and_labels: logits ``[..., classes]``, any further outputs, and finally the labels
+            ``[...]``, which are integers.
         ignore_index: the label that does not count.
 
     Raises:
-        ValueError: labels that are no classes.
+        ValueError: labels that are not class indices, or do not match the logits in shape.
     """
     logits, labels = outputs_and_labels[0], outputs_and_labels[-1]
     if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
@@ -41,9 +41,9 @@ def cross_entropy(*outputs_and_labels: Tensor, ignore_index: int = IGNORED) -> T
 
 
 def next_token_loss(*outputs_and_labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
-    """The mean cross-entropy of each position's logits for the label of the next one.
+    """Returns the mean cross-entropy of each position's logits for the label of the next one.
 
-    What Hugging Face's causal language models compute of labels that are the input's own tokens.
+    Hugging Face's causal language models compute it from labels that are the input's own tokens.
 
     Args:
         outputs_and_labels: as for :func:`cross_entropy`, with time as the second dimension.
@@ -55,16 +55,17 @@ def next_token_loss(*outputs_and_labels: Tensor, ignore_index: int = IGNORED) ->
 
 @dataclass(frozen=True)
 class BatchLoss:
-    """How losses of micro-batches make the loss of a batch.
+    """How the losses of micro-batches make up the loss of a batch.
 
     Attributes:
         function: ``function(*outputs, *labels)`` is the loss of some rows: their sum for ``"sum"``,
             otherwise the mean over their rows (``"mean"``) or tokens (``"token"``).
-        reduction: what a micro-batch weighs: its rows, its tokens, or 1.
-        ignore_index: the label of what is no token.
-        is_shifted: the first label in time counts for no position; ``None`` where nobody knows.
-        refuses_padding: the function may leave out labels of ``ignore_index``, and the weights are
-            those of rows: nobody chose the reduction, or ``function`` is known to count labels.
+        reduction: the weight of a micro-batch: its number of rows or of tokens, or 1.
+        ignore_index: the label of what is not a token.
+        is_shifted: whether the first label in time counts for no position; ``None``: unknown.
+        refuses_padding: whether to refuse labels of ``ignore_index``, which the function may leave
+            out of its mean while weights count rows: because nobody chose the reduction, or because
+            ``function`` is known to take its mean over labels.
     """
 
     function: LossFunction
@@ -74,7 +75,7 @@ class BatchLoss:
     refuses_padding: bool = False
 
     def units(self, labels: Sequence[Tensor | None], rows: int) -> int:
-        """How much a micro-batch weighs, before this is divided by the units of the batch."""
+        """Returns the weight of a micro-batch, before it is divided by the units of the batch."""
         tokens = labels[0] if labels else None
         if self.reduction == "token":
             return self._num_tokens(tokens)
@@ -113,20 +114,20 @@ class BatchLoss:
             )
 
     def weight(self, units: int, total: int) -> float:
-        """The factor of a micro-batch's loss in the loss of a batch of ``total`` units."""
+        """Returns the factor of a micro-batch's loss in the loss of a batch of ``total`` units."""
         return 1.0 if self.reduction == "sum" and units else units / total
 
     def share(self, units: int) -> float:
-        """What turns the loss of a batch into something that adds up over batches."""
+        """Returns the factor by which the losses of batches can be added up."""
         return 1.0 if self.reduction == "sum" else float(units)
 
     def criterion(self, weights: Sequence[float]) -> LossFunction:
-        """The weighted loss of one micro-batch, whose last label is its number in each row."""
+        """Returns the weighted loss of a micro-batch; its last label is its number, in each row."""
 
         def weighted(*outputs_and_labels: Tensor) -> Tensor:
             *values, numbers = outputs_and_labels
             weight = weights[int(numbers.flatten()[0])]
-            if weight == 0.0:  # where nothing counts, a mean is no number
+            if weight == 0.0:  # if nothing counts, a mean is not a number
                 return _zero(values)
             try:
                 return self.function(*values) * weight
@@ -144,7 +145,7 @@ def choose_loss(
     ignore_index: int,
     shifts_labels: bool | None = None,
 ) -> BatchLoss:
-    """The loss that was asked for; left out, the cross-entropy over tokens.
+    """Returns the requested loss; by default, the cross-entropy over tokens.
 
     Args:
         is_causal: labels are the model's own tokens, each for the position before it, unless
@@ -155,9 +156,9 @@ def choose_loss(
         shifts_labels: likewise.
 
     Raises:
-        ValueError: an unknown reduction, or settings of ``loss_fn`` that say otherwise; or it has
-            parameters.
-        TypeError: ``loss_fn`` cannot be called.
+        ValueError: an unknown reduction, or a ``loss_fn`` that has parameters or settings that
+            contradict the other arguments.
+        TypeError: ``loss_fn`` is not callable.
     """
     if reduction is not None and reduction not in get_args(Reduction):
         raise ValueError(f"reduction={reduction!r}: choose 'mean', 'sum' or 'token'")
@@ -184,7 +185,7 @@ def choose_loss(
 
 
 def _is_shifted(loss: LossSettings, told: bool | None) -> bool | None:
-    """Whether a loss leaves out the first label of each row, as far as that is known."""
+    """Whether a loss leaves out the first label of each row; ``None``: unknown."""
     if not loss.is_known:
         return told
     known = loss.function is next_token_loss
@@ -197,7 +198,7 @@ def _is_shifted(loss: LossSettings, told: bool | None) -> bool | None:
 
 
 def _check_rows(output: Tensor, numbers: Tensor, error: Exception) -> None:
-    """Says more of a loss that failed because its ends were given different batches."""
+    """Raises a clearer error if a loss failed because the ends were given different batches."""
     dim, rows = numbers.dim() - 1, numbers.numel()
     if output.dim() > dim and output.shape[dim] != rows:
         raise ValueError(
@@ -207,6 +208,6 @@ def _check_rows(output: Tensor, numbers: Tensor, error: Exception) -> None:
 
 
 def _zero(outputs: Sequence[Tensor | None]) -> Tensor:
-    """A loss of 0 that gives every output a gradient of 0, whatever its values."""
+    """Returns a loss of 0 that gives every output a gradient of 0, whatever its values."""
     learning = [x for x in outputs if x is not None and x.is_floating_point()]
     return torch.stack([x.flatten()[:0].sum().float() for x in learning]).sum()

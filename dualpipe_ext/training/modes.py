@@ -1,4 +1,4 @@
-"""Modes for a while: evaluation, autocast."""
+"""Temporary modes: evaluation and autocast."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["autocasting", "evaluating"]
 
 
 def autocasting(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Autocast to a type; the caller's, where there is none."""
+    """Returns a context of autocast to ``dtype``; ``None`` keeps the caller's."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 @contextmanager
 def evaluating(stages: Sequence[nn.Module]) -> Iterator[None]:
-    """No gradients, and evaluation mode; afterwards every module has the mode that it had."""
+    """Disables gradients and sets evaluation mode; afterwards restores the mode of every module."""
     modes = [(module, module.training) for stage in stages for module in stage.modules()]
     tops = [stage.training for stage in stages]
     for stage in stages:

@@ -1,4 +1,4 @@
-"""Optimizers and schedulers of the parameters that one rank has."""
+"""Optimizers and schedulers of the parameters that one rank holds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MakeScheduler = Callable[..., LRScheduler]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What makes an optimizer or scheduler, or is one.
+    """How to make an optimizer or scheduler, or one that is already made.
 
     Attributes:
         given: a class or function, or what it would make.
@@ -41,7 +41,7 @@ class Recipe:
     options: Mapping[str, Any] | None = None
 
     def make(self, argument: Any) -> Any:
-        """Calls what can be called, with the argument first."""
+        """Calls ``given`` with ``argument`` first, if it is callable; otherwise returns it."""
         return self.given(argument, **(self.options or {})) if callable(self.given) else self.given
 
 
@@ -50,18 +50,18 @@ def make_optimizer(
     parameters: Sequence[nn.Parameter],
     device: torch.device,
 ) -> Optimizer:
-    """The optimizer of a rank.
+    """Makes the optimizer of a rank.
 
     Args:
-        recipe: a class, or a function of a list of parameters; or an optimizer that was made over
-            the whole model's: it is changed in place to hold this rank's alone.
-        parameters: all that the rank has. Where none of them is trained, a placeholder of one
-            element is, so that learning rates and gradient scales go their way on every rank.
-        device: where the rank's stages are.
+        recipe: a class, or a function of a list of parameters; or an optimizer of the whole model's
+            parameters, which is changed in place to hold only this rank's.
+        parameters: all parameters of the rank. If none of them is trained, a placeholder with one
+            element is, so that learning rates and gradient scales develop alike on every rank.
+        device: the device of the rank's stages.
 
     Raises:
         ValueError: an optimizer of other parameters.
-        TypeError: something else was given, or returned; or an optimizer that needs a closure.
+        TypeError: something else was given or returned, or an optimizer that needs a closure.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     placeholder = None if trained else nn.Parameter(torch.zeros(1, device=device))
@@ -80,17 +80,17 @@ def make_optimizer(
 
 
 def refuse_closures(optimizer: Optimizer) -> None:
-    """Raises TypeError for an optimizer that wants to run the model by itself."""
+    """Raises TypeError for an optimizer that has to run the model itself."""
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError("LBFGS runs the model several times a step; use another optimizer")
 
 
 def make_scheduler(recipe: Recipe, optimizer: Optimizer) -> LRScheduler | None:
-    """The scheduler of a rank's optimizer, of a class, a function of it, or as it is; or none.
+    """Makes the scheduler of a rank's optimizer, or takes the one given; ``None`` if there is none.
 
     Raises:
         ValueError: a scheduler of another optimizer.
-        TypeError: something else was given, or returned.
+        TypeError: something else was given or returned.
     """
     if recipe.given is None:
         return None
@@ -110,9 +110,9 @@ def make_scheduler(recipe: Recipe, optimizer: Optimizer) -> LRScheduler | None:
 
 
 def stage_options(optimizer: Optimizer, pipeline: Pipeline) -> dict[str, list[str]]:
-    """The options that the parameters of each stage are trained with, by stage.
+    """Returns, by stage, the options with which each parameter of mirrored stages is trained.
 
-    Both copies of a stage need the same; those of different stages may differ.
+    They must be the same for both copies of a stage; those of different stages may differ.
     """
     of_parameter = {
         id(parameter): _shown(group)
@@ -130,7 +130,7 @@ def stage_options(optimizer: Optimizer, pipeline: Pipeline) -> dict[str, list[st
 
 
 def _shown(group: Mapping[str, Any]) -> str:
-    """Numbers and words, and pairs of numbers; what else a group has may be long, or an object."""
+    """Shows numbers, strings and short tuples of numbers; other options may be long, or objects."""
     values = {
         name: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
         for name, value in group.items()
@@ -148,7 +148,7 @@ def _are_numbers(value: object) -> bool:
 
 
 def step_scheduler(scheduler: LRScheduler | None, loss: float) -> None:
-    """One step; of a scheduler that looks at the loss with the loss, which all ranks know."""
+    """Steps a scheduler; one that depends on the loss gets it, as all ranks know it."""
     if isinstance(scheduler, ReduceLROnPlateau):
         scheduler.step(loss)
     elif scheduler is not None:
@@ -158,7 +158,7 @@ def step_scheduler(scheduler: LRScheduler | None, loss: float) -> None:
 def _narrow(
     optimizer: Optimizer, own: Sequence[nn.Parameter], placeholder: nn.Parameter | None
 ) -> None:
-    """Leaves this rank's parameters in the groups, frozen ones as well, and their state."""
+    """Keeps only this rank's parameters, including frozen ones, in the groups and in the state."""
     kept = {id(parameter) for parameter in (*own, placeholder)}
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) in kept]

@@ -1,4 +1,4 @@
-"""What a training loop was asked for, checked."""
+"""The options of a training loop, and their checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["LoopOptions"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """The options of :class:`dualpipe_ext.TrainingWrapper` that all ranks have alike."""
+    """The options of :class:`dualpipe_ext.TrainingWrapper` that are the same on all ranks."""
 
     loss_fn: LossFunction | None
     reduction: Reduction | None
@@ -28,7 +28,7 @@ class LoopOptions:
     batch_dim: int
 
     def check(self) -> None:
-        """Raises ValueError or TypeError where a value is not allowed."""
+        """Raises ValueError or TypeError if a value is not allowed."""
         for name, least in (("accumulation_steps", 1), ("batch_dim", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
@@ -49,6 +49,6 @@ class LoopOptions:
             )
 
     def to_compare(self) -> dict[str, Any]:
-        """What must be equal on all ranks, as :func:`dualpipe_ext._handshake.agree` takes it."""
+        """Returns what must be equal on all ranks, for :func:`dualpipe_ext._handshake.agree`."""
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "loss_fn"}
         return {**settings, "autocast": str(self.autocast), "stages": {}}

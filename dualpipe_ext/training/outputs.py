@@ -18,16 +18,16 @@ Column = Tensor | None
 
 
 def join_ends(pipeline: Pipeline, own: Any, timeout: float) -> Outputs:
-    """All outputs, on each rank where some of them leave; ``None`` elsewhere.
+    """Returns all outputs, on each rank where some of them leave; ``None`` elsewhere.
 
     Args:
-        pipeline: that computed them. Where its stages have two copies, the first half of the rows
-            leaves on the last rank, the other one on the first.
+        pipeline: the pipeline that computed them. If its stages have two copies, the first half of
+            the rows leaves on the last rank, the other half on the first.
         own: what :meth:`Pipeline.step` returned here.
         timeout: seconds to wait for the other ranks.
 
     Raises:
-        ValueError: outputs of micro-batches do not fit together.
+        ValueError: the outputs of micro-batches cannot be joined.
         PipelineError: this happened on another rank.
     """
     columns = () if own is None else own if isinstance(own, tuple) else (own,)
@@ -42,7 +42,7 @@ def join_ends(pipeline: Pipeline, own: Any, timeout: float) -> Outputs:
 
 
 def first_rows(outputs: Outputs, rows: int, dim: int) -> Outputs:
-    """The first rows of outputs."""
+    """Returns the first ``rows`` rows of outputs."""
     if isinstance(outputs, tuple):
         return tuple(None if each is None else _first(each, rows, dim) for each in outputs)
     return None if outputs is None else _first(outputs, rows, dim)

@@ -1,4 +1,4 @@
-"""One rank's part of a step: its rows, and what the micro-batches weigh that leave there."""
+"""One rank's part of a step: its rows, and the weights of the micro-batches that leave there."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Tensors = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank gives to :meth:`dualpipe_ext.Pipeline.step`.
+    """What one rank passes to :meth:`dualpipe_ext.Pipeline.step`.
 
     Attributes:
-        inputs: the rows that enter here; ``None`` each elsewhere.
-        labels: those of the rows that leave here, and last the number of each row's micro-batch;
-            ``None`` elsewhere.
-        units: by micro-batch, what its loss weighs; 0 for those that leave elsewhere, if their
+        inputs: the rows that enter here; elsewhere, each is ``None``.
+        labels: the labels of the rows that leave here, and finally the number of each row's
+            micro-batch; ``None`` elsewhere.
+        units: by micro-batch, the weight of its loss; 0 for those that leave elsewhere, if their
             labels are not known here.
         total: the units of all micro-batches.
-        fingerprint: of the batch, or ``NO_BATCH`` where this rank knows its part alone.
+        fingerprint: that of the batch, or ``NO_BATCH`` if this rank knows only its part.
     """
 
     inputs: Tensors
@@ -50,11 +50,11 @@ class Cutter:
     Attributes:
         plan: where rows enter and leave.
         group: the ranks.
-        loss: what rows weigh.
-        device: where this rank's stages are.
+        loss: gives the weights of rows.
+        device: the device of this rank's stages.
         dim: the dimension of the rows.
         timeout: seconds to wait for other ranks.
-        share: which part of the rows of a whole batch is this pipeline's, and of how many.
+        share: (i, n): this pipeline takes the i-th of n parts of the rows of a whole batch.
     """
 
     plan: RowPlan
@@ -66,15 +66,15 @@ class Cutter:
     share: tuple[int, int] = (0, 1)
 
     def of_whole(self, batch: Batch, fill: bool = False) -> Part:
-        """This rank's part of a batch that all ranks have.
+        """Returns this rank's part of a batch that all ranks have.
 
         Args:
             batch: the same on every rank.
-            fill: repeat the last row where the pipeline has fewer rows than micro-batches, or
-                none. The micro-batches of these rows weigh nothing.
+            fill: repeat the last row if the pipeline has fewer rows than micro-batches, or none.
+                The micro-batches of added rows have a weight of 0.
 
         Raises:
-            ValueError: it cannot be cut into the micro-batches.
+            ValueError: the batch cannot be split into the micro-batches.
         """
         own = even_part(batch.rows(self.dim), *self.share)
         given = rows = len(own)
@@ -90,10 +90,10 @@ class Cutter:
         return Part(inputs, labels, tuple(units), sum(units))
 
     def of_halves(self, read: Callable[[], Batch]) -> Part:
-        """This rank's part where it was given nothing else: inputs that enter, labels that leave.
+        """Returns this rank's part, if it reads nothing else: inputs that enter, labels that leave.
 
         Raises:
-            ValueError: it cannot be cut, or the ends disagree about the rows of a micro-batch.
+            ValueError: it cannot be split, or the ends disagree about the rows of a micro-batch.
             PipelineError: this happened on another rank.
         """
         batch = Batch((), ())
@@ -127,7 +127,7 @@ class Cutter:
         return self._here(_rows(tensors, rows, self.dim)) if rows else (None,)
 
     def _labels(self, labels: Tensors, rows: int) -> Tensors | None:
-        """The labels of so many rows that leave here, with the numbers of their micro-batches."""
+        """Returns the labels of ``rows`` rows that leave here, and their micro-batches' numbers."""
         if not rows:
             return None
         here = torch.tensor(self.plan.leaving[self.group.rank])

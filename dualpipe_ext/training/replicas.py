@@ -28,15 +28,15 @@ Groups = tuple[dist.ProcessGroup, dist.ProcessGroup]
 def split_mesh(
     mesh: DeviceMesh, process_group: object = None, replica_group: object = None
 ) -> Groups:
-    """The groups of a mesh with axes ``"pp"`` and ``"dp"``: this rank's pipeline, and its replicas.
+    """Returns the groups of a mesh with axes ``"pp"`` and ``"dp"``: a pipeline and its replicas.
 
     Args:
-        mesh: of all ranks.
-        process_group: what else was given as a group, which must be nothing.
+        mesh: a mesh of all ranks.
+        process_group: a group given besides the mesh, which must be ``None``.
         replica_group: likewise.
 
     Raises:
-        ValueError: it has other axes, or there is a group beside it.
+        ValueError: the mesh has other axes, or a group was given besides it.
     """
     if process_group is not None or replica_group is not None:
         raise ValueError("mesh= has both groups; leave out process_group= and replica_group=")
@@ -50,16 +50,16 @@ def split_mesh(
 
 
 class Replicas:
-    """The ranks in the same place of all pipelines, which hold the same parameters.
+    """The ranks at the same position of all pipelines, which hold the same parameters.
 
-    Without a group there is one pipeline, and nothing to exchange.
+    Without a group, there is one pipeline and nothing to exchange.
 
     Args:
-        group: these ranks; the same number of them for every place.
+        group: these ranks; there must be the same number for every position.
 
     Attributes:
         group: these ranks.
-        index: which of them this is.
+        index: the number of this rank among them.
         size: how many there are.
     """
 
@@ -72,12 +72,12 @@ class Replicas:
         """Overwrites parameters and buffers with those of the first replica.
 
         Args:
-            pipeline: this rank's.
+            pipeline: the pipeline of this rank.
 
         Raises:
-            ValueError: groups that are none of pipelines side by side, or other stages in another
-                replica; on every rank that has them.
-            PipelineError: another replica has failed.
+            ValueError: the groups are not those of pipelines side by side, or replicas have
+                different stages.
+            PipelineError: another replica failed.
         """
         if self.group is None:
             return
@@ -89,7 +89,7 @@ class Replicas:
                 dist.broadcast(tensor, group=group_at(group, tensor.device), group_src=0)
 
     def _check_alike(self, pipeline: Pipeline) -> None:
-        """Raises, on all ranks, where replicas hold something else on some."""
+        """Raises, on all ranks, if replicas hold different tensors on any rank."""
         layout = [(n, str(t.dtype), tuple(t.shape)) for n, t in _tensors(pipeline)]
         differs = len(set(self.gather(float(crc32(repr(layout).encode()))))) > 1
         found = pipeline.group.all_gather_floats([float(differs)], pipeline.config.timeout)
@@ -101,7 +101,7 @@ class Replicas:
             )
 
     def gather(self, value: float) -> list[float]:
-        """Everybody's number, by replica.
+        """Returns the number that each replica passes, by replica.
 
         Raises:
             PipelineError: another replica has failed, or cannot be reached.
@@ -114,7 +114,7 @@ class Replicas:
 
     @contextmanager
     def telling_failures(self) -> Iterator[None]:
-        """What is raised in here makes the next :meth:`gather` of the others raise."""
+        """Makes the next :meth:`gather` of the others raise if anything is raised within."""
         try:
             yield
         except BaseException:
@@ -123,7 +123,7 @@ class Replicas:
             raise
 
     def together(self, act: Callable[[], T]) -> T:
-        """Calls ``act``; returns its result once all replicas came through theirs.
+        """Calls ``act``; returns its result once all replicas have completed theirs.
 
         Raises:
             Exception: what ``act`` raised here, once the other replicas know of it.
@@ -144,12 +144,12 @@ class Replicas:
         """Sums gradients over all copies of each stage, those of replicas and of mirrors, in place.
 
         All copies get the same bits: each of two mirrors adds the sum over its own replicas, which
-        these have alike, and that of the other's. A gradient that is ``None`` on all of them stays
-        so.
+        is the same on all of these, and the sum over the other's. A gradient that is ``None`` on
+        all copies stays ``None``.
 
         Raises:
-            Exception: what a rank raised, once all others of all replicas know of it.
-            PipelineError: another rank has failed, or cannot be reached.
+            Exception: what went wrong on this rank, once all ranks of all replicas know of it.
+            PipelineError: another rank failed, or cannot be reached.
         """
         try:
             if self.group is not None:
@@ -160,7 +160,7 @@ class Replicas:
         self.together(pipeline.sync_gradients)
 
     def _sum_over_replicas(self, group: dist.ProcessGroup, pipeline: Pipeline) -> None:
-        """What may fail on one rank alone has no collective in it, where others would wait."""
+        """Keeps what may fail on one rank apart from collectives, in which others would wait."""
         parameters, num_bytes = list(pipeline.parameters()), pipeline.config.bucket_bytes
         found = find_gradients(parameters, group)
         buckets = self.together(lambda: make_buckets(parameters, found, num_bytes))
@@ -168,9 +168,10 @@ class Replicas:
             bucket.sum(group)
 
     def average_buffers(self, pipeline: Pipeline) -> None:
-        """Gives all copies the mean of each buffer that has one, such as a batch norm's statistics.
+        """Sets each buffer that has a mean to its mean over all copies; all ranks call it.
 
-        What is evaluated or saved must not depend on the copy. All ranks call it.
+        Such buffers are the statistics of batch norms. What is evaluated or saved must not depend
+        on the copy.
         """
         pipeline.sync_buffers()
         average_over(self.group, pipeline.buffers())
@@ -181,7 +182,7 @@ def _tensors(pipeline: Pipeline) -> list[tuple[str, Tensor]]:
 
 
 def _check_places(replicas: dist.ProcessGroup, pipeline: Pipeline) -> None:
-    """Raises, on all ranks, where the groups of some are none of pipelines side by side."""
+    """Raises, on all ranks, if the groups of any are not those of pipelines side by side."""
     told = collect(
         pipeline.group,
         pipeline.config.timeout,

@@ -14,12 +14,12 @@ NO_BATCH = -1.0
 
 @dataclass(frozen=True)
 class Report:
-    """One rank's, or all ranks'.
+    """The report of one rank, or of all ranks.
 
     Attributes:
-        loss: the part of the batch's loss that came about here; all of it.
-        fingerprint: of the batch that this rank was given, or ``NO_BATCH``.
-        are_finite: whether the gradients are.
+        loss: this rank's share of the batch loss; after :func:`summarize`, the whole loss.
+        fingerprint: that of the batch that this rank was given, or ``NO_BATCH``.
+        are_finite: whether the gradients are finite.
     """
 
     loss: float
@@ -28,7 +28,7 @@ class Report:
 
 
 def summarize(group: PipelineGroup, own: Report, timeout: float) -> Report:
-    """The reports of all ranks in one, the same on each of them.
+    """Combines the reports of all ranks into one, the same on each of them.
 
     Raises:
         ValueError: ranks were given different batches.

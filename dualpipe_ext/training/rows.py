@@ -13,15 +13,15 @@ __all__ = ["RowPlan", "even_part", "even_parts"]
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Rows go to the ranks where micro-batches enter in even parts, and to micro-batches likewise.
+    """Divides rows evenly among the ranks where they enter, then among the micro-batches there.
 
-    Where that does not come out even, the first ones have one row more, as
-    :meth:`dualpipe_ext.Pipeline.step` cuts.
+    If they do not divide evenly, the first parts have one row more, as in
+    :meth:`dualpipe_ext.Pipeline.step`.
 
     Attributes:
-        num_microbatches: of the step.
+        num_microbatches: the number of micro-batches of a step.
         entering: by rank, the micro-batches that enter there.
-        leaving: by rank, those that leave there.
+        leaving: by rank, the micro-batches that leave there.
     """
 
     num_microbatches: int
@@ -30,7 +30,7 @@ class RowPlan:
 
     @classmethod
     def of(cls, schedule: Schedule) -> RowPlan:
-        """The plan for a schedule."""
+        """Returns the plan for a schedule."""
         ranks = range(schedule.num_ranks)
         first, last = 0, schedule.num_stages - 1
         return cls(
@@ -40,10 +40,10 @@ class RowPlan:
         )
 
     def microbatches(self, rows: int) -> list[range]:
-        """The rows of each micro-batch, of a batch that all ranks have.
+        """Returns the rows of each micro-batch, for a batch that all ranks have.
 
         Raises:
-            ValueError: fewer rows than micro-batches.
+            ValueError: there are fewer rows than micro-batches.
         """
         if rows < self.num_microbatches:
             raise ValueError(
@@ -60,19 +60,19 @@ class RowPlan:
         return [range(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
 
     def entering_rows(self, rank: int, rows: int) -> range:
-        """The rows that enter on a rank; empty where none do."""
+        """Returns the rows that enter on a rank; empty if none do."""
         return self._span(self.entering[rank], rows)
 
     def leaving_rows(self, rank: int, rows: int) -> range:
-        """The rows that leave on a rank; empty where none do."""
+        """Returns the rows that leave on a rank; empty if none do."""
         return self._span(self.leaving[rank], rows)
 
     def _groups(self) -> list[tuple[int, ...]]:
-        """The micro-batches of each rank where some enter."""
+        """Returns the micro-batches of each rank where any enter."""
         return sorted(group for group in self.entering if group)
 
     def _smaller(self) -> str:
-        """How fewer micro-batches are had."""
+        """Says how to get fewer micro-batches."""
         num_ranks = len(self.entering)
         if len(self._groups()) == 2 and self.num_microbatches == 2 * num_ranks:
             return f"fewer ranks: num_microbatches={self.num_microbatches} is the least for {num_ranks}"
@@ -86,12 +86,12 @@ class RowPlan:
 
 
 def even_parts(total: int, num_parts: int) -> list[int]:
-    """Sizes that differ by one at most, the larger ones first."""
+    """Returns sizes that differ by at most one, the larger ones first."""
     return [total // num_parts + (part < total % num_parts) for part in range(num_parts)]
 
 
 def even_part(total: int, part: int, num_parts: int) -> range:
-    """Which of so many things are in one of the :func:`even_parts`."""
+    """Returns which of ``total`` items are in one of the :func:`even_parts`."""
     sizes = even_parts(total, num_parts)
     start = sum(sizes[:part])
     return range(start, start + sizes[part])

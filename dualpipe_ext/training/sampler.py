@@ -14,9 +14,10 @@ __all__ = ["ReplicaBatchSampler", "collate_rows"]
 
 
 def collate_rows(samples: list[Any]) -> Any:
-    """A batch as ``DataLoader`` makes it; ``None`` of no samples.
+    """Collates samples as ``DataLoader`` does; returns ``None`` if there are none.
 
-    For a ``DataLoader(collate_fn=...)`` whose sampler has ``rows=``: on some ranks none are read.
+    For ``DataLoader(collate_fn=...)`` with a sampler that has ``rows=``: some ranks read no
+    samples.
     """
     return default_collate(samples) if samples else None
 
@@ -25,25 +26,25 @@ class ReplicaBatchSampler(Sampler[list[int]]):
     """Batches of indices for a ``DataLoader(batch_sampler=...)`` on each rank of a replica.
 
     Batch k of all replicas together is batch k of training in one piece: each replica has its share
-    of the same batch, no sample is repeated and none left out. (torch's ``DistributedSampler``
-    repeats some where the replicas do not come out even.)
+    of the same batch, no sample is repeated and none is left out. (torch's ``DistributedSampler``
+    repeats samples if they do not divide evenly among replicas.)
 
     Args:
-        num_samples: of the data set.
-        batch_size: of all replicas together.
-        replica: which one this is, of ``num_replicas``.
-        num_replicas: how many there are.
-        shuffle: in an order that ``seed`` and the epoch decide, the same on every rank.
-        seed: of the order.
-        drop_last: leave out the last batch where it is smaller. Otherwise a replica has none where
-            it comes to less than one sample for each: ``evaluate()`` takes loaders of different
-            lengths, ``train_step()`` does not; the other replicas would wait for this one.
-        rows: of the rows of a replica's batch, those to read: for ``train_step(...,
-            halves=True)``, where inputs and labels of different rows are read
-            (:meth:`dualpipe_ext.TrainingWrapper.own_rows`). Batches of none are lists of none.
+        num_samples: the number of samples of the data set.
+        batch_size: the size of a batch of all replicas together.
+        replica: the number of this replica.
+        num_replicas: the number of replicas.
+        shuffle: use an order that ``seed`` and the epoch determine, the same on every rank.
+        seed: the seed of the order.
+        drop_last: leave out the last batch if it is smaller. Otherwise some replicas have no last
+            batch if it has fewer samples than there are replicas. ``evaluate()`` accepts loaders of
+            different lengths; ``train_step()`` does not, as the other replicas would wait.
+        rows: takes the number of rows of a replica's batch, and returns those to read. For
+            ``train_step(..., halves=True)``, which takes inputs and labels of different rows
+            (:meth:`dualpipe_ext.TrainingWrapper.own_rows`). A batch without rows is an empty list.
 
     Raises:
-        ValueError: sizes that do not fit.
+        ValueError: ``replica`` or ``batch_size`` is out of range.
     """
 
     def __init__(
@@ -76,17 +77,17 @@ class ReplicaBatchSampler(Sampler[list[int]]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Decides the order of the next pass; call it alike on every rank."""
+        """Selects the order of the next pass; call it alike on every rank."""
         self._epoch = epoch
 
     def __len__(self) -> int:
-        """How many batches a pass has."""
+        """Returns the number of batches of a pass."""
         whole, rest = divmod(self._num_samples, self._batch_size)
         last = 0 if self._drop_last else even_parts(rest, self._num_replicas)[self._replica]
         return whole + (last > 0)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The batches of one pass."""
+        """Yields the batches of one pass."""
         order = self._order()
         for number in range(len(self)):
             batch = order[number * self._batch_size :][: self._batch_size]

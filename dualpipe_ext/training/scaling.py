@@ -1,4 +1,4 @@
-"""Gradient scaling for float16: all ranks skip a step, or none does."""
+"""Gradient scaling for float16: either all ranks skip a step, or none does."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["RankScaler", "are_finite"]
 
 
 class RankScaler:
-    """A ``GradScaler`` of one rank, which is told what the others found.
+    """A ``GradScaler`` of one rank that takes into account what the others found.
 
     Args:
         scaler: made alike on every rank; its scale then stays the same on all of them.
-        device: where this rank's stages are.
+        device: the device of this rank's stages.
 
     Attributes:
-        scaler: the same.
+        scaler: the scaler that was given.
     """
 
     def __init__(self, scaler: GradScaler, device: torch.device) -> None:
@@ -28,21 +28,21 @@ class RankScaler:
         self.scale(torch.zeros((), device=device))  # ranks without losses need its state as well
 
     def scale(self, loss: Tensor, _microbatch: int = 0) -> Tensor:
-        """The loss to differentiate."""
+        """Returns the scaled loss, which is the one to differentiate."""
         scaled: Tensor = self.scaler.scale(loss)
         return scaled
 
     def unscale(self, optimizer: Optimizer, are_finite: bool) -> None:
-        """Takes the scale out of gradients.
+        """Removes the scale from gradients.
 
         Args:
-            optimizer: of the gradients.
-            are_finite: whether those of all ranks are. If not, this optimizer gets one that is not,
-                so that the scaler finds the same on every rank.
+            optimizer: the optimizer whose gradients to unscale.
+            are_finite: whether the gradients of all ranks are finite. If not, one of this
+                optimizer's is made infinite, so that the scaler finds the same on every rank.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [p.grad for p in parameters if p.grad is not None]
-        if not grads:  # all is frozen here: the scaler asks for a gradient nevertheless
+        if not grads:  # everything here is frozen, but the scaler requires a gradient
             parameters[0].grad = torch.zeros_like(parameters[0])
             grads = [parameters[0].grad]
         if not are_finite:
@@ -50,17 +50,17 @@ class RankScaler:
         self.scaler.unscale_(optimizer)
 
     def reset(self) -> None:
-        """Forgets what an update that has failed has left: that gradients were unscaled."""
+        """Forgets that gradients were unscaled, in case an update failed after that."""
         self.scaler._per_optimizer_states.clear()
 
     def step(self, optimizer: Optimizer) -> None:
-        """A step of the optimizer, unless a gradient is not finite; then the scale is updated."""
+        """Steps the optimizer unless a gradient is not finite; updates the scale in either case."""
         self.scaler.step(optimizer)
         self.scaler.update()
 
 
 def are_finite(grads: Sequence[Tensor]) -> bool:
-    """Whether gradients have no element that is infinite or not a number."""
+    """Whether no element of the gradients is infinite or NaN."""
     if not grads:
         return True
     return bool(torch.stack([grad.isfinite().all().cpu() for grad in grads]).all())

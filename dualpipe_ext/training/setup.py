@@ -1,4 +1,4 @@
-"""From a whole model to a configuration, and to the stages of one rank."""
+"""Makes a configuration for a whole model, and prepares the stages of one rank."""
 
 from __future__ import annotations
 
@@ -30,21 +30,22 @@ __all__ = [
 
 
 def setup_dual_pipe(model: nn.Module, num_stages: int, **settings: Any) -> DualPipeConfig:
-    """A configuration for training a model, which is checked to have so many stages.
+    """Returns a configuration for training a model, after checking that it can be cut.
 
-    Everything is overlapped and activations are computed again in the backward pass, unless
-    ``settings`` says otherwise. There are twice as many micro-batches as stages, the fewest that
-    DualPipe serves; more of them make its bubble a smaller share of the step.
+    Unless ``settings`` say otherwise, everything is overlapped, activations are recomputed in the
+    backward pass, and there are twice as many micro-batches as stages: the fewest that DualPipe
+    supports. With more of them, the bubble is a smaller share of the step.
 
     Args:
-        model: with an adapter (:func:`dualpipe_ext.adapters.get_model_adapter`). Not changed.
-        num_stages: how many; for DualPipe the number of ranks.
-        settings: of :class:`DualPipeConfig`, by name.
+        model: a model with an adapter (:func:`dualpipe_ext.adapters.get_model_adapter`). It is not
+            changed.
+        num_stages: the number of stages; for DualPipe, the number of ranks.
+        settings: further settings of :class:`DualPipeConfig`, by name.
 
     Raises:
-        ValueError: the model cannot be cut into so many stages, the schedule does not serve so many
-            micro-batches, or an unknown setting.
-        TypeError: no model, or a setting of a wrong type.
+        ValueError: the model cannot be cut into so many stages, the schedule does not support the
+            number of micro-batches, or a setting is unknown or has a value that is not allowed.
+        TypeError: ``model`` is not a module, or a setting has the wrong type.
     """
     chosen = {
         "num_stages": num_stages,
@@ -53,7 +54,7 @@ def setup_dual_pipe(model: nn.Module, num_stages: int, **settings: Any) -> DualP
     }
     config = DualPipeConfig.from_dict({**chosen, **settings})
     planner = planner_of(config.schedule)
-    # Whatever is evened out, it can be cut as well; measuring is for the ranks together.
+    # Whether it can be cut does not depend on what is evened out; ranks measure together later.
     balance: Balance = "parameters" if config.evens_out else config.balance
     adapter = get_model_adapter(model)
     adapter.partition(num_stages, balance, paired=planner.placement != "loop", show=False)
@@ -64,7 +65,7 @@ def setup_dual_pipe(model: nn.Module, num_stages: int, **settings: Any) -> DualP
 
 
 def _check_microbatches(config: DualPipeConfig, planner: PlannerInfo) -> None:
-    """Raises where the schedule cannot serve them, as far as its number of ranks is known."""
+    """Raises if the schedule does not support them, as far as its number of ranks is known."""
     if config.num_microbatches and planner.stages_per_rank:
         one_copy = 1 if planner.placement == "bidirectional" else planner.stages_per_rank
         num_ranks = max(2, config.num_stages // one_copy)
@@ -72,16 +73,16 @@ def _check_microbatches(config: DualPipeConfig, planner: PlannerInfo) -> None:
 
 
 def weights_digest(model: nn.Module | Sequence[nn.Module]) -> str:
-    """What :func:`warn_of_other_models` compares; empty for stages and models without values."""
+    """Returns what :func:`warn_of_other_models` compares; empty for stages or without values."""
     if isinstance(model, nn.Module) and not _is_empty(model):
         return str(digest(model.parameters()))
     return ""
 
 
 def warn_of_other_models(own: str, group: PipelineGroup, timeout: float) -> None:
-    """Warns on the first rank when whole models differ between ranks; all ranks call it.
+    """Warns on the first rank if whole models differ between ranks; all ranks call it.
 
-    No error, for a rank may have read the weights of its own stages alone.
+    This is not an error: a rank may have read the weights of only its own stages.
 
     Args:
         own: the :func:`weights_digest` of this rank's model.
@@ -89,7 +90,7 @@ def warn_of_other_models(own: str, group: PipelineGroup, timeout: float) -> None
         timeout: seconds to wait for them.
 
     Raises:
-        PipelineError: a rank did not come.
+        PipelineError: a rank did not join.
     """
     digests = group.all_gather(own, timeout)
     known = [rank for rank, found in enumerate(digests) if found]
@@ -104,29 +105,30 @@ def warn_of_other_models(own: str, group: PipelineGroup, timeout: float) -> None
 
 
 def input_names(stages: Sequence[nn.Module]) -> tuple[str, ...] | None:
-    """What the first stage takes, where an adapter made the stages."""
+    """Returns the names of what the first stage takes, if an adapter made the stages."""
     return next((stage.plan.inputs for stage in stages if isinstance(stage, Partition)), None)
 
 
 def predicts_next_token(stages: Sequence[nn.Module]) -> bool:
-    """Whether they are of a causal language model, as far as an adapter knows."""
+    """Whether the stages are of a causal language model, as far as an adapter knows."""
     return any(stage.plan.is_causal for stage in stages if isinstance(stage, Partition))
 
 
 def seeded(config: DualPipeConfig, group: PipelineGroup, replica: int) -> DualPipeConfig:
-    """The configuration with a seed, the same on all ranks of a pipeline; all of them call it.
+    """Returns the configuration with a seed, the same on all ranks of a pipeline.
 
-    Ranks are seeded alike to make the same model and the same batches, so without it both copies of
-    a stage, and those of all replicas, would drop the same units of different rows. Ranks that are
-    threads share one generator, where a seed cannot hold: theirs stays.
+    Every rank calls it. Ranks are seeded alike to make the same model and the same batches, so
+    without a seed both copies of a stage, in all replicas, would drop the same units of different
+    rows. Ranks that are threads share one generator, for which a seed cannot hold: their
+    configuration stays as it is.
 
     Args:
-        config: with a seed, or else the first rank's generator has one.
+        config: the configuration; without a seed, that of the first rank's generator is used.
         group: the ranks.
         replica: the number of this pipeline among those side by side.
 
     Raises:
-        PipelineError: a rank did not come within the configured time.
+        PipelineError: a rank did not join within the configured time.
     """
     if group.are_threads:
         return config
@@ -141,7 +143,7 @@ def place_stages(
     """Moves a rank's stages to a device; those without values are given memory there.
 
     Raises:
-        ValueError: parameters without values, and no device to make room for them.
+        ValueError: parameters have no values, and no device is given.
     """
     if device is None:
         if any(_is_empty(stage) for stage in stages):

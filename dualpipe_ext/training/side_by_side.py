@@ -1,4 +1,4 @@
-"""Steps of pipelines side by side: each has its part of a batch, and all of them come through."""
+"""Steps of pipelines side by side: each has its part of a batch; all succeed, or all fail."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ T = TypeVar("T")
 
 
 class StepsSideBySide:
-    """What replicas exchange around a step of each one's pipeline.
+    """Runs steps on the pipelines of all replicas, with what these exchange before and after.
 
     A failure on any rank is an error on all ranks of all replicas.
 
     Args:
-        pipeline: this replica's.
-        replicas: all of them.
+        pipeline: the pipeline of this replica.
+        replicas: all replicas.
     """
 
     def __init__(self, pipeline: Pipeline, replicas: Replicas) -> None:
@@ -35,11 +35,11 @@ class StepsSideBySide:
     def ready(
         self, cut: Callable[[], Part], check: Callable[[Part, int], object]
     ) -> tuple[Part, int]:
-        """This rank's part of a batch, and the units of all replicas' batches.
+        """Returns this rank's part of a batch, and the units of all replicas' batches.
 
         Args:
-            cut: takes the part out of the batch.
-            check: is called with both, before a step begins.
+            cut: takes this rank's part out of the batch.
+            check: called with both before the step begins.
 
         Raises:
             Exception: what ``cut`` or ``check`` raised here.
@@ -59,12 +59,13 @@ class StepsSideBySide:
         """Runs a step on all replicas.
 
         Args:
-            step: is told whether the pipeline has to sum gradients over mirrors by itself.
-            sums_gradients: over all copies of each stage. All messages have arrived then, from GPU to
-                GPU as well: what failed does not become an update of parameters.
+            step: called with whether the pipeline itself has to sum gradients over mirrors.
+            sums_gradients: sum gradients over all copies of each stage. Then all messages have
+                arrived on return, even those from GPU to GPU, so that no failure can end up as an
+                update of parameters.
 
         Raises:
-            PipelineError: a step failed, on any rank.
+            PipelineError: a step failed on any rank.
         """
         made = self._replicas.together(lambda: step(sums_gradients and self._is_alone))
         if sums_gradients:
@@ -85,22 +86,22 @@ class StepsSideBySide:
         return self._replicas.size == 1
 
     def settle(self) -> None:
-        """Returns when all messages have arrived; from GPU to GPU, a step does not wait for them.
+        """Waits until all messages have arrived, as a step does not do from GPU to GPU.
 
         Raises:
-            PipelineError: a step failed, on any rank.
+            PipelineError: a step failed on any rank.
         """
         if self._pipeline.transport != "host":
             self._replicas.together(self._pipeline.synchronize)
 
     def _complete(self) -> None:
-        """What is left to do until gradients are those of all copies."""
+        """Does what is left to do until gradients are sums over all copies."""
         if not self._is_alone:
             self._replicas.sum_gradients(self._pipeline)
         self.settle()
 
     def summarize(self, own: Report) -> Report:
-        """The reports of all ranks of all replicas in one, but for the batches' fingerprints."""
+        """Combines the reports of all ranks of this pipeline, and the losses of all replicas."""
         with self._replicas.telling_failures():
             report = summarize(self._pipeline.group, own, self._pipeline.config.timeout)
         return replace(report, loss=math.fsum(self._replicas.gather(report.loss)))

@@ -1,4 +1,4 @@
-"""Steps of a pipeline over batches as loops have them."""
+"""Runs steps of a pipeline over batches as training loops provide them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ BY_ROWS = BatchLoss(torch.sum, "mean")
 
 
 class BatchSteps:
-    """Takes this rank's part out of batches, and runs the steps on them.
+    """Takes this rank's part out of batches, and runs steps on it.
 
     Args:
-        pipeline: that runs them.
-        rows: where its micro-batches' rows enter and leave.
+        pipeline: the pipeline that runs the steps.
+        rows: where the rows of its micro-batches enter and leave.
         dim: the dimension of the rows.
         timeout: seconds to wait for other ranks.
-        share: which part of the rows of a whole batch is this pipeline's, and of how many.
+        share: as for :class:`Cutter`.
 
     Attributes:
-        device: of this rank's stages.
+        device: the device of this rank's stages.
     """
 
     def __init__(
@@ -50,15 +50,16 @@ class BatchSteps:
         self._cutter = Cutter(rows, pipeline.group, BY_ROWS, self.device, dim, timeout, share)
 
     def of_whole(self, read: Callable[[], Batch], loss: BatchLoss, fill: bool = False) -> Part:
-        """This rank's part of a batch that all ranks read.
+        """Returns this rank's part of a batch that all ranks read.
 
         Args:
-            read: gets the batch.
-            loss: what its rows weigh.
+            read: returns the batch.
+            loss: gives the weights of its rows.
             fill: as for :meth:`Cutter.of_whole`.
 
         Raises:
-            Exception: what ``read`` raised, or the batch cannot be cut; the other ranks' step ends.
+            Exception: what ``read`` raised, or the batch cannot be split; the step of the other
+                ranks then fails, too.
         """
         try:
             batch = read()
@@ -69,11 +70,11 @@ class BatchSteps:
             raise
 
     def of_inputs(self, read: Callable[[], Batch]) -> Part:
-        """The same without labels; its total is the number of rows before any were added."""
+        """Does the same without labels; the total is the number of rows before any were added."""
         return self.of_whole(lambda: Batch(read().inputs, ()), BY_ROWS, fill=True)
 
     def of_halves(self, read: Callable[[], Batch], loss: BatchLoss) -> Part:
-        """This rank's part, which is all that it reads; raises as :meth:`Cutter.of_halves`."""
+        """Returns this rank's part if it reads nothing else; raises as :meth:`Cutter.of_halves`."""
         return replace(self._cutter, loss=loss).of_halves(read)
 
     def run(
@@ -87,19 +88,19 @@ class BatchSteps:
         sync_gradients: bool = False,
         return_outputs: bool = False,
     ) -> tuple[float, Any]:
-        """Forward and backward; under ``torch.no_grad()`` the forward.
+        """Runs forward and backward; under ``torch.no_grad()``, only the forward.
 
         Args:
-            part: of the batch.
-            loss: of its micro-batches.
-            total: how many units have weight 1 together.
-            factor: of the loss and its gradients.
-            autocast: the type of autocast around forwards and losses; left out, the caller's.
+            part: this rank's part of the batch.
+            loss: the loss of its micro-batches.
+            total: how many units together have a weight of 1.
+            factor: multiplies the loss and its gradients.
+            autocast: the dtype of autocast around forwards and losses; by default the caller's.
             sync_gradients: as for :meth:`dualpipe_ext.Pipeline.step`.
             return_outputs: likewise.
 
         Returns:
-            This rank's part of the loss, and its outputs.
+            This rank's share of the loss, and its outputs.
         """
         weights = [factor * loss.weight(units, total) for units in part.units]
         with autocasting(self.device, autocast):
@@ -114,11 +115,11 @@ class BatchSteps:
         return 0.0 if losses is None else float(losses.double().sum()), outputs
 
     def tell_of_imbalance(self) -> None:
-        """After a training step that all ranks came through; warns on the first one."""
+        """Warns of uneven stages on the first rank; all call it after a training step succeeded."""
         self._watch.after_step()
 
     def infer(self, part: Part, autocast: torch.dtype | None = None) -> Any:
-        """The outputs of the rows that leave here, those that were added among them."""
+        """Returns the outputs of the rows that leave here, including rows that were added."""
         with torch.no_grad(), autocasting(self.device, autocast):
             _, outputs = self._pipeline.step(
                 *part.inputs, num_chunks=self._rows.num_microbatches, return_outputs=True

@@ -1,4 +1,4 @@
-"""From gradients to new parameters."""
+"""Updates parameters by their gradients."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Act = Callable[[], None]
 
 
 class Updater:
-    """Clips, steps the optimizer and the scheduler, and zeroes, alike on every rank.
+    """Clips and zeroes gradients, and steps optimizer and scheduler, alike on every rank.
 
     Attributes:
-        optimizer: of this rank's parameters.
-        scheduler: of the optimizer.
-        grad_norm: of the whole model's gradient before it was last clipped.
-        num_updates: steps of the optimizer so far; those that a scaler skipped do not count.
+        optimizer: the optimizer of this rank's parameters.
+        scheduler: the scheduler of the optimizer, if there is one.
+        grad_norm: the norm of the whole model's gradient before it was last clipped.
+        num_updates: the number of optimizer steps so far, without those that a scaler skipped.
     """
 
     def __init__(
@@ -54,24 +54,24 @@ class Updater:
 
     @property
     def scaler(self) -> GradScaler | None:
-        """Of losses."""
+        """The loss scaler."""
         return None if self._scaler is None else self._scaler.scaler
 
     def grads(self) -> list[Tensor]:
-        """All gradients of this rank."""
+        """Returns all gradients of this rank."""
         return gradients_of(self._pipeline.parameters())
 
     def can_step(self) -> bool:
-        """Whether this rank's gradients, scaled ones, allow it."""
+        """Whether this rank's gradients allow a step; with a scaler, they must be finite."""
         return self._scaler is None or are_finite(self.grads())
 
     def run(self, loss: float, are_finite: bool, together: Callable[[Act], None]) -> None:
-        """One step, unless the gradients of some rank are not finite and a scaler looks at them.
+        """Takes a step, unless there is a scaler and the gradients of some rank are not finite.
 
         Args:
-            loss: of the batch, for a scheduler that looks at it.
+            loss: the loss of the batch, for a scheduler that depends on it.
             are_finite: whether :meth:`can_step` is true on all ranks.
-            together: calls something on every rank, and raises on all of them where it fails.
+            together: calls a function on every rank, and raises on all of them if it fails on any.
         """
         if self._scaler is not None:
             together(partial(self._scaler.unscale, self.optimizer, are_finite))
@@ -90,11 +90,11 @@ class Updater:
         self.discard()
 
     def discard(self) -> None:
-        """Forgets all gradients, and what was done to them."""
+        """Discards all gradients, and what the scaler knows of them."""
         if self._scaler is not None:
             self._scaler.reset()
         self.optimizer.zero_grad()
-        self._pipeline.zero_grad()  # of parameters that the optimizer was not given
+        self._pipeline.zero_grad()  # those of parameters that the optimizer does not have
         for main_grad in main_grads(self._pipeline.parameters()):
             main_grad.zero_()
 
@@ -107,15 +107,15 @@ def make_updater(
     scaler: GradScaler | None,
     max_grad_norm: float | None,
 ) -> Updater:
-    """What updates a rank's parameters; from now on the pipeline scales the losses.
+    """Makes the updater of a rank's parameters; with a scaler, the pipeline scales losses from now.
 
     Args:
-        pipeline: with the parameters.
-        device: of the rank's stages.
+        pipeline: the pipeline with the parameters.
+        device: the device of the rank's stages.
         optimizer: as for :func:`make_optimizer`.
         scheduler: as for :func:`make_scheduler`.
-        scaler: of losses, if it is enabled.
-        max_grad_norm: gradients of the whole model are clipped to it.
+        scaler: the loss scaler, which is used if it is enabled.
+        max_grad_norm: the norm to which gradients of the whole model are clipped.
 
     Raises:
         ValueError, TypeError: as those functions do.

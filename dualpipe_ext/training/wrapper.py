@@ -1,4 +1,4 @@
-"""Training loops over a pipeline: a step for each batch, with the numbers of the unsplit model."""
+"""Training loops over a pipeline: a step for each batch, with the results of the unsplit model."""
 
 from __future__ import annotations
 
@@ -56,63 +56,65 @@ __all__ = ["TrainingWrapper"]
 
 
 class TrainingWrapper:
-    """Trains a model over a pipeline: losses and parameters are those of training it in one piece.
+    """Trains a model over a pipeline, with the losses and parameters of training it in one piece.
 
-    Every rank makes one, alike, and calls :meth:`train_step`, :meth:`evaluate` and :meth:`predict`
-    with the same batches. A batch is a tensor, a tuple ``(input, ..., labels)``, a pair of tuples,
-    or a mapping by the model's own names and those of labels. Its rows are cut into
-    ``config.num_microbatches``, of which the first ones have a row more where that does not come
-    out even; each counts for what is in it, so that losses and gradients are those of the whole
-    batch. Model and ``loss_fn`` have to treat each row for itself: a batch norm, or a loss that
-    compares rows, sees one micro-batch.
+    Every rank constructs one alike, and calls :meth:`train_step`, :meth:`evaluate` and
+    :meth:`predict` with the same batches. A batch is a tensor, a tuple ``(input, ..., labels)``, a
+    pair of tuples, or a mapping by the names of the model's inputs and of the labels. Its rows are
+    split into ``config.num_microbatches``; if they do not divide evenly, the first micro-batches
+    have one row more. Each micro-batch is weighted by what is in it, so that losses and gradients
+    are those of the whole batch. The model and ``loss_fn`` must treat rows independently: a batch
+    norm, or a loss that compares rows, sees only one micro-batch.
 
     Args:
         model: a whole model, which its adapter cuts: this rank trains its own partitions, which
-            share their parameters with it. Or all partitions that an adapter made of one; or the
-            stages of this rank, in the order of a pipeline's modules.
-        config: the same on every rank; its ``schedule`` and ``num_stages`` say how to cut.
+            share their parameters with the model. Or all partitions that an adapter made of a
+            model; or the stages of this rank, in the order of a pipeline's modules.
+        config: must be the same on every rank; its ``schedule`` and ``num_stages`` say how to cut.
         optimizer: a class, or a function of a list of parameters, that makes this rank's optimizer
-            (AdamW with its own settings, where left out);
-            or an optimizer over the whole model's, which is changed to hold this rank's. With
-            ``None`` there is no :meth:`train_step`.
+            (by default AdamW, with its own default settings); or an optimizer of the whole model's
+            parameters, which is changed to hold only this rank's. With ``None``,
+            :meth:`train_step` cannot be called.
         optimizer_options: further arguments of the class or function.
-        scheduler: of learning rates, likewise, made of the optimizer. It steps when that has.
+        scheduler: a learning rate scheduler, likewise, made from the optimizer. It steps after the
+            optimizer.
         scheduler_options: further arguments of its class or function.
-        loss_fn: ``loss_fn(*outputs, *labels)`` is the loss of some rows, as a scalar, without
-            parameters of its own. Left out: the cross-entropy over tokens, of the next token for
-            causal language models of Hugging Face.
-        reduction: what ``loss_fn`` returns, and what the loss of a batch is: ``"mean"`` over rows,
-            their ``"sum"``, or ``"token"``, the mean over labels other than ``ignore_index`` in all
-            micro-batches.
-        ignore_index: the label of what does not count.
-        shifts_labels: whether the loss compares each position with the next label, and so leaves
-            out the first one of each row, which ``"token"`` does not count then. To be said of a
+        loss_fn: ``loss_fn(*outputs, *labels)`` returns the scalar loss of some rows; it must not
+            have parameters of its own. By default, the cross-entropy over tokens; of the next token
+            for causal language models of Hugging Face.
+        reduction: what ``loss_fn`` returns, and what the loss of a batch is: the ``"mean"`` over
+            rows, their ``"sum"``, or ``"token"``, the mean over all labels other than
+            ``ignore_index`` in all micro-batches.
+        ignore_index: the label of positions that do not count.
+        shifts_labels: whether the loss compares each position with the next label, and thus leaves
+            out the first label of each row, which ``"token"`` then does not count. State it for a
             ``loss_fn`` of your own whose labels have a time dimension.
-        max_grad_norm: gradients of the whole model are clipped to this norm.
-        accumulation_steps: batches between two steps of the optimizer. The gradient is that of one
+        max_grad_norm: the norm to which gradients of the whole model are clipped.
+        accumulation_steps: the number of batches per optimizer step. The gradient is that of one
             batch made of all of them.
-        scaler: scales losses for float16. All ranks skip a step where one of them finds a gradient
-            that is not finite; the scheduler does not step then.
-        autocast: the type of autocast around forwards and losses.
-        device: where to move this rank's stages; left out, they stay. Needed for a model on the meta
-            device, whose values :meth:`load_checkpoint` brings.
-        input_names: what the first stage takes, for batches by name, where stages are your own.
+        scaler: scales losses for float16. If any rank finds a gradient that is not finite, all
+            ranks skip the step, and the scheduler does not step either.
+        autocast: the dtype of autocast around forwards and losses.
+        device: where to move this rank's stages; by default they stay where they are. Required for
+            a model on the meta device, whose values :meth:`load_checkpoint` provides.
+        input_names: the names of what the first stage takes, for batches by name if stages are your
+            own.
         label_names: which entries of a batch by name are labels, in the order of ``loss_fn``.
         sample_inputs: one micro-batch of the model's inputs, for a ``config.balance`` that measures
-            layers; adapters of Hugging Face's models make one up.
+            layers; adapters of Hugging Face models can make one up.
         batch_dim: the dimension of the rows, 0 or more.
-        process_group: the ranks; torch's default group where left out.
-        replica_group: the ranks in the same place of other pipelines (replicas), each of which is
-            given its own part of the batch on all of its ranks (:class:`~dualpipe_ext.training.
+        process_group: the ranks, as for :class:`~dualpipe_ext.Pipeline`.
+        replica_group: the ranks at the same position of other pipelines (replicas). Each replica is
+            given its own part of the batch, on all of its ranks (:class:`~dualpipe_ext.training.
             ReplicaBatchSampler`). Losses and gradients are those of the whole batch.
-        mesh: with axes ``"pp"`` and ``"dp"``, in place of both groups.
+        mesh: a mesh with axes ``"pp"`` and ``"dp"``, instead of both groups.
 
     Attributes:
-        pipeline: what runs the steps.
+        pipeline: the pipeline that runs the steps.
 
     Raises:
-        ValueError: a model, group or option that does not fit.
-        TypeError: an argument of a wrong type.
+        ValueError: an unsuitable model, group or option.
+        TypeError: an argument of the wrong type.
         PipelineError: another rank could not be constructed.
     """
 
@@ -160,7 +162,7 @@ class TrainingWrapper:
         )
         self._replicas = Replicas(replica_group)
         self._replicas.together(lambda: self._agree(lambda: self._check(model)))
-        # Before the model is given memory with whatever is in it.
+        # Before a model without values is given memory, with arbitrary content.
         weights = self._replicas.together(lambda: weights_digest(model))
         costs = measured_costs(model, self.config, sample_inputs, self._group, self._replicas.group)
         with self._replicas.telling_failures():
@@ -174,14 +176,14 @@ class TrainingWrapper:
         self._steps = BatchSteps(self.pipeline, self._rows, batch_dim, self.config.timeout)
         self._side_by_side = StepsSideBySide(self.pipeline, self._replicas)
         self._updater: Updater | None = None
-        self._is_torn = False  # while an update is under way, and after one that has failed
+        self._is_torn = False  # True during an update, and after one that failed
         if optimizer is not None:
             made = Recipe(optimizer, optimizer_options), Recipe(scheduler, scheduler_options)
             self._replicas.together(lambda: self._agree(lambda: self._equip(*made, scaler)))
 
     @property
     def optimizer(self) -> Optimizer:
-        """Of this rank's parameters.
+        """The optimizer of this rank's parameters.
 
         Raises:
             ValueError: there is none.
@@ -190,7 +192,7 @@ class TrainingWrapper:
 
     @property
     def scheduler(self) -> LRScheduler | None:
-        """Of the optimizer."""
+        """The scheduler of the optimizer, if there is one."""
         return self._trained_by.scheduler
 
     @property
@@ -200,36 +202,36 @@ class TrainingWrapper:
 
     @property
     def num_updates(self) -> int:
-        """Steps of the optimizer so far; those that a scaler skipped do not count."""
+        """The number of optimizer steps so far, without those that a scaler skipped."""
         return self._trained_by.num_updates
 
     def train_step(self, batch: Any, *, halves: bool = False, update: bool | None = None) -> Tensor:
-        """Trains on a batch: forward and backward, and every ``accumulation_steps`` an update.
+        """Trains on a batch: forward, backward and, every ``accumulation_steps``, an update.
 
         Args:
-            batch: the same on every rank, at least as many rows as micro-batches. It may be in host
-                memory.
-            halves: every rank is given its own part alone: the inputs of the rows that enter there,
-                the labels of those that leave (:meth:`own_rows`), ``None`` where there are none.
-            update: whether to update now, after a shorter or in a longer accumulation.
+            batch: the same on every rank, with at least as many rows as micro-batches. It may be in
+                host memory.
+            halves: every rank is given only its own part: the inputs of the rows that enter there,
+                and the labels of those that leave (:meth:`own_rows`); ``None`` if there are none.
+            update: whether to update now, to make an accumulation shorter or longer.
 
         Returns:
-            The loss of the batch, the same on every rank: a float64 scalar in host memory.
+            The loss of the batch, a float64 scalar in host memory, the same on every rank.
 
         Raises:
-            ValueError, TypeError: a batch that does not fit the model or cannot be cut, ranks with
-                different batches, or no optimizer.
-            PipelineError: a stage raised, or another rank failed. Gradients that were accumulated
-                are gone; the next step works.
-            Exception: what optimizer or scheduler raised on this rank; the others raise a
-                ``PipelineError``. Parameters may have been updated on some ranks alone, so that
-                there is no further step before :meth:`load_checkpoint`.
+            ValueError, TypeError: a batch that does not fit the model or cannot be split, ranks
+                with different batches, or no optimizer.
+            PipelineError: a stage raised, or another rank failed. Accumulated gradients are
+                discarded; the next step works.
+            Exception: what the optimizer or scheduler raised on this rank; the others raise a
+                ``PipelineError``. Parameters may have been updated on only some ranks, so no
+                further step is possible before :meth:`load_checkpoint`.
         """
         updater = self._trained_by
         with self._replicas.telling_failures():
             try:
                 self._check_whole()
-            except ValueError as error:  # an interrupt may have torn this rank alone
+            except ValueError as error:  # an interrupt may have torn only this rank
                 self.pipeline.abandon_step(error)
                 raise
         try:
@@ -256,20 +258,20 @@ class TrainingWrapper:
         return torch.tensor(report.loss, dtype=torch.float64)
 
     def evaluate(self, data: Any, *, halves: bool = False) -> Tensor:
-        """The loss of a batch, or of all batches of an iterable as if they were one.
+        """Returns the loss of a batch, or of all batches of an iterable as if they were one.
 
-        In evaluation mode and without gradients; modes are put back. A batch may have fewer rows
-        than micro-batches: rows are added that do not count.
+        Runs in evaluation mode and without gradients, and restores modes afterwards. A batch may
+        have fewer rows than micro-batches: rows that do not count are added.
 
         Args:
             data: a batch, or an iterable of batches, the same on every rank.
-            halves: as for :meth:`train_step`; then there are no rows added.
+            halves: as for :meth:`train_step`; no rows are added then.
 
         Returns:
-            The loss, the same on every rank: a float64 scalar in host memory.
+            The loss, a float64 scalar in host memory, the same on every rank.
 
         Raises:
-            ValueError, TypeError, PipelineError: as :meth:`train_step` does; or no batch.
+            ValueError, TypeError, PipelineError: as :meth:`train_step` does; or there is no batch.
         """
         loss, units, mark = 0.0, 0, 0.0
         self._replicas.average_buffers(self.pipeline)
@@ -288,20 +290,20 @@ class TrainingWrapper:
         return torch.tensor(report.loss / self._loss.share(total), dtype=torch.float64)
 
     def predict(self, batch: Any) -> Outputs:
-        """The model's outputs for a batch, in evaluation mode and without gradients.
+        """Returns the model's outputs for a batch, in evaluation mode and without gradients.
 
         Args:
-            batch: as for :meth:`evaluate`, the same on every rank; replicas, which all call it, may
-                have others. Labels are not looked at. Inputs alone are a tensor, a mapping, or a
-                pair ``((input, ...), ())``.
+            batch: as for :meth:`evaluate`, the same on every rank of a replica; all replicas call
+                this, but may have different batches. Labels are ignored. Inputs without labels are
+                a tensor, a mapping, or a pair ``((input, ...), ())``.
 
         Returns:
-            All rows' outputs, a tuple where there are several, on the ranks where micro-batches
+            The outputs of all rows, a tuple if there are several, on the ranks where micro-batches
             leave (DualPipe: the first and the last); ``None`` elsewhere.
 
         Raises:
-            ValueError, TypeError, PipelineError: as :meth:`train_step` does; or outputs of
-                micro-batches that do not fit together.
+            ValueError, TypeError, PipelineError: as :meth:`train_step` does; or the outputs of
+                micro-batches cannot be joined.
         """
         self._replicas.average_buffers(self.pipeline)
         with evaluating(self._stages):
@@ -312,10 +314,10 @@ class TrainingWrapper:
         return first_rows(outputs, part.total, self._options.batch_dim)
 
     def own_rows(self, rows: int) -> tuple[range, range]:
-        """The rows of a batch of so many that enter on this rank, and those that leave here.
+        """Returns which rows of a batch of ``rows`` enter on this rank, and which leave here.
 
-        For loaders that read no more than ``halves=True`` asks for: inputs of the former, labels of
-        the latter.
+        For loaders that read only what ``halves=True`` requires: the inputs of the former and the
+        labels of the latter.
         """
         rank = self._group.rank
         return self._rows.entering_rows(rank, rows), self._rows.leaving_rows(rank, rows)
@@ -327,18 +329,19 @@ class TrainingWrapper:
         extra: Any = None,
         keep: int | None = None,
     ) -> Path:
-        """Saves everything that training needs to go on, on any number of ranks; all call it.
+        """Saves everything needed to continue training, on any number of ranks; all ranks call it.
 
         Args:
-            folder: of this run's checkpoints, on a file system that all ranks share.
-            extra: what else is to be had back, such as the place in the data.
-            keep: how many of the last checkpoints stay there; all of them where left out.
+            folder: the folder of this run's checkpoints, on a file system that all ranks share.
+            extra: anything else to save and restore, such as the position in the data.
+            keep: how many of the latest checkpoints to keep; by default all.
 
         Returns:
-            The place of the checkpoint: ``folder/step-<num_updates>``.
+            The path of the checkpoint: ``folder/step-<num_updates>``.
 
         Raises:
-            ValueError: in the middle of an accumulation, whose gradients are not saved.
+            ValueError: in the middle of an accumulation, as gradients are not saved; or after an
+                update that failed.
             Exception: what went wrong on this rank.
             PipelineError: another rank could not save, with its reason.
         """
@@ -362,13 +365,14 @@ class TrainingWrapper:
         )
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> Resumed:
-        """Goes on from a checkpoint, or from the latest one in a folder; all ranks call it.
+        """Continues from a checkpoint, or from the latest one in a folder; all ranks call it.
 
-        Without an optimizer the model alone is loaded.
+        Without an optimizer, only the model is loaded.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
-            ValueError: one that does not fit, on every rank.
+            ValueError: the checkpoint does not fit, on every rank; or it is damaged, on the ranks
+                that find so.
             PipelineError: another rank could not load, with its reason.
         """
         updater = self._updater
@@ -394,7 +398,7 @@ class TrainingWrapper:
         agree(self._group, self.config.timeout, describe)
 
     def _check(self, model: nn.Module | Sequence[nn.Module]) -> dict[str, Any]:
-        """What can be wrong before a model is measured and cut; nothing to compare yet."""
+        """Checks what can be wrong before the model is cut; there is nothing to compare yet."""
         self._options.check()
         given = model if isinstance(model, Sequence) else [model]
         for module in (each for each in given if isinstance(each, nn.Module)):
@@ -411,7 +415,7 @@ class TrainingWrapper:
         device: torch.device | str | None,
         costs: list[Cost] | None,
     ) -> dict[str, Any]:
-        """Cuts the model, and resolves what can be wrong on one rank; the others are told."""
+        """Cuts the model and does what else may fail on one rank; returns what ranks compare."""
         options = self._options
         part = own_part(model, self.config, costs, self._group, show=self._replicas.index == 0)
         self._rows, stages = part.rows, part.stages
@@ -432,7 +436,7 @@ class TrainingWrapper:
     def _equip(
         self, optimizer: Recipe, scheduler: Recipe, scaler: GradScaler | None
     ) -> dict[str, Any]:
-        """Makes what changes parameters."""
+        """Makes optimizer and scheduler; returns what ranks compare."""
         self._updater = make_updater(
             self.pipeline,
             self._steps.device,
@@ -448,7 +452,7 @@ class TrainingWrapper:
     # Steps
 
     def _check_whole(self) -> None:
-        """Raises, on all ranks, where an update has failed on some of them."""
+        """Raises if an update has failed, after which ranks may differ in their parameters."""
         if self._is_torn:
             raise ValueError(
                 "an update has failed, and some ranks may have parameters that others have not: "
@@ -465,7 +469,7 @@ class TrainingWrapper:
         return self._updater
 
     def _update(self, updater: Updater, report: Report) -> None:
-        """Changes parameters on all ranks; one that cannot is told to the others."""
+        """Updates parameters on all ranks; if one cannot, the others raise as well."""
         failure = "could not update its parameters"
         together = partial(act_together, self._group, self.config.timeout, failure=failure)
         self._is_torn = True
@@ -473,7 +477,7 @@ class TrainingWrapper:
         self._is_torn = False
 
     def _part(self, given: Any, halves: bool, fill: bool) -> Part:
-        """This rank's part of a batch."""
+        """Returns this rank's part of a batch."""
         if halves:
             return self._steps.of_halves(lambda: self._read_half(given), self._loss)
         return self._steps.of_whole(lambda: self._reader.read(given), self._loss, fill)
@@ -482,12 +486,12 @@ class TrainingWrapper:
         return Batch((), ()) if given is None else self._reader.read(given, partly=True)
 
     def _infer(self, batch: Any) -> tuple[Part, Any]:
-        """This rank's part of a batch, and the outputs of the rows that leave here."""
+        """Returns this rank's part of a batch, and the outputs of the rows that leave here."""
         part = self._steps.of_inputs(lambda: self._reader.read(batch))
         return part, self._steps.infer(part, self._options.autocast)
 
     def _run(self, part: Part, total: int, sync_gradients: bool = False) -> float:
-        """This rank's part of the loss, of which ``total`` units have weight 1."""
+        """Runs a step; returns this rank's share of the loss, for which ``total`` units weigh 1."""
         autocast = self._options.autocast
         loss, _ = self._steps.run(
             part, self._loss, total, autocast=autocast, sync_gradients=sync_gradients
