@@ -1,4 +1,4 @@
-"""Checkpoints: saved on some number of ranks, loaded on any other, or by the model in one piece."""
+"""Checkpoints, saved on one number of ranks and loaded on any other, or by an unsplit model."""
 
 from dualpipe_ext.checkpoint.folders import latest_checkpoint
 from dualpipe_ext.checkpoint.huggingface import export_pretrained, import_pretrained

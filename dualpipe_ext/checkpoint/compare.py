@@ -17,7 +17,7 @@ def check_architecture(saved: Saved, wanted: Shapes, architecture: str) -> None:
 
     Args:
         saved: the checkpoint.
-        wanted: all names of the model with their shapes.
+        wanted: the names and shapes that the model has.
         architecture: the name of the model's class.
     """
     there = saved.shapes()

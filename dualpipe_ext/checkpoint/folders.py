@@ -1,7 +1,7 @@
-"""Folders of checkpoints, in which whatever has the name of a checkpoint is complete.
+"""Folders of checkpoints, in which anything with the name of a checkpoint is complete.
 
-A checkpoint is written to a folder with a leading dot beside its place, down to its last byte, and
-then renamed. What a save that was cut off has left is removed by the next one.
+A checkpoint is written in full to a folder whose name begins with a dot, next to its final place,
+and then renamed. What an interrupted save left behind is removed by the next one.
 """
 
 from __future__ import annotations
@@ -35,20 +35,21 @@ _STEP = re.compile(r"step-(\d{8,})(-\d+)?")
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint in a folder that was saved last and completely; ``None`` if there is none.
+    """Returns the latest complete checkpoint in a folder; ``None`` if there is none.
 
     Raises:
         ValueError: a manifest is damaged or of a later version, so that the latest checkpoint
-            cannot be told.
+            cannot be determined.
     """
     return next(reversed(_checkpoints(Path(folder))), None)
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """A checkpoint itself, or the latest one in a folder of them.
+    """Returns ``path`` if it is a checkpoint, or the latest one if it is a folder of them.
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: as for :func:`latest_checkpoint`.
     """
     if (Path(path) / MANIFEST).is_file():
         return Path(path)
@@ -86,7 +87,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def begin(folder: Path) -> Path:
-    """Makes a folder to write a checkpoint to."""
+    """Creates a folder to write a checkpoint to, and removes those of interrupted saves."""
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f".*{_DRAFT}"):
         shutil.rmtree(left, ignore_errors=True)
@@ -96,7 +97,7 @@ def begin(folder: Path) -> Path:
 
 
 def commit(draft: Path, step: int, facts: dict[str, Any]) -> Path:
-    """Makes what was written a checkpoint: the latest one. Returns its place."""
+    """Turns what was written into a checkpoint, which is now the latest one; returns its path."""
     folder = draft.parent
     others = _checkpoints(folder, intact=True).values()
     manifest = {
@@ -121,21 +122,21 @@ def discard(draft: Path) -> None:
 
 
 def remove_old(checkpoint: Path, keep: int | None) -> None:
-    """Removes others of the same step as the latest one, and all but the last ``keep``."""
-    others = _checkpoints(checkpoint.parent, intact=True)  # what is not understood is left alone
+    """Removes all but the last ``keep`` checkpoints, and earlier ones of the latest one's step."""
+    others = _checkpoints(checkpoint.parent, intact=True)  # unreadable ones are left alone
     step = others.pop(checkpoint)["step"]
     old = [other for other, manifest in others.items() if manifest["step"] == step]
     if keep is not None:
         rest = [other for other in others if other not in old]
         old += rest[: max(0, len(rest) - (keep - 1))]
     for other in old:
-        # Under another name first: half a checkpoint must not look like one.
+        # Renamed first: half a checkpoint must not look like a whole one.
         gone = other.rename(other.parent / f".{uuid.uuid4().hex}{_DRAFT}")
         shutil.rmtree(gone, ignore_errors=True)
 
 
 def _checkpoints(folder: Path, *, intact: bool = False) -> dict[Path, dict[str, Any]]:
-    """The manifests of all checkpoints in a folder, in the order in which they were saved.
+    """Returns the manifests of all checkpoints in a folder, in the order they were saved in.
 
     That need not be the order of their steps.
 
@@ -159,13 +160,13 @@ def _names(folder: Path, step: int) -> Iterator[Path]:
     name = f"step-{step:08d}"
     yield folder / name
     number = 2
-    while True:  # of a step that is saved again; the earlier one is removed afterwards
+    while True:  # a step may be saved again; its earlier checkpoint is removed afterwards
         yield folder / f"{name}-{number}"
         number += 1
 
 
 def _checksum(manifest: dict[str, Any]) -> int:
-    """The checksum of a manifest's content, whatever its layout."""
+    """Returns the checksum of a manifest's content, whatever its layout."""
     return crc32(json.dumps(manifest, sort_keys=True).encode())
 
 

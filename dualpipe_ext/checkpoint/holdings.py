@@ -1,4 +1,4 @@
-"""What one rank holds of a model, under the names of the model in one piece."""
+"""What one rank holds of a model, under the names of the unsplit model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dualpipe_ext.pipeline import Pipeline
 
 __all__ = ["Holding", "Piece", "Shapes"]
 
-Shapes = dict[str, "list[int] | None"]  # by name; None for what is no tensor
+Shapes = dict[str, "list[int] | None"]  # by name; None for what is not a tensor
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Piece:
     """One module of a rank.
 
     Attributes:
-        stage: 0 for a model in one piece.
-        module: the stage, or the model.
-        prefix: the prefix of its names. Partitions have the names of their model; those of other
-            stages begin with their stage, for nobody knows what they are in the model.
-        is_saved: whether it is saved here, rather than on the rank that has its other copy.
+        stage: the number of the stage; 0 for an unsplit model.
+        module: the stage or the model.
+        prefix: the prefix of its names. Partitions have the names of their model. Names of other
+            stages begin with the stage, as their names in the model are not known.
+        is_saved: whether it is saved here, rather than on the rank that holds its other copy.
     """
 
     stage: int
@@ -38,7 +38,7 @@ class Piece:
     is_saved: bool
 
     def state(self) -> dict[str, Any]:
-        """Parameters, buffers and what else the module's ``state_dict()`` has."""
+        """Returns parameters, buffers and whatever else the module's ``state_dict()`` has."""
         return {f"{self.prefix}{name}": value for name, value in self.module.state_dict().items()}
 
     def load(self, values: dict[str, Any]) -> None:
@@ -47,20 +47,20 @@ class Piece:
         self.module.load_state_dict(own)
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """The parameters by name; one with several names comes once with each."""
+        """Yields parameters with their names; one with several names comes once with each."""
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             yield f"{self.prefix}{name}", parameter
 
 
 @dataclass(frozen=True)
 class Holding:
-    """All modules of a rank, and the ranks that hold the rest.
+    """All modules of a rank, and the ranks that hold the others.
 
     Attributes:
         architecture: the name of the model's class.
-        pieces: its modules, by stage.
+        pieces: the modules of the rank, by stage.
         ranks: the ranks of the pipeline.
-        pipeline: ``None`` for a model in one piece.
+        pipeline: the pipeline; ``None`` for an unsplit model.
     """
 
     architecture: str
@@ -70,10 +70,11 @@ class Holding:
 
     @classmethod
     def of(cls, model: nn.Module, timeout: float) -> Holding:
-        """The holding of a pipeline's rank, or of a model in one piece.
+        """Returns what a rank of a pipeline holds, or an unsplit model.
 
         Raises:
-            TypeError: no module, or a stage without its pipeline.
+            TypeError: ``model`` is not a module, or is a partition without its pipeline.
+            ValueError: a parameter is sharded.
         """
         if isinstance(model, Partition) or not isinstance(model, nn.Module):
             raise TypeError(
@@ -105,20 +106,20 @@ class Holding:
 
     @property
     def seed(self) -> int | None:
-        """The seed of the pipeline's dropout."""
+        """The seed of the pipeline's random numbers, such as dropout's."""
         return None if self.pipeline is None else self.pipeline.config.seed
 
     def saved_state(self) -> dict[str, Any]:
-        """The state that this rank saves."""
+        """Returns the state that this rank saves."""
         pieces = [piece for piece in self.pieces if piece.is_saved]
         return {name: value for piece in pieces for name, value in piece.state().items()}
 
     def state_names(self) -> list[str]:
-        """All names in the state of this rank's modules."""
+        """Returns all names in the state of this rank's modules."""
         return [name for piece in self.pieces for name in piece.state()]
 
     def shapes(self) -> dict[int, Shapes]:
-        """The same names with the shapes of tensors, by stage."""
+        """Returns the same names with the shapes of tensors, by stage."""
         return {
             piece.stage: {
                 name: list(value.shape) if isinstance(value, Tensor) else None
@@ -128,7 +129,7 @@ class Holding:
         }
 
     def names(self) -> dict[int, list[str]]:
-        """All names of each parameter, by its identity; that of the lowest stage is the first."""
+        """Returns all names of each parameter, by its id; that of the lowest stage comes first."""
         found = defaultdict(list)
         for piece in self.pieces:
             for name, parameter in piece.parameters():
@@ -136,7 +137,7 @@ class Holding:
         return found
 
     def saved_names(self) -> dict[int, str]:
-        """The name, by identity, of each parameter whose optimizer state this rank saves."""
+        """Returns the name, by id, of each parameter whose optimizer state this rank saves."""
         saved = {name for piece in self.pieces if piece.is_saved for name, _ in piece.parameters()}
         return {key: names[0] for key, names in self.names().items() if names[0] in saved}
 

@@ -1,7 +1,7 @@
-"""Weights from and to folders of Hugging Face's ``save_pretrained``.
+"""Imports and exports weights from and to folders of Hugging Face's ``save_pretrained``.
 
-Both go through a checkpoint of the weights alone, of which each rank writes or reads its own
-stages: only rank 0 ever has the whole model, in host memory.
+Both go through a checkpoint of only the weights, of which each rank writes or reads its own stages:
+only rank 0 ever has the whole model, in host memory.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ def export_pretrained(
     timeout: float = 1800.0,
     **options: Any,
 ) -> None:
-    """Writes the weights of a pipeline as the model's ``save_pretrained`` does. All ranks call it.
+    """Writes the weights of a pipeline as the model's ``save_pretrained`` does; all ranks call it.
 
     Args:
         folder: the folder to write.
         pipeline: a pipeline of a model's partitions.
-        model: the model that was cut, or one like it, on any device, without values as well: it
-            knows its configuration, and is not changed.
-        scratch: where the weights are put together, a folder that all ranks share; left out, that
-            in which ``folder`` is.
-        replicas: as for :func:`save_checkpoint`: the first one writes.
+        model: the model that was cut, or one like it, on any device and possibly without values:
+            only its class and configuration matter. It is not changed.
+        scratch: a folder that all ranks share, in which to assemble the weights; by default the
+            parent of ``folder``.
+        replicas: as for :func:`save_checkpoint`; the first replica writes.
         timeout: seconds to wait for the slowest rank.
         options: further arguments of ``save_pretrained``, such as ``max_shard_size``.
 
     Raises:
-        TypeError: ``model`` is not a model of transformers.
+        TypeError: ``model`` is not a transformers model.
         Exception: what went wrong on this rank.
         PipelineError: another rank failed.
     """
@@ -85,19 +85,19 @@ def import_pretrained(
     timeout: float = 1800.0,
     **options: Any,
 ) -> None:
-    """Gives a pipeline the weights in a folder of ``save_pretrained``. All ranks call it.
+    """Loads the weights in a folder of ``save_pretrained`` into a pipeline; all ranks call it.
 
     Args:
         folder: the folder, or anything else that ``from_pretrained`` takes.
         pipeline: a pipeline of a model's partitions.
         model: as for :func:`export_pretrained`; its class reads the folder, on rank 0.
-        scratch: where the weights are taken apart, a folder that all ranks share; left out, the
-            system's for temporary files, which the ranks of one machine share.
+        scratch: a folder that all ranks share, in which to split the weights; by default the
+            system's folder for temporary files, which the ranks of one machine share.
         timeout: seconds to wait for the slowest rank.
         options: further arguments of ``from_pretrained``.
 
     Raises:
-        TypeError: ``model`` is not a model of transformers.
+        TypeError: ``model`` is not a transformers model.
         ValueError: the weights are those of another architecture.
         Exception: what went wrong on this rank.
         PipelineError: another rank failed.
@@ -128,7 +128,7 @@ def _check(model: nn.Module, method: str) -> None:
 
 @contextmanager
 def _scratch(ranks: Ranks, parent: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder of the ranks."""
+    """Provides a temporary folder for the ranks, and removes it afterwards."""
     name = ranks.from_first(lambda: f".weights-{uuid.uuid4().hex}", _FAILURE)
     folder = Path(parent) / name
     try:
@@ -139,7 +139,7 @@ def _scratch(ranks: Ranks, parent: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _tied(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The values, with one tensor for all names of a parameter, as ``save_pretrained`` expects."""
+    """Makes all names of a parameter refer to one tensor, as ``save_pretrained`` expects."""
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         values[name] = values[first.setdefault(id(parameter), name)]

@@ -1,7 +1,7 @@
 """Checks that a checkpoint has the bytes that were written.
 
-Each rank notes a CRC-32 of the bytes of each value that it wrote, and compares those of the values
-that it reads. (Those of torch's own zip records are not checked by torch, and leave headers out.)
+Each rank records a CRC-32 of the bytes of each value that it writes, and compares it for each value
+that it reads. (Torch does not check those of its own zip records, which leave out headers.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PIECE_BYTES = 1 << 22
 
 
 def damaged(checkpoint: Path, how: str) -> ValueError:
-    """The error for a checkpoint that differs from what was written."""
+    """Returns the error for a checkpoint that differs from what was written."""
     return ValueError(
         f"{checkpoint} is damaged: {how}; copy it again, to a file system that all ranks share, or "
         f"load an older checkpoint"
@@ -34,7 +34,7 @@ def damaged(checkpoint: Path, how: str) -> ValueError:
 
 @contextmanager
 def reading(checkpoint: Path) -> Iterator[None]:
-    """Turns errors of reading a checkpoint's files into :func:`damaged`."""
+    """Turns errors in reading a checkpoint's files into :func:`damaged`."""
     try:
         yield
     except OSError as error:
@@ -42,7 +42,7 @@ def reading(checkpoint: Path) -> Iterator[None]:
 
 
 def check_files(checkpoint: Path, sizes: dict[str, int]) -> None:
-    """Raises ValueError where a file is missing or has another size than was written."""
+    """Raises ValueError if a file is missing or has another size than was written."""
     for name, size in sizes.items():
         file = checkpoint / name
         found = file.stat().st_size if file.is_file() else None
@@ -62,11 +62,11 @@ class Checksums:
         """Reads the checksums that were written.
 
         Args:
-            checkpoint: its folder.
-            expected: what :meth:`write` has returned.
+            checkpoint: the folder of the checkpoint.
+            expected: what :meth:`write` returned.
 
         Raises:
-            ValueError: they are damaged themselves.
+            ValueError: the file of checksums is damaged itself.
         """
         with reading(checkpoint):
             text = (checkpoint / _FILE).read_bytes()
@@ -94,7 +94,7 @@ class Checksums:
 
 
 def checksums_of(folder: Path, records: Iterable[Record]) -> dict[Record, int]:
-    """The checksums of what is in the files now, by record."""
+    """Returns the checksums of what the files contain now, by record."""
     found: dict[Record, int] = {}
     for name, of_file in groupby(sorted(set(records)), key=lambda record: record[0]):
         with (folder / name).open("rb") as file:

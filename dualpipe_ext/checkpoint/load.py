@@ -34,9 +34,10 @@ class Resumed:
         path: the folder of the checkpoint.
         step: the ``step`` that was saved.
         extra: the ``extra`` that was saved.
-        random_state: whether the states of random number generators were restored, as they are on
-            as many ranks and replicas as saved them; on others they are left alone. The seed of a
-            pipeline that has one (``DualPipeConfig.seed``) is the saved one in any case.
+        random_state: whether the states of random number generators were restored. They are if the
+            numbers of ranks and of replicas are those that saved; otherwise they are left alone. A
+            pipeline that has a seed (``DualPipeConfig.seed``) takes the one saved for its replica,
+            if there is one, in either case.
     """
 
     path: Path
@@ -55,28 +56,29 @@ def load_checkpoint(
     replicas: dist.ProcessGroup | None = None,
     timeout: float = 1800.0,
 ) -> Resumed:
-    """Loads what :func:`save_checkpoint` saved, on any number of ranks or in one piece.
+    """Loads what :func:`save_checkpoint` saved, on any number of ranks or into an unsplit model.
 
-    Every rank calls it. Each reads its own stages, both copies of them. Everything is read and
-    checked on all ranks, of all replicas, before anything is changed. Checkpoints are pickles in
-    part: load only those whose origin you trust.
+    Every rank calls it, and reads its own stages, both copies of each. Everything is read and
+    checked on all ranks of all replicas before anything is changed. Checkpoints are partly pickled:
+    load only those whose origin you trust.
 
     Args:
         path: a checkpoint, or a folder of them, of which the latest complete one is loaded.
-        model: a pipeline, or a model in one piece.
-        optimizer: the optimizer of this rank's parameters, made as for the run that saved. Left
-            out, that of the checkpoint is not loaded; the same holds for what follows.
+        model: a pipeline, or an unsplit model.
+        optimizer: the optimizer of this rank's parameters, made as in the run that saved. If it is
+            omitted, the checkpoint's is not loaded; the same holds for ``scheduler`` and
+            ``scaler``.
         scheduler: the optimizer's scheduler.
-        scaler: the scaler of losses.
-        replicas: as for :func:`save_checkpoint`; the first one chooses the checkpoint, and every one
+        scaler: the loss scaler.
+        replicas: as for :func:`save_checkpoint`; the first replica chooses the checkpoint, and each
             reads it for itself.
         timeout: seconds to wait for the slowest rank.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: the checkpoint is of another architecture or optimizer, or lacks what was asked
-            for, on every rank; or its bytes are not those that were written, on the ranks that
-            read them.
+        ValueError: on every rank, the checkpoint is of another architecture or optimizer, or lacks
+            what was requested; or, on the ranks that read them, its bytes are not those that were
+            written.
         PipelineError: another rank could not load, with its reason.
     """
     holding = Holding.of(model, timeout)
@@ -98,7 +100,7 @@ def load_checkpoint(
 
 
 def _open(place: Path, holding: Holding) -> Saved:
-    """A checkpoint that fits the model; every rank calls it."""
+    """Opens a checkpoint and checks that it fits the model; every rank calls it."""
     ranks = holding.ranks
     found: list[Saved] = []
 

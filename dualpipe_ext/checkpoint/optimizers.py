@@ -1,8 +1,8 @@
 """State of optimizers by the names of parameters, whatever rank and group they are in.
 
 Keys are those of torch's own ``get_optimizer_state_dict(..., flatten_optimizer_state_dict=True)``:
-``state.<name>.<key>`` and ``param_groups.<name>.<option>``. That function takes one module
-that has all parameters of the optimizer; a rank has two, which may share a parameter.
+``state.<name>.<key>`` and ``param_groups.<name>.<option>``. That function needs one module that has
+all parameters of the optimizer; a rank has two modules, which may share a parameter.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _NOT_OPTIONS = ("params", "param_names")
 
 
 def kind_of(optimizer: Optimizer) -> str:
-    """The class that updates parameters; that within a ``ZeroRedundancyOptimizer``."""
+    """Returns the name of the optimizer's class; that inside a ``ZeroRedundancyOptimizer``."""
     return type(getattr(optimizer, "optim", optimizer)).__name__
 
 
 def gather_shards(optimizer: Optimizer) -> None:
-    """Brings the shards of a ``ZeroRedundancyOptimizer`` to the first replica. All of them call it.
+    """Gathers the shards of a ``ZeroRedundancyOptimizer`` on the first replica; all call it.
 
-    Its ``load_state_dict()`` takes the whole state on every rank, and keeps a shard.
+    Its ``load_state_dict()`` takes the whole state on every rank, and keeps one shard.
     """
     gather = getattr(optimizer, "consolidate_state_dict", None)
     if gather is not None:
@@ -45,7 +45,7 @@ def gather_shards(optimizer: Optimizer) -> None:
 
 
 def optimizer_state(optimizer: Optimizer, holding: Holding) -> dict[str, Any]:
-    """The optimizer's state and options of the parameters that this rank saves."""
+    """Returns the optimizer's state and options for the parameters that this rank saves."""
     names = holding.saved_names()
     states = optimizer.state_dict()["state"]
     flat: dict[str, Any] = {}
@@ -61,7 +61,7 @@ def optimizer_state(optimizer: Optimizer, holding: Holding) -> dict[str, Any]:
 
 
 def group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The options of each group, for ranks that train none of its parameters."""
+    """Returns the options of each group, for ranks that train none of its parameters."""
     return [_options(group) for group in optimizer.param_groups]
 
 
@@ -88,7 +88,7 @@ class OptimizerKeys:
                 self._found[section][owners[name]][rest[len(name) + 1 :]] = key
 
     def all(self) -> list[str]:
-        """The keys of all parameters of the rank."""
+        """Returns the keys of all parameters of the rank."""
         return [
             key
             for by_parameter in self._found.values()
@@ -97,11 +97,11 @@ class OptimizerKeys:
         ]
 
     def state(self, parameter: Tensor) -> dict[str, str]:
-        """The keys of a parameter's optimizer state, by the names of its entries."""
+        """Returns the keys of a parameter's optimizer state, by the names of its entries."""
         return self._found["state"].get(id(parameter), {})
 
     def options(self, parameter: Tensor) -> dict[str, str]:
-        """The keys of the options of a parameter's group, by the options' names."""
+        """Returns the keys of the options of a parameter's group, by the options' names."""
         return self._found["param_groups"].get(id(parameter), {})
 
 
@@ -119,11 +119,11 @@ def restored_state(
         holding: the rank's holding.
         keys: the keys of the rank's parameters.
         values: the values of these keys.
-        by_group: options of the groups of the run that saved.
+        by_group: the options of the groups in the run that saved.
 
     Raises:
-        ValueError: a parameter that was not trained, or parameters of one group that had different
-            options.
+        ValueError: a parameter was not trained in that run, or parameters of one group had
+            different options.
     """
     names = holding.names()
     states: dict[int, dict[str, Any]] = {}
@@ -131,7 +131,7 @@ def restored_state(
     for group, members in _groups(optimizer):
         shared: dict[str, Any] = {}
         for index, parameter in members:
-            if id(parameter) not in names:  # a placeholder, where nothing is trained
+            if id(parameter) not in names:  # a placeholder, on ranks that train nothing
                 continue
             options = {option: values[key] for option, key in keys.options(parameter).items()}
             if not options and not parameter.requires_grad:
@@ -152,7 +152,7 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _groups(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], list[tuple[int, Tensor]]]]:
-    """Each group with its parameters and their numbers in a ``state_dict()``."""
+    """Yields each group with its parameters and their numbers in a ``state_dict()``."""
     count = 0
     for group in optimizer.param_groups:
         members = list(enumerate(group["params"], count))

@@ -12,7 +12,7 @@ __all__ = ["random_state", "set_random_state"]
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The states of the generators of Python, numpy, torch, and torch on the rank's device."""
+    """Returns the states of the generators of Python, numpy, torch, and torch on the device."""
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -24,7 +24,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Restores the states of generators; a device's only if one of its kind was saved."""
+    """Restores the states of generators; a device's only if one of the same type was saved."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

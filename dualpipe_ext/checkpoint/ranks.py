@@ -36,7 +36,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that does what must be done only once."""
+        """Whether this is the rank that does what must be done just once."""
         return self.group.rank == 0
 
     def share(self, make: Callable[[], T], failure: str) -> list[T]:
@@ -44,8 +44,8 @@ class Ranks:
 
         Raises:
             Exception: what ``make`` raised on this rank, once the others know of it.
-            PipelineError: ``make`` raised on another rank, which ``failure`` says more about, or a
-                rank did not come.
+            PipelineError: ``make`` raised on another rank (``failure`` says what that one could not
+                do), or a rank did not join.
         """
         told = collect(self.group, self.timeout, lambda: {"value": _pack(make())}, failure)
         return [_unpack(facts["value"]) for facts in told]
@@ -60,18 +60,21 @@ class Ranks:
         return own[0]
 
     def from_first(self, make: Callable[[], T], failure: str) -> T:
-        """Calls ``make`` on the first rank, and returns its result on every rank."""
+        """Calls ``make`` on the first rank and returns its result on every rank.
+
+        Raises as :meth:`share` does.
+        """
         (found, *_) = self.share(lambda: make() if self.is_first else None, failure)
         return found  # type: ignore[return-value]
 
 
 def alone() -> PipelineGroup:
-    """The group of a model in one piece."""
+    """Returns a group of one rank, for an unsplit model."""
     return LoopbackGroup(LoopbackHubs(1, 0.0, 0.0), 0)
 
 
 def _pack(value: object) -> str:
-    # Plans of thousands of entries, which are much alike, shrink to a twentieth.
+    # Plans of thousands of similar entries shrink to a twentieth.
     return base64.b85encode(zlib.compress(pickle.dumps(value), 1)).decode()
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints under data parallelism: what replicas of a pipeline do together."""
+"""Checkpoints with data parallelism: what the replicas of a pipeline do together."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ T = TypeVar("T")
 
 
 def replica_of(replicas: dist.ProcessGroup | None) -> int:
-    """Which replica this rank belongs to."""
+    """Returns the number of the replica that this rank belongs to."""
     return 0 if replicas is None else dist.get_rank(replicas)
 
 
 def gather_from_replicas(replicas: dist.ProcessGroup | None, value: T) -> list[T]:
-    """The value of each replica."""
+    """Returns the value of each replica, by replica."""
     if replicas is None:
         return [value]
     gathered: list[T] = [value] * replicas.size()
@@ -36,12 +36,12 @@ def gather_from_replicas(replicas: dist.ProcessGroup | None, value: T) -> list[T
 
 
 def on_all_replicas(replicas: dist.ProcessGroup | None, make: Callable[[], T], failure: str) -> T:
-    """Calls ``make`` on every replica, and returns this one's result once all have theirs.
+    """Calls ``make`` on every replica and returns this one's result, once all have theirs.
 
     Raises:
         Exception: what ``make`` raised here, once the other replicas know of it.
-        PipelineError: ``make`` raised on another one, which ``failure`` says more about, or that
-            cannot be reached.
+        PipelineError: ``make`` raised on another replica (``failure`` says what that one could not
+            do), or another one cannot be reached.
     """
     try:
         made = make()
@@ -55,7 +55,7 @@ def on_all_replicas(replicas: dist.ProcessGroup | None, make: Callable[[], T], f
 
 
 def on_first_replica(replicas: dist.ProcessGroup | None, make: Callable[[], T], failure: str) -> T:
-    """Calls ``make`` on the first replica, and returns its result on all.
+    """Calls ``make`` on the first replica and returns its result on all.
 
     Raises as :func:`on_all_replicas` does.
     """

@@ -1,4 +1,4 @@
-"""From a checkpoint to a run: everything is read first, and only then applied."""
+"""Restores a run from a checkpoint: everything is read first, and only then applied."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Run", "State", "apply_state", "read_state"]
 
 @dataclass(frozen=True)
 class Run:
-    """One rank's part of a training run, which takes the values of a checkpoint."""
+    """One rank's part of a training run, into which a checkpoint is loaded."""
 
     holding: Holding
     optimizer: Optimizer | None
@@ -32,11 +32,11 @@ class Run:
 
 @dataclass(frozen=True)
 class State:
-    """What was read for one rank; ``None`` for what was not asked for.
+    """What was read for one rank; ``None`` for what was not requested.
 
     Attributes:
         num_pipeline_steps: the number of steps of the pipeline that saved.
-        seed: that of its dropout.
+        seed: the seed of its random numbers, such as dropout's.
         generators: the states of random number generators; ``None`` if the number of ranks or of
             replicas differs.
     """
@@ -73,7 +73,7 @@ def read_state(saved: Saved, run: Run) -> State:
 
 
 def apply_state(state: State, run: Run) -> None:
-    """Gives the run what was read."""
+    """Loads what was read into the run."""
     for piece in run.holding.pieces:
         piece.load(state.model)
     for owner, values in (
@@ -96,14 +96,14 @@ def _read_optimizer(saved: Saved, run: Run, optimizer: Optimizer) -> dict[str, A
 
 
 def _read_seed(saved: Saved, run: Run) -> int | None:
-    """The seed of this replica; ``None`` if fewer replicas saved theirs."""
+    """Returns the seed of this replica; ``None`` if fewer replicas saved theirs."""
     seeds: list[int | None] = saved.manifest.get("seeds", [])
     replica = replica_of(run.replicas)
     return seeds[replica] if replica < len(seeds) else None
 
 
 def _read_generators(saved: Saved, run: Run) -> dict[str, Any] | None:
-    """The states of this rank's generators; ``None`` if numbers of ranks or replicas differ."""
+    """Returns this rank's generators; ``None`` if the number of ranks or replicas differs."""
     ranks, replicas = run.holding.ranks, run.replicas
     if saved.manifest["num_ranks"] != ranks.group.size:
         return None

@@ -1,4 +1,4 @@
-"""Saving what a training run needs to go on."""
+"""Saves what is needed to continue a training run."""
 
 from __future__ import annotations
 
@@ -54,33 +54,36 @@ def save_checkpoint(
 ) -> Path:
     """Saves a model and its training to ``folder/step-<step>``, under the model's own names.
 
-    Every rank calls it. Each writes its own stages; of two copies of a stage, that on the lower
-    rank. The checkpoint is in its place once it is complete and on disk; until then, and if
-    anything fails, the last one stays. Statistics of batch norms are averaged over all copies of a
-    stage first (:meth:`dualpipe_ext.Pipeline.sync_buffers`), those of replicas as well. Parameters
-    that differ between copies are warned of (:meth:`dualpipe_ext.Pipeline.check_copies`).
+    Every rank calls it, and writes its own stages; of the two copies of a stage, the first one (on
+    the rank with the stage's number) is saved. The checkpoint appears in its place once it is
+    complete and on disk; until then, and if anything fails, the last one stays. Before that, the
+    statistics of batch norms are averaged over all copies of a stage, including replicas
+    (:meth:`dualpipe_ext.Pipeline.sync_buffers`). If parameters differ between copies, it warns
+    (:meth:`dualpipe_ext.Pipeline.check_copies`).
 
     Args:
-        folder: a folder for this run alone, on a file system that all ranks share; made if missing.
-        model: a pipeline, or a model in one piece on one rank.
+        folder: a folder for only this run, on a file system that all ranks share; created if
+            missing.
+        model: a pipeline, or an unsplit model on one rank.
         optimizer: the optimizer of this rank's parameters.
         scheduler: the optimizer's scheduler; that of rank 0 is saved.
-        step: the number of optimizer steps so far.
-        scaler: the scaler of losses; that of rank 0 is saved.
-        extra: anything else to save, such as the place in the data; that of rank 0 is saved,
-            by pickling.
-        keep: how many checkpoints stay in the folder, the last ones; all of them where left out.
-            One of the same step is replaced.
-        replicas: the ranks that have the same stages of other replicas of the pipeline (the
-            ``dp`` group of a device mesh), on which everything but random numbers is the same. The
-            first one saves.
+        step: the number of optimizer steps so far. A checkpoint of the same step is replaced.
+        scaler: the loss scaler; that of rank 0 is saved.
+        extra: anything else to save, such as the position in the data; that of rank 0 is saved, by
+            pickling.
+        keep: how many of the latest checkpoints to keep in the folder; by default all.
+        replicas: the ranks that hold the same stages in other replicas of the pipeline (the ``dp``
+            group of a device mesh), where everything but random numbers is the same. The first
+            replica saves.
         timeout: seconds to wait for the slowest rank.
 
     Returns:
-        The place of the checkpoint, on every rank.
+        The path of the checkpoint, on every rank. Its name ends in a further number if a checkpoint
+        of this step was there already.
 
     Raises:
-        ValueError, TypeError: an invalid ``step`` or ``keep``; before anything is changed.
+        ValueError, TypeError: an invalid ``step`` or ``keep``, before anything is changed; or a
+            ``model`` that cannot be saved.
         Exception: what went wrong on this rank.
         PipelineError: another rank could not save, with its reason.
     """
@@ -124,16 +127,17 @@ def save_checkpoint(
 
 
 def _own_checksums(ranks: Ranks, draft: Path, own: list[Record]) -> dict[Record, int]:
-    """The checksums of what this rank wrote; the first rank's include that of the metadata."""
+    """Returns the checksums of what this rank wrote; on the first rank, also of the metadata."""
     if ranks.is_first:
         own = [*own, (DESCRIPTION, 0, (draft / DESCRIPTION).stat().st_size)]
     return checksums_of(draft, own)
 
 
 def _settle(holding: Holding, step: int, keep: int | None) -> None:
-    """Makes the buffers of both copies of a stage equal; raises what late messages failed with.
+    """Checks the arguments, makes buffers of both copies equal, and waits for late messages.
 
-    And what is wrong with the arguments, before anything is changed.
+    Raises what is wrong with the arguments before anything is changed; then, what a message failed
+    with.
     """
     holding.ranks.share_here(lambda: _check(step, keep), FAILURE)
     if holding.pipeline is not None:
@@ -143,7 +147,7 @@ def _settle(holding: Holding, step: int, keep: int | None) -> None:
 
 
 def _warn_of_copies(pipeline: Pipeline) -> None:
-    """Raises nothing: a run that is about to end is worth saving as it is."""
+    """Warns if copies differ. It never raises: a run about to end is worth saving as it is."""
     try:
         pipeline.check_copies()
     except Exception as error:  # noqa: BLE001 - also what cannot be compared, or not in time
@@ -165,7 +169,7 @@ def _check(step: int, keep: int | None) -> None:
 
 
 def _trained(holding: Holding, optimizer: Optimizer | None) -> dict[str, Any]:
-    """What this rank saves of the model and its optimizer."""
+    """Returns what this rank saves of the model and its optimizer."""
     values = _by_key("model", holding.saved_state())
     if optimizer is not None:
         values |= _by_key("optimizer", optimizer_state(optimizer, holding))
@@ -179,7 +183,7 @@ def _by_key(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
 def _states(
     optimizer: Optimizer | None, scheduler: LRScheduler | None, scaler: GradScaler | None
 ) -> dict[str, Any]:
-    """The states that are the same on all ranks."""
+    """Returns the states that are the same on all ranks."""
     given = {"scheduler": scheduler, "scaler": scaler}
     found: dict[str, Any] = {k: v.state_dict() for k, v in given.items() if v is not None}
     if optimizer is not None:

@@ -31,9 +31,9 @@ class Saved:
     Attributes:
         place: its folder.
         manifest: the contents of its ``checkpoint.json``.
-        metadata: that of ``torch.distributed.checkpoint``. Keys begin with a section: ``model``,
-            ``optimizer``, ``random``; some are a section alone.
-        checksums: those of its values; ``None`` in checkpoints of earlier versions.
+        metadata: the metadata of ``torch.distributed.checkpoint``. Keys begin with a section:
+            ``model``, ``optimizer`` or ``random``; some consist of only a section.
+        checksums: the checksums of its values; ``None`` in checkpoints of earlier versions.
     """
 
     place: Path
@@ -61,17 +61,17 @@ class Saved:
         return key in self.metadata.state_dict_metadata
 
     def keys(self, section: str) -> list[str]:
-        """The keys of a section, without the section's name."""
+        """Returns the keys of a section, without the section's name."""
         prefix = f"{section}."
         keys = self.metadata.state_dict_metadata
         return [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
 
     def shapes(self) -> Shapes:
-        """The shapes of the model's tensors, by name."""
+        """Returns the shapes of the model's tensors, by name."""
         return {name: shape_of(self.metadata, f"model.{name}") for name in self.keys("model")}
 
     def read(self, section: str, keys: Iterable[str]) -> dict[str, Any]:
-        """Values of a section.
+        """Reads values of a section.
 
         Raises:
             ValueError: they are damaged.
@@ -81,10 +81,10 @@ class Saved:
         return {key.removeprefix(prefix): value for key, value in values.items()}
 
     def read_one(self, key: str) -> Any:
-        """The value of a key.
+        """Reads the value of a key.
 
         Raises:
-            ValueError: there is none, or it is damaged.
+            ValueError: there is no such key, or its value is damaged.
         """
         if not self.has(key):
             raise ValueError(

@@ -1,11 +1,11 @@
 """Values on disk, in the format of ``torch.distributed.checkpoint``.
 
 Its own ``save()`` exchanges plans over a torch process group, which ranks that are threads do not
-have. So the steps of it are taken here, with its planners, writer and reader, and what has to be
-exchanged travels as texts of the pipeline's group. The folder is one that ``dcp.load()`` reads.
+have. So its steps are taken here, with its planners, writer and reader, and what has to be
+exchanged travels as texts over the pipeline's group. ``dcp.load()`` can read the resulting folder.
 
-Functions import what they need of it: that takes more than a second, a third of what this package
-takes with torch itself, and most processes save nothing.
+Functions import what they need of it only when they are called: that takes more than a second, a
+third of what importing this package and torch takes, and most processes save nothing.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ __all__ = [
 ]
 
 FAILURE = "could not save the checkpoint"
-DESCRIPTION = ".metadata"  # the file that says what is where in the others
+DESCRIPTION = ".metadata"  # the file that says what is where in the other files
 Record = tuple[str, int, int]  # the bytes of a value: (file, offset, length)
 
 
 def write_values(ranks: Ranks, folder: Path, values: Mapping[str, Any]) -> list[Record]:
-    """Writes the values of all ranks, each key on one of them, and waits until they are on disk.
+    """Writes the values of all ranks, each key on one rank, and waits until they are on disk.
 
     Returns:
-        Where those of this rank are.
+        Where the values of this rank are.
 
     Raises:
         Exception: what went wrong on this rank.
@@ -64,7 +64,7 @@ def write_values(ranks: Ranks, folder: Path, values: Mapping[str, Any]) -> list[
         writer.set_up_storage_writer(ranks.is_first)
         return writer.prepare_local_plan(planner.create_local_plan())
 
-    # The same on every rank, so that nothing has to be sent back.
+    # Every rank computes the same, so nothing has to be sent back.
     plans, metadata = planner.create_global_plan(ranks.share(describe, FAILURE))
     own = planner.finish_plan(writer.prepare_global_plan(plans)[ranks.rank])
     results = ranks.share(lambda: writer.write_data(own, planner).wait(), FAILURE)
@@ -80,20 +80,20 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def shape_of(metadata: Metadata, key: str) -> list[int] | None:
-    """The shape of a tensor; ``None`` for anything else."""
+    """Returns the shape of a tensor; ``None`` for anything else."""
     entry = _tensor_at(metadata, key)
     return None if entry is None else list(entry.size)
 
 
 def records(metadata: Metadata, keys: Iterable[str]) -> list[Record]:
-    """The places of the values of these keys."""
+    """Returns where the values of these keys are."""
     wanted = set(keys)
     places = metadata.storage_data.items()
     return [_record(place) for index, place in places if index.fqn in wanted]
 
 
 def read_values(folder: Path, metadata: Metadata, keys: Iterable[str]) -> dict[str, Any]:
-    """The values of these keys; tensors in host memory."""
+    """Reads the values of these keys; tensors are in host memory."""
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 

@@ -1,7 +1,7 @@
-"""Training with DualPipe from other libraries' trainers.
+"""Trains with DualPipe from other libraries' trainers.
 
 ``DualPipeTrainer`` needs the extra ``transformers``, ``DualPipeLightningModule`` and
-``DualPipeStrategy`` the extra ``lightning``; each is imported when it is first asked for.
+``DualPipeStrategy`` the extra ``lightning``; each is imported when it is first used.
 """
 
 from __future__ import annotations

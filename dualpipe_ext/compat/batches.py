@@ -1,4 +1,4 @@
-"""Whole batches over a pipeline, for loops that clip and step the optimizer themselves."""
+"""Runs whole batches over a pipeline, for loops that clip and step the optimizer themselves."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ __all__ = ["BatchPipeline"]
 class BatchPipeline:
     """One rank's stages of a model, which take whole batches.
 
-    Every rank of every replica gives the same batch and gets the same loss. Replicas divide its rows
-    among them evenly; rows are added that do not count where one has fewer of them than
-    micro-batches, or none. Random numbers of the caller are as they were afterwards, so that they
-    stay the same on all ranks: what draws data may use them.
+    Every rank of every replica passes the same batch and gets the same loss. Replicas divide its
+    rows evenly; if a replica has fewer rows than micro-batches, or none, rows that do not count are
+    added. Steps leave the caller's random number generators as they were, so that they stay the
+    same on all ranks and can be used to draw data.
 
     Args:
         model: a whole model with an adapter. This rank's partitions share their parameters with it.
-        config: the same on every rank.
+        config: must be the same on every rank.
         ranks: the ranks of this pipeline and of its replicas.
-        device: where this rank's stages go.
+        device: where to move this rank's stages.
         label_names: which entries of a batch by name are labels.
         sample_inputs: as for :class:`dualpipe_ext.TrainingWrapper`.
 
     Attributes:
-        pipeline: runs the steps of this replica.
+        pipeline: the pipeline of this replica, which runs the steps.
         ranks: the ranks that were given.
         local_module: this rank's stages.
         num_labels: how many tensors of the last batch were labels.
 
     Raises:
-        ValueError: a schedule other than DualPipe, or a model or groups that do not fit.
+        ValueError: a schedule other than DualPipe, or an unsuitable model or groups.
         PipelineError: another rank could not be constructed.
     """
 
@@ -86,12 +86,12 @@ class BatchPipeline:
         share = replicas.index, replicas.size
         self._steps = BatchSteps(self.pipeline, self.rows, 0, config.timeout, share)
         self._side_by_side = StepsSideBySide(self.pipeline, replicas)
-        self._has_drifted = False  # buffers of some copies, since they were last averaged
+        self._has_drifted = False  # whether buffers may differ since they were last averaged
 
     def _adopt(
         self, model: nn.Module, costs: list[Cost] | None, device: torch.device
     ) -> dict[str, Any]:
-        """Cuts the model; a rank that cannot is told to the others."""
+        """Cuts the model; if one rank cannot, the others raise as well."""
         if self._config.schedule != "dualpipe":
             raise ValueError(
                 f"schedule={self._config.schedule!r}: trainers of other libraries run 'dualpipe'; "
@@ -112,22 +112,22 @@ class BatchPipeline:
         autocast: torch.dtype | None = None,
         sync_gradients: bool = False,
     ) -> tuple[float, Any]:
-        """Forward and backward of a batch; under ``torch.no_grad()`` the forward, with outputs.
+        """Runs a batch forward and backward; under ``torch.no_grad()``, only forward, with outputs.
 
         Args:
             given: the batch, the same on every rank of every replica.
             loss: the loss of its micro-batches.
             factor: multiplies the loss and its gradients.
-            autocast: the type of autocast around forwards and losses; left out, the caller's.
+            autocast: the dtype of autocast around forwards and losses; by default the caller's.
             sync_gradients: sum gradients over all copies of each stage.
 
         Returns:
             The loss of the whole batch times ``factor``, the same on every rank, and the outputs of
-            the rows that leave here, rows that were added among them.
+            the rows that leave here, including rows that were added.
 
         Raises:
             ValueError, TypeError: a batch that does not fit the model, or ranks or replicas with
-                different ones.
+                different batches.
             PipelineError: a stage raised, or another rank failed.
         """
         trains = torch.is_grad_enabled()
@@ -154,7 +154,7 @@ class BatchPipeline:
         return whole, outputs
 
     def infer(self, given: Any, *, autocast: torch.dtype | None = None) -> Any:
-        """The outputs of the rows that leave here; labels are not looked at.
+        """Returns the outputs of the rows that leave here; labels are ignored.
 
         Raises as :meth:`step` does.
         """
@@ -169,11 +169,11 @@ class BatchPipeline:
         return outputs
 
     def first_output(self, outputs: Any, rows: int) -> Tensor:
-        """The first output of a batch's rows, of all replicas, on every rank and in host memory.
+        """Returns the first output of all rows of a batch, on every rank and in host memory.
 
         Args:
-            outputs: as :meth:`step` or :meth:`infer` returned them here.
-            rows: how many the batch has.
+            outputs: what :meth:`step` or :meth:`infer` returned here.
+            rows: the number of rows of the whole batch, over all replicas.
 
         Returns:
             A tensor of shape ``[rows, ...]``.
@@ -193,7 +193,7 @@ class BatchPipeline:
         self._has_drifted = trains
 
     def _check(self, part: Part, total: int, loss: BatchLoss | None = None) -> None:
-        """Raises where other replicas have another batch in this place, or where nothing counts."""
+        """Raises if replicas were given different batches, or if no label counts."""
         found = self.ranks.replicas.gather(part.fingerprint)
         for replica, other in enumerate(found):
             if other != found[0]:

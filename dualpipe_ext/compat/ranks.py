@@ -1,4 +1,4 @@
-"""Ranks that are processes: their groups, their devices, and what they have at both ends."""
+"""Ranks that are processes: their groups, their devices, and the outputs at both ends."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TrainerRanks:
 
     Attributes:
         group: this pipeline's group.
-        replicas: the ranks in the same place of all pipelines.
+        replicas: the ranks at the same position of all pipelines.
         host: this pipeline's group for data in host memory.
     """
 
@@ -55,11 +55,11 @@ class TrainerRanks:
         replica_group: dist.ProcessGroup | None = None,
         mesh: DeviceMesh | None = None,
     ) -> TrainerRanks:
-        """The ranks as :class:`dualpipe_ext.TrainingWrapper` takes them; every one calls it.
+        """Makes the ranks from arguments as of :class:`dualpipe_ext.TrainingWrapper`; all call it.
 
         Raises:
-            ValueError: there is no process group, or a mesh with other axes or with groups beside
-                it.
+            ValueError: there is no process group, or a mesh has other axes or was given besides
+                groups.
         """
         if mesh is not None:
             process_group, replica_group = split_mesh(mesh, process_group, replica_group)
@@ -84,28 +84,28 @@ def _default_group() -> dist.ProcessGroup:
 
 
 def rank_device(device: torch.device, rank: int) -> torch.device:
-    """The device of a rank's stages: its own GPU where the process was not given one."""
+    """Returns the device of a rank's stages: a GPU by its number, if no launcher chose one."""
     if device.type != "cuda" or (device.index is not None and "LOCAL_RANK" in os.environ):
         return device
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
 def through_together(ranks: TrainerRanks, act: Callable[[], object], failure: str) -> None:
-    """Calls ``act``, in which one rank writes; returns, or raises, once all ranks are through.
+    """Calls ``act``, in which one rank writes; returns or raises once every rank has finished.
 
-    As :meth:`dualpipe_ext.checkpoint.ranks.Ranks.share`, over all replicas.
+    Raises as :meth:`dualpipe_ext.checkpoint.ranks.Ranks.share` does, over all replicas.
     """
     own = Ranks(ranks.group, _TIMEOUT_S)
     ranks.replicas.together(lambda: own.share_here(act, failure))
 
 
 def update_together(pipeline: Pipeline, replicas: Replicas, step: Callable[[], T]) -> T:
-    """Takes a step of every rank's optimizer; one that raises is told to all other ranks.
+    """Steps the optimizer of every rank; if one raises, all others raise as well.
 
     Raises:
         Exception: what ``step`` raised on this rank, once the others know of it.
-        PipelineError: ``step`` raised on another rank. Ranks have other parameters then: go on from
-            a checkpoint.
+        PipelineError: ``step`` raised on another rank. Ranks then differ in their parameters:
+            continue from a checkpoint.
     """
     made: list[T] = []
     replicas.together(
@@ -120,12 +120,12 @@ def update_together(pipeline: Pipeline, replicas: Replicas, step: Callable[[], T
 
 
 def check_others_update(pipeline: Pipeline) -> None:
-    """Raises if another rank failed within :func:`update_together`; call it before an exchange."""
+    """Raises if another rank failed in :func:`update_together`; called before an exchange in it."""
     check_others(pipeline.group, pipeline.config.timeout, _UPDATE_FAILURE)
 
 
 def both_ends(own: Any, pipeline: Pipeline, group: dist.ProcessGroup) -> Tensor:
-    """The first output of all rows, on every rank and in host memory.
+    """Returns the first output of all rows of a pipeline, on every rank and in host memory.
 
     Args:
         own: the outputs that :meth:`Pipeline.step` returned here.

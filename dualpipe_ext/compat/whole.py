@@ -1,4 +1,4 @@
-"""The whole model and its optimizer state, from ranks that have a part of them each."""
+"""Assembles the whole model and its optimizer state from the parts of all ranks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def refuse_shards(optimizer: Optimizer) -> None:
 
 @torch.no_grad()
 def update_model(model: nn.Module, pipeline: Pipeline, ranks: TrainerRanks) -> None:
-    """Gives the model on every rank the values that its stages have on theirs.
+    """Gives the whole model, on every rank, the current values of all stages.
 
     Raises:
         PipelineError: a message of the last step failed, so that the values are worthless.
@@ -61,7 +61,7 @@ def update_model(model: nn.Module, pipeline: Pipeline, ranks: TrainerRanks) -> N
 def whole_state(
     optimizer: Optimizer, pipeline: Pipeline, group: dist.ProcessGroup
 ) -> Iterator[None]:
-    """On the first rank, ``state_dict()`` has the state of all ranks: that of an unsplit run."""
+    """Makes ``state_dict()`` on the first rank return the state of all ranks, as if unsplit."""
     first_copy = {id(p) for p in own_copy(pipeline).parameters()}
     kept = {i for i, p in enumerate(_parameters(optimizer)) if id(p) in first_copy}
     own = {i: on_host(s) for i, s in optimizer.state_dict()["state"].items() if i in kept}
@@ -82,7 +82,7 @@ def whole_state(
 
 @contextmanager
 def own_state_alone(optimizer: Optimizer, pipeline: Pipeline) -> Iterator[None]:
-    """``load_state_dict()`` takes no more than the state of this rank's parameters."""
+    """Makes ``load_state_dict()`` take only the state of this rank's parameters."""
     own = {id(p) for p in pipeline.parameters()}
     kept = {i for i, p in enumerate(_parameters(optimizer)) if id(p) in own}
 
@@ -97,12 +97,12 @@ def own_state_alone(optimizer: Optimizer, pipeline: Pipeline) -> Iterator[None]:
 
 
 def own_copy(pipeline: Pipeline) -> nn.Module:
-    """This rank's module that is the first copy of its stage."""
+    """Returns this rank's module that is the first copy of its stage."""
     return pipeline.module[pipeline.stages.index(pipeline.rank)]
 
 
 def _names(pipeline: Pipeline) -> Sequence[Sequence[str]]:
-    """The keys of each stage's ``state_dict()``."""
+    """Returns the keys of each stage's ``state_dict()``."""
     partition = pipeline.module[0]
     assert isinstance(partition, Partition)
     return [stage.names for stage in partition.plan.stages]
@@ -113,5 +113,5 @@ def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def on_host(state: dict[str, Any]) -> dict[str, Any]:
-    """A parameter's state, in host memory."""
+    """Returns a parameter's state, with tensors in host memory."""
     return {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
