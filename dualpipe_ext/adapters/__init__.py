@@ -1,4 +1,4 @@
-"""Adapters: a whole model goes in, the stages of a pipeline come out."""
+"""Adapters, which cut a whole model into the stages of a pipeline."""
 
 from dualpipe_ext.adapters.base import ModelAdapterBase
 from dualpipe_ext.adapters.cost import Cost

@@ -1,4 +1,4 @@
-"""Evening out the stages of a pipeline by what its layers cost."""
+"""Evens out the stages of a pipeline by the costs of its layers."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def balanced_sizes(
 ) -> list[int]:
     """Returns how many consecutive costs each stage gets, at least one each.
 
-    Where each stage has a rank of its own, the costliest stage costs as little as possible. Where
-    rank r holds stages r and P-1-r (``paired``), the pair counts. For ``"memory"`` and
-    ``"parameters"``, the fullest rank holds as little as possible; of equal splits, that whose
-    fullest stage holds least wins. For ``"time"``, a step of 3P micro-batches is simulated for each
-    split that no other beats in both its slowest rank and its slowest stage; of those within half a
-    percent of the fastest, that whose slowest stage is the fastest wins.
+    If each stage has a rank of its own, the costliest stage is made as cheap as possible. If rank r
+    holds stages r and P-1-r (``paired``), the pair counts. For ``"memory"`` and ``"parameters"``,
+    the fullest rank then holds as little as possible; among equal splits, the one whose fullest
+    stage holds least wins. For ``"time"``, a step of 3P micro-batches is simulated for each split
+    that no other split beats in both its slowest rank and its slowest stage; among those within
+    half a percent of the fastest, the one with the fastest slowest stage wins.
     """
     amounts = [_amount(cost, criterion, num_stages) for cost in costs]
     if not paired:
@@ -52,7 +52,7 @@ def _amount(cost: Cost, criterion: str, num_stages: int) -> float:
 
 
 def step_seconds(stages: Sequence[Cost], num_microbatches: int) -> float:
-    """The makespan of a step of DualPipe over stages of these costs, with instant messages."""
+    """Returns the makespan of a step of DualPipe over these stages, with instant messages."""
     costs = CostModel(
         forward=[stage.forward for stage in stages],
         backward_input=[stage.backward_input for stage in stages],
@@ -62,7 +62,7 @@ def step_seconds(stages: Sequence[Cost], num_microbatches: int) -> float:
 
 
 def sum_of(costs: Sequence[Cost], sizes: Sequence[int]) -> list[Cost]:
-    """The costs of stages of these sizes."""
+    """Returns the costs of stages of these sizes."""
     ranges = pairwise(accumulate(sizes, initial=0))
     return [sum(costs[start:stop], Cost()) for start, stop in ranges]
 
@@ -70,17 +70,17 @@ def sum_of(costs: Sequence[Cost], sizes: Sequence[int]) -> list[Cost]:
 def agreed(
     measure: Callable[[], list[Cost]], process_group: dist.ProcessGroup | PipelineGroup | None
 ) -> list[Cost]:
-    """Returns what rank 0 measures, on every rank: all have to cut the model alike.
+    """Returns what rank 0 measures, on every rank, as all have to cut the model alike.
 
     Raises:
         Exception: what ``measure`` raised, on rank 0.
-        PipelineError: ``measure`` raised on rank 0, or a rank did not come.
+        PipelineError: ``measure`` raised on rank 0, or a rank did not join.
     """
     if not has_group(process_group):
         return measure()
     group = resolve_group(process_group, None)
 
-    def measured_first() -> list[dict[str, Any]]:  # by rank 0 alone: others would slow it down
+    def measured_first() -> list[dict[str, Any]]:  # only by rank 0: others would slow it down
         return [asdict(cost) for cost in measure()] if group.rank == 0 else []
 
     costs, *_ = collect(group, _TIMEOUT_S, measured_first, "could not measure its layers")

@@ -1,4 +1,4 @@
-"""What all adapters have in common: a model goes in, complete partitions come out."""
+"""What all adapters have in common: they cut a model into complete partitions."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ __all__ = ["ModelAdapterBase", "is_causal_model"]
 
 
 class ModelAdapterBase(ABC):
-    """Knows how one kind of model is cut into stages.
+    """Knows how to cut one kind of model into stages.
 
-    A subclass names the layers that a model may be cut between, and cuts it. What runs before the
-    first layer belongs to the first stage, what runs behind the last one to the last stage.
+    A subclass names the layers between which a model may be cut, and cuts it. What runs before the
+    first layer belongs to the first stage, and what runs after the last layer to the last stage.
 
     Args:
-        model: what is to be cut. Partitions use its parameters; the model itself is not changed.
+        model: the model to cut. Partitions use its parameters; the model itself is not changed.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,22 +46,22 @@ class ModelAdapterBase(ABC):
     @property
     @abstractmethod
     def layers(self) -> list[str]:
-        """The layers, by their names in the model, in the order in which they run."""
+        """The names of the layers in the model, in the order in which they run."""
 
     @property
     @abstractmethod
     def inputs(self) -> tuple[str, ...]:
-        """What the first stage takes: arguments of the model's forward, in this order."""
+        """The arguments of the model's forward that the first stage takes, in this order."""
 
     @abstractmethod
     def cut(self, stages: Sequence[range]) -> list[Stage]:
         """Cuts the model; ``stages[s]`` are the indices of the layers of stage s.
 
-        The first and the last range may be empty: embedding and head alone.
+        The first and the last range may be empty, for only the embedding or only the head.
         """
 
     def sample_inputs(self) -> tuple[Tensor | None, ...]:
-        """One micro-batch to measure layers with, where the adapter can make one up.
+        """Returns a micro-batch to measure layers with, if the adapter can make one up.
 
         Raises:
             ValueError: it cannot.
@@ -84,31 +84,32 @@ class ModelAdapterBase(ABC):
     ) -> list[Partition]:
         """Cuts the model into stages.
 
-        ``"parameters"`` makes the fullest rank as small as possible, ``"memory"`` the one that
-        needs most bytes in training, and ``"time"`` the simulated step as short as possible. The
-        latter two measure each layer (F, I, W, activations); every rank of the group calls it, and
-        all take what rank 0 measured.
+        ``"parameters"`` minimizes the parameters of the fullest rank, ``"memory"`` the bytes that
+        the fullest rank needs in training, and ``"time"`` the simulated step. The latter two
+        measure each layer (F, I, W, activations); then every rank of the group calls this, and all
+        use what rank 0 measured.
 
         Args:
-            num_partitions: how many; even where they are ``paired``, and at most one for each layer.
-            balance: what is evened out over the ranks, or how many layers each stage gets.
-            sample_inputs: one micro-batch of :attr:`inputs`, to measure layers with. Left out, one
+            num_partitions: the number of stages; even if they are ``paired``, and at most the
+                number of layers.
+            balance: what to even out over the ranks, or how many layers each stage gets.
+            sample_inputs: one micro-batch of :attr:`inputs`, to measure layers with; by default one
                 that the adapter makes up, if it can.
-            costs: what :meth:`measure` found, in place of measuring here.
-            paired: rank r holds stages r and P-1-r, and both count: so it is with DualPipe and
-                schedules in a V. Otherwise each stage counts by itself.
-            process_group: the ranks that have to agree; left out, torch's default group where
-                there is one.
-            show: print the result, on rank 0.
+            costs: what :meth:`measure` returned, instead of measuring here.
+            paired: rank r holds stages r and P-1-r, and both count, as with DualPipe and schedules
+                in a V. Otherwise each stage counts by itself.
+            process_group: the ranks that have to agree; by default torch's default group, if there
+                is one.
+            show: print the result on rank 0.
 
         Returns:
             The partitions, by stage. Together they hold each of the model's parameters and
             buffers, under the model's names.
 
         Raises:
-            ValueError: a number of partitions or sizes that do not fit the model, or a model whose
-                layers cannot be separated, with the reason.
-            TypeError: ``num_partitions`` or a size is no int.
+            ValueError: the number of partitions or the sizes do not fit the model, or its layers
+                cannot be separated, with the reason.
+            TypeError: ``num_partitions`` or a size is not an int.
         """
         num_layers, kind = len(self.layers), type(self.model).__name__
         check_num_partitions(num_partitions, num_layers, kind, paired)
@@ -133,7 +134,7 @@ class ModelAdapterBase(ABC):
         """Returns the parts that can be on different stages, as indices of layers.
 
         A part is one layer, unless something joins several. The first part is what runs before all
-        layers; what runs behind them is the last part, or belongs to it.
+        layers; what runs after them is the last part or belongs to it.
         """
         return single_layers(len(self.layers))
 
@@ -144,7 +145,7 @@ class ModelAdapterBase(ABC):
             sample_inputs: as for :meth:`partition`.
 
         Raises:
-            ValueError: there is none to measure with, or the model has no values.
+            ValueError: there are no inputs to measure with, or the model has no values.
         """
         inputs = self.sample_inputs() if sample_inputs is None else sample_inputs
         return measure(self.cut(self.parts()), inputs)
@@ -156,7 +157,7 @@ class ModelAdapterBase(ABC):
         sample_inputs: Sequence[Tensor | None] | None,
         process_group: dist.ProcessGroup | PipelineGroup | None,
     ) -> list[Cost]:
-        """The costs of the parts, measured if times or activations count."""
+        """Returns the costs of the parts, measured if times or activations count."""
         if balance == "parameters":
             return [parameter_cost(piece.module) for piece in self.cut(parts)]
         return agreed(lambda: self.measure(sample_inputs), process_group)

@@ -1,4 +1,4 @@
-"""Nothing of a model may be lost or doubled when it is cut."""
+"""Checks that nothing of a model is lost or duplicated when it is cut."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["check_complete", "find_ties"]
 
 Ties = tuple[tuple[tuple[int, str], ...], ...]
 
-# The remedy for what the two stages of one rank share.
+# A remedy if the two stages of one rank share a parameter.
 _SECOND_NAME = (
     ", or give the model a second name for it, as a head that is nn.Linear(..., bias=False) with "
     "head.weight = embedding.weight: a rank's two stages can share what has a name on each"
@@ -21,9 +21,9 @@ _SECOND_NAME = (
 
 
 def check_complete(model: nn.Module, stages: Sequence[Stage]) -> None:
-    """Raises where stages do not hold each parameter and buffer of the model exactly once.
+    """Raises if stages do not hold each parameter and buffer of the model exactly once.
 
-    By name: what has two names (tied embeddings) may be on two stages.
+    Names count: a parameter with two names (tied embeddings) may be on two stages.
     """
     kind = type(model).__name__
     found: dict[str, list[int]] = defaultdict(list)
@@ -49,7 +49,10 @@ def check_complete(model: nn.Module, stages: Sequence[Stage]) -> None:
 
 
 def find_ties(stages: Sequence[Stage]) -> Ties:
-    """Parameters and buffers that several stages hold, with (stage, name) of each place."""
+    """Returns the parameters that several stages hold, as (stage, name) of each place.
+
+    Raises ValueError if they are not the two stages of one rank.
+    """
     places: dict[int, list[tuple[int, str]]] = defaultdict(list)
     for index, stage in enumerate(stages):
         for name, parameter in stage.module.named_parameters(remove_duplicate=False):

@@ -13,16 +13,17 @@ __all__ = ["Cost", "parameter_cost"]
 class Cost:
     """The time that a part of a model takes for one micro-batch, and the memory that it holds.
 
-    Times and activations are 0 where they were not measured.
+    Times and activations are 0 if they were not measured.
 
     Attributes:
         forward: seconds of F.
         backward_input: seconds of I, the backward for inputs.
         backward_weight: seconds of W, the backward for weights.
-        num_parameters: numbers in its parameters; tied ones count in each part that has them.
-        parameter_bytes: their size.
-        activation_bytes: what a forward keeps for its backward. What two layers share (one's
-            output, the other's input) counts in both.
+        num_parameters: the number of elements of its parameters; tied ones count in each part that
+            has them.
+        parameter_bytes: the size of its parameters.
+        activation_bytes: the size of what a forward keeps for its backward. What two layers share
+            (the output of one, the input of the other) counts in both.
     """
 
     forward: float = 0.0
@@ -41,11 +42,11 @@ class Cost:
         return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def scaled(self, share: float) -> Cost:
-        """Returns ``share`` of the times, without the amounts."""
+        """Returns ``share`` of the times, without parameters and activations."""
         return Cost(share * self.forward, share * self.backward_input, share * self.backward_weight)
 
     def memory(self, num_stages: int) -> float:
-        """Bytes in training: weights, gradients and two moments of Adam; activations.
+        """Returns bytes in training: weights, gradients, two moments of Adam, and activations.
 
         A rank holds the activations of P+1 micro-batches, so each of its two stages holds
         those of (P+1)/2 on average.
@@ -54,7 +55,7 @@ class Cost:
 
 
 def parameter_cost(module: nn.Module) -> Cost:
-    """The parameters of a module."""
+    """Returns the cost of a module's parameters, without times and activations."""
     parameters = list(module.parameters())
     return Cost(
         num_parameters=sum(p.numel() for p in parameters),

@@ -1,4 +1,4 @@
-"""Models larger than the memory: their structure, without the values of their parameters."""
+"""Models larger than memory: their structure, without the values of their parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["empty_parameters"]
 
 @contextmanager
 def empty_parameters() -> Iterator[None]:
-    """Modules made within it have parameters on the meta device, and real buffers.
+    """Gives modules that are made within it parameters on the meta device, and real buffers.
 
     For a model that is partitioned before its weights are loaded::
 
@@ -22,8 +22,8 @@ def empty_parameters() -> Iterator[None]:
         partition = get_model_adapter(model).partition(num_partitions)[rank]
         partition.to_empty(device="cuda").load_state_dict(own_weights)
 
-    Under ``torch.device("meta")``, buffers that no ``state_dict()`` has (rotary tables, say)
-    would be lost. It affects the whole process: make no other modules meanwhile.
+    Under ``torch.device("meta")``, buffers that are in no ``state_dict()`` (rotary tables, say)
+    would be lost. This affects the whole process: make no other modules meanwhile.
     """
     register = nn.Module.register_parameter
 

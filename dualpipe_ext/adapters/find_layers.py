@@ -1,4 +1,4 @@
-"""Finding the layers of a model that nobody has described."""
+"""Finds the layers of a model that has no description."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 def lists_of_blocks(model: nn.Module) -> list[str]:
-    """Names of the lists that hold the model's blocks: modules of one class, with parameters.
+    """Returns the names of the lists that hold the model's blocks: modules of one class.
 
-    Where there are several classes of blocks, the one with most parameters counts. A list within a
-    block (its experts, say) does not.
+    They must have parameters. If there are several classes of blocks, the one with the most
+    parameters is chosen. A list within a block (its experts, say) does not count.
     """
     lists = [
         (name, module)
@@ -35,7 +35,7 @@ def lists_of_blocks(model: nn.Module) -> list[str]:
 
 
 def layers_in(model: nn.Module, lists: list[str]) -> list[str]:
-    """The names of the elements of some lists."""
+    """Returns the names of the elements of some lists."""
     return [
         f"{name}.{child}" if name else child
         for name in lists

@@ -1,4 +1,4 @@
-"""What the first stage of a model is called with, checked."""
+"""Checks what the first stage of a model is called with."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["FirstCall", "check_number_of_inputs"]
 def check_number_of_inputs(
     tensors: Sequence[Tensor | None], inputs: Sequence[str], optional: Sequence[str] = ()
 ) -> None:
-    """Raises where there are more tensors than inputs.
+    """Raises if there are more tensors than inputs.
 
     Args:
         tensors: the tensors that were given.
         inputs: the arguments that the model takes, in order.
-        optional: the arguments that it would take if an adapter were told to pass them on.
+        optional: the arguments that it would take if an adapter passed them on.
 
     Raises:
-        ValueError: says what it takes, and how it takes more.
+        ValueError: says what the model takes, and how to pass more.
     """
     if len(tensors) <= len(inputs):
         return
@@ -43,7 +43,7 @@ class FirstCall:
     Attributes:
         kind: the name of the model's class.
         inputs: the arguments that it takes, in order.
-        unused: those of them that no operation used when it was traced.
+        unused: those of them that no operation used in the trace.
         optional: arguments of the model's forward that kept their defaults.
     """
 
@@ -54,7 +54,7 @@ class FirstCall:
 
     @classmethod
     def of(cls, model: nn.Module, graph: fx.Graph) -> FirstCall:
-        """The first call of a model, from its trace."""
+        """Makes the forward of a model's first stage, from its trace."""
         nodes = [node for node in graph.nodes if node.op == "placeholder"]
         inputs = tuple(str(node.target) for node in nodes)
         return cls(
@@ -68,7 +68,7 @@ class FirstCall:
         """Runs the stage.
 
         Raises:
-            ValueError: more inputs than it takes, or one that it would ignore.
+            ValueError: there are more inputs than it takes, or one that it would ignore.
         """
         check_number_of_inputs(tensors, self.inputs, self.optional)
         for name, tensor in zip(self.inputs, tensors, strict=False):
@@ -83,6 +83,6 @@ class FirstCall:
 
 
 def _arguments(model: nn.Module) -> list[str]:
-    """The arguments that a model's forward takes by name."""
+    """Returns the arguments that a model's forward takes by name."""
     parameters = inspect.signature(model.forward).parameters.values()
     return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

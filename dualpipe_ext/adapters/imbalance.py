@@ -1,4 +1,4 @@
-"""Stages that turn out uneven in training, and the layer to move."""
+"""Finds uneven stages by the times of a training step, and the layer to move."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dualpipe_ext.adapters.partition import Partition
 from dualpipe_ext.adapters.plan import PartitionPlan
 from dualpipe_ext.schedule import parse_action
 
-if TYPE_CHECKING:  # pipelines know partitions, too
+if TYPE_CHECKING:  # pipeline.py imports adapters, too
     from dualpipe_ext.pipeline import Pipeline
 
 __all__ = ["Imbalance", "report_imbalance"]
@@ -22,17 +22,17 @@ __all__ = ["Imbalance", "report_imbalance"]
 
 @dataclass(frozen=True)
 class Imbalance:
-    """What the stages of a pipeline took in a step, and what would make the step shorter.
+    """How long the stages of a pipeline took in a step, and what would make the step shorter.
 
     Attributes:
-        stages: seconds of F, I and W for one micro-batch, the mean of each stage.
+        stages: mean seconds of F, I and W for one micro-batch, by stage.
         slowest: the stage that takes longest.
         sizes: how many layers each stage has.
-        better_sizes: the same with one layer moved, as for ``partition(balance=better_sizes)``;
-            ``sizes`` where no move helps.
-        layer: the layer to move, ``None`` where no move helps.
-        gain: the share of its time by which the simulated step becomes shorter.
-        text: all of it in a sentence or two.
+        better_sizes: the same with one layer moved, for ``partition(balance=better_sizes)``; equal
+            to ``sizes`` if no move helps.
+        layer: the layer to move; ``None`` if no move helps.
+        gain: the share by which the simulated step becomes shorter.
+        text: all of this in a sentence or two.
     """
 
     stages: tuple[Cost, ...]
@@ -57,18 +57,17 @@ class _Move:
 def report_imbalance(pipeline: Pipeline, threshold: float = 0.02) -> Imbalance:
     """Reports, from the last step of a DualPipe of partitions, which layer to move where.
 
-    A layer's share of its stage is that of the plan
+    A layer's share of its stage is taken from the plan
     (:meth:`dualpipe_ext.adapters.PartitionPlan.share_of`). Call it on every rank, after a training
-    step; all get the same. For stages on a GPU that step has to be timed by the GPU's clock.
+    step; all get the same report. For stages on a GPU, that step must be timed by the GPU's clock.
 
     Args:
-        pipeline: one whose modules are partitions.
-        threshold: moves that make the simulated step shorter by less than this share are not
-            worth it.
+        pipeline: a pipeline whose modules are partitions.
+        threshold: moves that shorten the simulated step by less than this share are not suggested.
 
     Raises:
-        ValueError: the modules are no partitions of DualPipe, no training step was run, or it was
-            timed by the host where stages are on a GPU.
+        ValueError: the pipeline is not a DualPipe of partitions, no training step has run, or the
+            host timed the step of stages on a GPU.
     """
     plan = _plan_of(pipeline)
     stages = _measured(pipeline)
@@ -98,7 +97,7 @@ def _plan_of(pipeline: Pipeline) -> PartitionPlan:
 
 
 def _measured(pipeline: Pipeline) -> list[Cost]:
-    """The mean time of each stage's actions, over both of its copies."""
+    """Returns the mean times of each stage's actions, over both of its copies."""
     told = collect(
         pipeline.group,
         pipeline.config.timeout,
@@ -125,7 +124,7 @@ def _is_issue(pipeline: Pipeline) -> bool:
 
 
 def _own_seconds(pipeline: Pipeline) -> list[float]:
-    """Seconds of F, I and W and the number of F on this rank, one stage after the other."""
+    """Returns seconds of F, I and W and the number of F on this rank, stage after stage."""
     totals = [[0.0] * 4 for _ in range(pipeline.num_stages)]
     for event in pipeline.last_trace:
         for part in parse_action(event.action):
@@ -136,7 +135,7 @@ def _own_seconds(pipeline: Pipeline) -> list[float]:
 
 
 def _moves(plan: PartitionPlan, stages: Sequence[Cost]) -> list[_Move]:
-    """All ways to move one layer over a border between two stages."""
+    """Returns all ways to move one layer across a border between two stages."""
     borders = list(pairwise(range(len(stages))))
     ways = [(a, b, -1) for a, b in borders] + [(b, a, 0) for a, b in borders]
     return [

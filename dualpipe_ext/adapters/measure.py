@@ -1,4 +1,4 @@
-"""Measuring the layers of a model: F, I and W in seconds, activations in bytes."""
+"""Measures the layers of a model: F, I and W in seconds, activations in bytes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Tensors = list[Tensor | None]
 def measure(
     pieces: Sequence[Stage], inputs: Sequence[Tensor | None], repeats: int = 3
 ) -> list[Cost]:
-    """Runs the pieces one after the other and measures each, ``repeats`` times; the least counts.
+    """Runs the pieces one after the other and measures each ``repeats`` times; the least counts.
 
-    Gradients of parameters are left as they are, and so is torch's generator of random numbers.
+    Gradients of parameters and torch's random number generator are left as they are.
 
     Args:
         pieces: the stages that an adapter cut, in order.
         inputs: one micro-batch for the first of them, on its device.
-        repeats: how often each action is run after one run that does not count.
+        repeats: how often each action is run, after one run that does not count.
 
     Raises:
         ValueError: the model is on the meta device, where nothing can be run.
@@ -41,7 +41,7 @@ def measure(
         )
     costs = []
     values: Tensors = list(inputs)
-    # Other ranks that are threads of this process would disturb the times, and tracing the runs.
+    # Other ranks that are threads of this process would disturb the times; tracing, the runs.
     with tracing_lock, torch.random.fork_rng(devices=[]), torch.enable_grad():
         for piece in pieces:
             cost, values = _measure_piece(piece, values, repeats)
@@ -100,7 +100,7 @@ def _synchronize() -> None:
 def _activation_bytes(
     piece: Stage, inputs: Tensors, parameters: Sequence[nn.Parameter]
 ) -> tuple[int, Tensors]:
-    """(what a forward keeps, its outputs); parameters are held anyway and do not count."""
+    """Returns (bytes that a forward keeps, its outputs), not counting parameters, held anyway."""
     held = {p.untyped_storage().data_ptr() for p in parameters}
     kept: dict[int, int] = {}
 

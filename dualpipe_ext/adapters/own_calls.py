@@ -1,4 +1,4 @@
-"""Refuses modules whose call is not the forward of their class: no stage would call them so."""
+"""Refuses modules whose call is more than the forward of their class: stages would not run it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ __all__ = ["check_call"]
 def check_call(module: nn.Module, name: str = "") -> None:
     """Raises unless a call of a module is the forward of its class and nothing more.
 
-    For modules that a cut copies or traces: what is attached to the object itself would run the
+    For modules that cutting copies or traces: what is attached to the object itself would run the
     whole model in every stage, or in none. Layers stay the same objects, so their calls may differ.
 
     Args:
         module: the module that is copied or traced.
-        name: its name in the model, empty for the model itself.
+        name: its name in the model; empty for the model itself.
 
     Raises:
-        ValueError: hooks, a compiled call, or a forward of the object's own; says how to undo it.
+        ValueError: it has hooks, a compiled call or a forward of its own, or is a wrapper; says how
+            to undo that.
     """
     if problem := _problem(module):
         place = f"{name or 'the model'} ({type(module).__name__})"
@@ -65,7 +66,7 @@ def _problem(module: nn.Module) -> str:
 
 
 def _is_of_class(forward: object, module: nn.Module) -> bool:
-    """Whether this is the bound method of the class, as accelerate's hooks leave it behind."""
+    """Whether this is the bound method of the class, which accelerate's hooks leave behind."""
     of_class = getattr(forward, "__func__", None) is type(module).forward
     return of_class and getattr(forward, "__self__", None) is module
 

@@ -1,4 +1,4 @@
-"""Partitions: modules of one stage, which know what they are part of."""
+"""Partitions: modules of one stage each, which know the plan that they are part of."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["Partition"]
 class Partition(nn.Module):
     """One stage of a model: a module that the pipeline calls with tensors.
 
-    The first stage takes the inputs that ``plan.inputs`` names (trailing ones may be left out or be
-    ``None``), each other one what the one before it returned. The last one returns what the model's
-    forward returns, as tensors. Parameters are the model's own objects, not copies.
+    The first stage takes the inputs named by ``plan.inputs`` (trailing ones may be omitted or
+    ``None``); each other stage takes what the previous one returned. The last stage returns what
+    the model's forward returns, as tensors. Parameters are the model's own objects, not copies.
 
     Attributes:
         plan: the plan that this is a stage of.
@@ -27,15 +27,15 @@ class Partition(nn.Module):
     def __init__(self, stage: Stage, plan: PartitionPlan) -> None:
         super().__init__()
         self.plan = plan
-        self._stage = (stage,)  # in a tuple: it is not a child, its children are
-        # The same dictionaries: what moves or replaces a parameter here does it there.
+        self._stage = (stage,)  # in a tuple: the children are those of its module
+        # The same dictionaries: moving or replacing a parameter here does so there, too.
         self._parameters = stage.module._parameters
         self._buffers = stage.module._buffers
         self._modules = stage.module._modules
         self._non_persistent_buffers_set = stage.module._non_persistent_buffers_set
         self.training = stage.module.training
         self._mirror: tuple[Partition, ...] = ()
-        self._done: list[Callable[[Partition], object]] = []  # for the mirror to do as well
+        self._done: list[Callable[[Partition], object]] = []  # to be done to the mirror as well
 
     def forward(self, *tensors: Tensor | None) -> Outputs:
         """Runs the stage."""
@@ -49,10 +49,10 @@ class Partition(nn.Module):
         return self
 
     def mirror(self) -> Partition:
-        """The stage that shares a rank with this one: P-1-r for r, as it came from the adapter.
+        """Returns the stage that shares a rank with this one: P-1-r for r.
 
-        What was applied to this partition (``cuda()``, ``to()``, ``half()``, ``to_empty()``) is
-        applied to it as well, as is the mode, and what the two share is shared again.
+        What was applied to this partition (``cuda()``, ``to()``, ``half()``, ``to_empty()``) and
+        its mode are applied to the mirror as well, and what the two share is shared again.
         """
         (mirror,) = self._mirror
         for action in self._done[len(mirror._done) :]:
@@ -67,12 +67,12 @@ class Partition(nn.Module):
         self._mirror = (mirror,)
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> Partition:
-        """Gives parameters and buffers that are on the meta device memory, without values.
+        """Allocates memory, without values, for parameters and for buffers on the meta device.
 
         Buffers that have values keep them. Load the partition's ``state_dict()`` afterwards.
 
         Raises:
-            ValueError: a buffer is on the meta device that a ``state_dict()`` does not have.
+            ValueError: a buffer on the meta device is not in the ``state_dict()``.
         """
         saved = self.state_dict()
         if lost := [n for n, b in self.named_buffers() if b.is_meta and n not in saved]:
@@ -122,7 +122,7 @@ def _share(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 def _names_of_shared(module: nn.Module) -> list[list[str]]:
-    """The names of each parameter that has more than one."""
+    """Returns the names of each parameter that has more than one."""
     names = defaultdict(list)
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)

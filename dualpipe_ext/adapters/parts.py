@@ -1,4 +1,4 @@
-"""The parts of a model that can be on different stages, with what they cost."""
+"""The parts of a model that can be on different stages, with their costs."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ __all__ = ["Parts", "Split", "single_layers"]
 
 @dataclass(frozen=True)
 class Split:
-    """The layers of each stage, by index, and what the stages cost."""
+    """The layers of each stage, by index, and the costs of the stages."""
 
     ranges: list[range]
     costs: list[Cost]
 
 
 def single_layers(num_layers: int) -> list[range]:
-    """Separate parts: what runs before all layers, each layer, and what runs behind them."""
+    """Returns separate parts: what runs before all layers, each layer, and what runs after them."""
     singles = [range(i, i + 1) for i in range(num_layers)]
     return [range(0), *singles, range(num_layers, num_layers)]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Parts of a model, in order, each with what it costs."""
+    """Parts of a model, in order, each with its cost."""
 
     ranges: list[range]
     costs: list[Cost]
 
     def split(self, num_stages: int, criterion: str, paired: bool) -> Split:
-        """Consecutive parts for each stage, evened out as :func:`balanced_sizes` does."""
+        """Assigns consecutive parts to stages, evened out as :func:`balanced_sizes` does."""
         counts = balanced_sizes(self.costs, num_stages, criterion, paired)
         edges = list(accumulate((len(part) for part in self.ranges), initial=0))
         stages = pairwise(accumulate(counts, initial=0))
@@ -42,7 +42,7 @@ class Parts:
         return Split(ranges, sum_of(self.costs, counts))
 
     def layer_seconds(self, layers: Sequence[str]) -> dict[str, float]:
-        """The time of each layer by name, an equal share of its part's; empty if not measured."""
+        """Returns the time of each layer, an equal share of its part's; empty if not measured."""
         return {
             layers[i]: cost.seconds / len(part)
             for part, cost in zip(self.ranges, self.costs, strict=True)

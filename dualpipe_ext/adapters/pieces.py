@@ -1,4 +1,4 @@
-"""A traced model in pieces: one module for each stage."""
+"""Cuts a traced model into pieces: one module for each stage."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Nodes = list[fx.Node]
 
 
 class TracedModel:
-    """The graph of a model, to be cut behind any of its layers.
+    """The graph of a model, which can be cut after any of its layers.
 
-    Each node belongs to the last layer that ran before it. What a stage needs of earlier ones
+    Each node belongs to the last layer that ran before it. What a stage needs from earlier ones
     travels to it through all stages in between: masks, position tables, hidden states.
 
     Args:
@@ -30,7 +30,7 @@ class TracedModel:
         inputs: arguments of the forward that are tensors.
 
     Raises:
-        ValueError: a forward that cannot be traced, or that runs the layers in another order.
+        ValueError: the forward cannot be traced, or runs the layers in another order.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], inputs: Sequence[str]) -> None:
@@ -41,7 +41,7 @@ class TracedModel:
         self._layer_of = self._assign()
 
     def cut(self, stages: Sequence[range]) -> list[Stage]:
-        """One module for each stage; ``stages[s]`` are the indices of its layers.
+        """Makes one module for each stage; ``stages[s]`` are the indices of its layers.
 
         Raises:
             ValueError: a skip connection crosses from one stage to another.
@@ -60,9 +60,9 @@ class TracedModel:
         return [Stage(first, first_call), *(Stage(module, _call) for module in others)]
 
     def parts(self) -> list[range]:
-        """The layers that can be on different stages; those that a skip bypasses stay together.
+        """Returns the parts that can be on different stages; layers that a skip bypasses are one.
 
-        As :meth:`dualpipe_ext.adapters.ModelAdapterBase.parts`.
+        As :meth:`dualpipe_ext.adapters.ModelAdapterBase.parts` does.
         """
         singles = single_layers(len(self._layers))
         stage_of = {node: self._stage(node, singles) for node in self._layer_of}
@@ -80,7 +80,10 @@ class TracedModel:
         return parts
 
     def _assign(self) -> dict[fx.Node, int]:
-        """The layer that each node runs in or behind; -1 before the first one."""
+        """Finds the layer that each node runs in or after; -1 before the first one.
+
+        Raises ValueError if the layers do not run once each, in order.
+        """
         found: list[str] = []
         layer_of = {}
         for node in self._graph.nodes:
@@ -109,7 +112,7 @@ class TracedModel:
 
     @cached_property
     def _sizes(self) -> set[fx.Node]:
-        """Nodes that are numbers or describe a tensor: each stage computes those that it needs."""
+        """Nodes that are numbers or describe tensors; each stage computes those that it needs."""
         found: set[fx.Node] = set()
         for node in self._graph.nodes:
             of_tensor = node.op == "call_method" and node.target in ("size", "dim", "numel")
@@ -131,14 +134,14 @@ class TracedModel:
         return found
 
     def _needs(self, node: fx.Node) -> set[fx.Node]:
-        """The tensors that a node is computed from."""
+        """Returns the tensors that a node is computed from."""
         needed: set[fx.Node] = set()
         for argument in node.all_input_nodes:
             needed |= self._needs(argument) if argument in self._sizes else {argument}
         return needed
 
     def _arriving(self, stage_of: dict[fx.Node, int], stage: int) -> Nodes:
-        """The nodes that earlier stages send to a stage; for the first one, the inputs."""
+        """Returns the nodes that earlier stages send to a stage; for the first one, the inputs."""
         if stage == 0:
             return [node for node in stage_of if node.op == "placeholder"]
         needed = {
@@ -155,14 +158,14 @@ class TracedModel:
             raise ValueError(self._skip(node, user, stage_of))
 
     def _skips(self, stage_of: dict[fx.Node, int]) -> Iterator[tuple[fx.Node, fx.Node]]:
-        """Nodes that bypass a whole stage, with their users."""
+        """Yields nodes whose result bypasses a whole stage, with their users."""
         for user, at in stage_of.items():
             for node in self._needs(user) & self._from_layers if user not in self._sizes else ():
                 if at > self._next_cut(node, stage_of):
                     yield node, user
 
     def _next_cut(self, node: fx.Node, stage_of: dict[fx.Node, int]) -> int:
-        """The last stage that may use what a node computes."""
+        """Returns the last stage that may use what a node computes."""
         layer = self._layer_of[node]
         if layer + 1 == len(self._layers):
             return max(stage_of.values())
@@ -202,7 +205,7 @@ class TracedModel:
         return self._with_state(graph)
 
     def _with_state(self, graph: fx.Graph) -> fx.GraphModule:
-        """A module with the state that the graph uses, which saves as much of it as the model."""
+        """Makes a module with the state that the graph uses; it saves what the model would save."""
         used = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
         state = {name: self._constants.get(name) for name in used}
         state |= {n: attrgetter(n)(self._model) for n in used - self._constants.keys()}

@@ -1,4 +1,4 @@
-"""Partitions in a pipeline: each in its place, together with what it shares parameters with."""
+"""Puts partitions in their places in a pipeline, with those they share parameters with."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["place_partitions", "split_of"]
 
 
 def place_partitions(modules: Sequence[Any], stages: Sequence[int], num_stages: int) -> list[Any]:
-    """The modules of a rank, with its own partitions in their places.
+    """Returns the modules of a rank, with its own partitions in their places.
 
     The same partition twice stands for itself and its mirror. Other modules are left as they are.
 
     Raises:
-        ValueError: a partition of another split, of another stage, or apart from one that it
-            shares parameters with.
+        ValueError: a partition is of another split or another stage, has no values, or is on
+            another rank than one with which it shares a parameter.
     """
     placed = list(modules)
     if len(placed) == 2 and placed[0] is placed[1] and isinstance(placed[0], Partition):
@@ -61,6 +61,6 @@ def _check_place(partition: Partition, stage: int, stages: Sequence[int], num_st
 
 
 def split_of(modules: Sequence[nn.Module]) -> list[int] | None:
-    """How many layers each stage of the partitions' model has; ``None`` for other modules."""
+    """Returns how many layers each stage of a partitioned model has; ``None`` for other modules."""
     plans = [module.plan for module in modules if isinstance(module, Partition)]
     return [len(stage.layers) for stage in plans[0].stages] if plans else None

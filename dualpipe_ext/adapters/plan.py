@@ -16,10 +16,10 @@ Outputs = Tensor | tuple[Tensor | None, ...]
 
 @dataclass(frozen=True)
 class Stage:
-    """What an adapter cuts out for one stage.
+    """What an adapter cuts out of a model for one stage.
 
     Attributes:
-        module: holds the stage's parameters and buffers alone, under the model's names.
+        module: holds only the stage's parameters and buffers, under the model's names.
         run: ``run(module, *tensors)`` is the stage's forward.
     """
 
@@ -29,12 +29,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage on paper.
+    """The plan of one stage.
 
     Attributes:
         layers: the layers that it runs, by their names in the model.
         names: the keys of its ``state_dict()``, which are the model's own.
-        cost: its parameters; where layers were measured, its times and activations as well.
+        cost: its parameters, and its times and activations if layers were measured.
     """
 
     layers: tuple[str, ...]
@@ -49,15 +49,15 @@ class PartitionPlan:
     Attributes:
         architecture: the name of the model's class.
         num_partitions: the number of stages.
-        index: the stage that this partition is.
+        index: the number of this partition's stage.
         stages: all stages, in order.
         inputs: what the first stage takes, in the order of ``step()``.
-        ties: parameters with several names, on two stages or more: (stage, name) of each.
-        layer_seconds: F, I and W of each layer by its name, where they were measured.
-        layer_parameters: numbers in the parameters of each layer.
-        is_paired: whether rank r holds stages r and P-1-r; otherwise each stage is for another rank.
-        is_causal: a causal language model of transformers, or a class derived from one: labels are
-            the model's own tokens, and each is for the position before it.
+        ties: parameters that two stages hold, as (stage, name) of each place.
+        layer_seconds: seconds of F, I and W together for each layer by name, if measured.
+        layer_parameters: the number of elements of each layer's parameters.
+        is_paired: whether rank r holds stages r and P-1-r; otherwise each stage has its own rank.
+        is_causal: whether it is a causal language model of transformers, or derived from one:
+            labels are the model's own tokens, each for the position before it.
     """
 
     architecture: str
@@ -82,10 +82,10 @@ class PartitionPlan:
         return self.stages[self.index].names
 
     def share_of(self, layer: str) -> float:
-        """Returns the share of its stage's time that a layer takes.
+        """Returns a layer's share of the time of its stage.
 
-        If times were not measured, the share of its parameters. What runs before all layers does
-        not count, as an embedding takes little time; a head behind them does.
+        If times were not measured, it is the share of parameters. What runs before all layers is
+        not counted, as an embedding takes little time; a head after them is.
         """
         stage = next(stage for stage in self.stages if layer in stage.layers)
         if layer in self.layer_seconds and stage.cost.seconds > 0:

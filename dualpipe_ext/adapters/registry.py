@@ -1,4 +1,4 @@
-"""Which adapter is for which model."""
+"""Finds the adapter of a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _registered: dict[type[nn.Module], Callable[[nn.Module], ModelAdapterBase]] = {}
 
 
 def register_adapter(model_class: type[nn.Module]) -> Callable[[AdapterClass], AdapterClass]:
-    """Makes an adapter the one for a class of models and its subclasses.
+    """Registers an adapter for a class of models and its subclasses.
 
     ::
 
@@ -31,10 +31,10 @@ def register_adapter(model_class: type[nn.Module]) -> Callable[[AdapterClass], A
         register_adapter(Other)(lambda model: TransformerLayerAdapter(model, blocks="body.layers"))
 
     Args:
-        model_class: a class of modules. One that is registered again gets the later adapter.
+        model_class: a class of modules. If it is registered again, the later adapter is used.
 
     Returns:
-        A decorator for a function from a model to its adapter, or for the adapter's class.
+        A decorator for an adapter's class, or for a function that returns a model's adapter.
     """
 
     def register(adapter: AdapterClass) -> AdapterClass:
@@ -45,12 +45,12 @@ def register_adapter(model_class: type[nn.Module]) -> Callable[[AdapterClass], A
 
 
 def get_model_adapter(model: nn.Module) -> ModelAdapterBase:
-    """The adapter for a model: a registered one, or the one for its architecture.
+    """Returns the adapter for a model: a registered one, or the one for its architecture.
 
     Raises:
-        ValueError: no adapter knows the architecture; the message says how to register one. Or a
+        ValueError: no adapter knows the architecture (the message says how to register one), or a
             call of the model is more than the forward of its class.
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"a model must be an nn.Module; found {type(model).__name__}")

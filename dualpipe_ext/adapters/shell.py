@@ -18,7 +18,7 @@ def shell_of(
 ) -> nn.Module:
     """Copies ``model`` with some submodules replaced; ``None`` removes one.
 
-    Modules on the way to those places are copied, all others are shared.
+    Modules on the path to those places are copied; all others are shared.
 
     Args:
         model: the module to copy.
@@ -30,7 +30,7 @@ def shell_of(
     """
     check_call(model, name)
     shell = model.__new__(type(model))
-    # Without a bound forward, which would run the model and not the shell.
+    # Leaves out a bound forward, which would run the model instead of the shell.
     shell.__dict__ = {key: value for key, value in vars(model).items() if key != "forward"}
     for table in ("_parameters", "_buffers", "_modules"):
         shell.__dict__[table] = dict(model.__dict__[table])
@@ -58,12 +58,12 @@ class BlockList(nn.ModuleList):
             self.add_module(name, block)
 
     def __getitem__(self, index: int | slice) -> Any:
-        """The block in a place, or a list of several."""
+        """Returns the block at an index, or a list of several."""
         return list(self._modules.values())[index]
 
 
 class Received(nn.Module):
-    """Stands where the embedding was, and returns what the stage before has sent."""
+    """Replaces the embedding, and returns what the previous stage sent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,8 +75,8 @@ class Received(nn.Module):
 
 
 class Silent(nn.Module):
-    """Stands for an embedding that is added to another: a zero, which changes no number."""
+    """Replaces an embedding that is added to another, by a zero, which changes no number."""
 
     def forward(self, positions: Tensor, **_: Any) -> Tensor:
-        """A zero that is added to anything."""
+        """Returns a zero, which can be added to anything."""
         return positions.new_zeros(())

@@ -1,4 +1,4 @@
-"""Checks of how many partitions, and how many layers in each, a user asks for."""
+"""Checks the number of partitions, and of layers in each, that a user asks for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["check_criterion", "check_num_partitions", "check_num_parts", "check_
 
 
 def check_num_partitions(num_partitions: int, num_layers: int, model: str, paired: bool) -> None:
-    """Raises if a model cannot be cut into so many partitions."""
+    """Raises if a model cannot be cut into this number of partitions."""
     if not isinstance(num_partitions, int) or isinstance(num_partitions, bool):
         raise TypeError(
             f"num_partitions={num_partitions!r}: it must be an int, not "

@@ -1,4 +1,4 @@
-"""Contiguous splits of a row of costs into stages that are optimal for the ranks."""
+"""Splits a row of costs into contiguous stages that are optimal for the ranks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ Costs = npt.NDArray[np.float64]
 
 
 def best_for_ranks(costs: Sequence[float], num_stages: int) -> list[int]:
-    """The sizes of the split whose costliest rank costs least; of those, whose costliest stage.
+    """Returns the sizes of the split with the cheapest costliest rank. Exact.
 
-    Rank r holds stages r and P-1-r. Exact.
+    Rank r holds stages r and P-1-r. Among splits whose costliest ranks are equal, the one with the
+    cheapest costliest stage is chosen.
     """
     first, *others = fronts(costs, num_stages)
     best = first
@@ -27,12 +28,12 @@ def best_for_ranks(costs: Sequence[float], num_stages: int) -> list[int]:
 
 
 def best_for_stages(costs: Sequence[float], num_stages: int) -> list[int]:
-    """The sizes of the split whose costliest stage costs least, each stage at least one item. Exact."""
+    """Returns the sizes, from 1, of the split with the cheapest costliest stage. Exact."""
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(costs, dtype=np.float64))])
     count = len(sums)
     spans = sums[None, :] - sums[:, None]  # [i, j]: the cost of items i to j-1
     spans[np.tril_indices(count)] = np.inf
-    best = spans[0]  # [j]: the costliest stage of items 0 to j-1, in so many stages
+    best = spans[0]  # [j]: the costliest stage of items 0 to j-1, in the stages so far
     edges = []
     for _ in range(num_stages - 1):
         worst = np.maximum(best[:, None], spans)
@@ -47,26 +48,27 @@ def best_for_stages(costs: Sequence[float], num_stages: int) -> list[int]:
 
 
 def fronts(costs: Sequence[float], num_stages: int) -> Iterator[tuple[float, float, list[int]]]:
-    """(costliest rank, costliest stage, sizes) of the splits that nothing beats in both.
+    """Yields (costliest rank, costliest stage, sizes) of splits that no other beats in both.
 
-    In the order of growing ranks and shrinking stages. Exact: each is found by dynamic programming
-    over all contiguous splits, from the outer pair of stages inwards.
+    They come in the order of increasing costliest ranks and decreasing costliest stages. Exact:
+    each is found by dynamic programming over all contiguous splits, from the outer pair of stages
+    inwards.
 
     Args:
         costs: the cost of each item, 0 or more; at least one item for each stage.
-        num_stages: even.
+        num_stages: the number of stages; even.
     """
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(costs, dtype=np.float64))])
     limit = float("inf")
     while (sizes := _split(sums, num_stages // 2, limit)) is not None:
         edges = np.cumsum([0, *sizes])
         stages = sums[edges[1:]] - sums[edges[:-1]]
-        limit = float(stages.max())  # the next one has to have faster stages
+        limit = float(stages.max())  # the next split must have faster stages
         yield float((stages + stages[::-1]).max()), limit, sizes
 
 
 def _split(sums: Costs, num_pairs: int, limit: float) -> list[int] | None:
-    """The split with the cheapest costliest pair, of stages that cost less than ``limit``."""
+    """Finds the split with the cheapest costliest pair, of stages that cost less than ``limit``."""
     count = len(sums)
     rest = np.full((count, count), np.inf)  # [i, j]: the worst pair when items i to j-1 are left
     rest[0, count - 1] = 0.0
@@ -90,7 +92,7 @@ def _add_pair(rest: Costs, sums: Costs, limit: float) -> Costs:
 
 
 def _stages(sums: Costs, i: int, j: int, limit: float) -> tuple[Costs, Costs]:
-    """The costs of a stage of items i to k-1, for k > i, and of one of items k to j-1, for k < j."""
+    """Returns costs of stages of items i to k-1, for k > i, and of items k to j-1, for k < j."""
     left, right = sums[i + 1 :] - sums[i], sums[j] - sums[:j]
     return np.where(left < limit, left, np.inf), np.where(right < limit, right, np.inf)
 
@@ -107,7 +109,7 @@ def _trace_back(history: list[Costs], sums: Costs, limit: float, middle: int) ->
 def _before(
     rest: Costs, added: Costs, sums: Costs, limit: float, i: int, j: int
 ) -> tuple[int, int]:
-    """What was left before the pair that left items i to j-1."""
+    """Returns which items were left before the pair that left items i to j-1."""
     for i_before, j_before in np.argwhere(np.isfinite(rest)):
         if i_before < i and j < j_before:
             left, right = _stages(sums, i_before, j_before, limit)

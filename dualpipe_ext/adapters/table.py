@@ -1,4 +1,4 @@
-"""A plan as a table."""
+"""Shows a plan as a table."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["plan_table", "print_plan"]
 
 
 def plan_table(plan: PartitionPlan) -> Table:
-    """One row for each stage: its ranks, its layers, what it costs, and how full its ranks are."""
-    from rich.table import Table  # a tenth of what importing this package takes
+    """Returns one row per stage: its ranks, its layers, its costs, and how full its ranks are."""
+    from rich.table import Table  # here, as it takes a tenth of this package's import time
 
     costs = [stage.cost for stage in plan.stages]
     timed, sized = any(c.seconds for c in costs), any(c.activation_bytes for c in costs)

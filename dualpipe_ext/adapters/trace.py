@@ -1,4 +1,4 @@
-"""A model's forward as a graph in which its layers are nodes."""
+"""Traces a model's forward into a graph in which its layers are nodes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from dualpipe_ext.adapters.own_calls import check_call
 
 __all__ = ["Trace", "trace_layers", "tracing_lock"]
 
-# Their arguments are plain numbers, from which fx cannot tell that they belong in the graph.
+# Their arguments may be plain numbers, from which fx cannot tell that they belong in the graph.
 _MAKERS = ("arange", "empty", "eye", "full", "linspace", "ones", "zeros")
 
-# Traced, they would draw once, and every step would get the same numbers.
+# If traced, they would draw only once, and every step would get the same numbers.
 _RANDOM_MAKERS = ("normal", "rand", "randint", "randn", "randperm")
 
 tracing_lock = threading.Lock()
-"""Tracing changes how all modules of the process are called: no module may run meanwhile."""
+"""Held while tracing, which changes how all modules of the process are called: none may run."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class Trace:
 
 
 def trace_layers(model: nn.Module, layers: Sequence[str], inputs: Sequence[str]) -> Trace:
-    """Runs a model's forward with stand-ins for its tensors, and notes what it does.
+    """Runs a model's forward with stand-ins for its tensors, and records what it does.
 
     Args:
-        model: what to trace. Its submodules stay whole, but for those that contain layers.
+        model: the model to trace. Submodules stay whole, except those that contain layers.
         layers: names of submodules.
         inputs: arguments of the forward that are tensors; the others keep their defaults.
 
     Raises:
         ValueError: the forward decides by the values of its tensors, does something else that
-            cannot be traced, or differs between training and evaluation outside of its layers;
-            or the call of a module that is traced through is not the forward of its class.
+            cannot be traced, or differs between training and evaluation outside its layers; or the
+            call of a module that is traced through is not the forward of its class.
     """
     for name in ("", *sorted(_containers(layers))):
         check_call(model.get_submodule(name), name)
@@ -91,14 +91,14 @@ def _trace(model: nn.Module, layers: Sequence[str], inputs: Sequence[str], train
             )
         own = set(vars(model)) - before[""].keys()
         return Trace(graph, {name: vars(model)[name] for name in own})
-    except Exception as error:  # whatever a forward raises when it is called with stand-ins
+    except Exception as error:  # whatever a forward may raise when it is called with stand-ins
         kind = type(model).__name__
         raise ValueError(
             f"the forward of {kind} cannot be traced, so it cannot be cut automatically: {error}; "
             f"keep what depends on the values of tensors inside of layers, or register an adapter "
             f"for {kind} with dualpipe_ext.adapters.register_adapter"
         ) from error
-    finally:  # fx leaves the constants that it meets there, and a forward what it assigns
+    finally:  # fx leaves constants on the model, and a forward whatever it assigns
         for name, module in modules.items():
             _restore(module, before[name])
         for container, content in contents:
@@ -110,13 +110,13 @@ _STORES = ("_parameters", "_buffers", "_modules")
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """All that a forward may assign to: attributes, parameters and buffers by name."""
+    """Returns all that a forward may assign to: attributes, parameters, buffers, submodules."""
     own = {name: value for name, value in vars(module).items() if name not in _STORES}
     return {**own, **module._parameters, **module._buffers, **module._modules}
 
 
 def _is_of_the_trace(value: object) -> bool:
-    """Whether a value holds a proxy, which is only meaningful while tracing."""
+    """Whether a value holds a proxy, which has a meaning only while tracing."""
     if type(value) is dict:
         value = list(value.values())
     values = value if isinstance(value, (tuple, list)) else (value,)
@@ -124,13 +124,13 @@ def _is_of_the_trace(value: object) -> bool:
 
 
 def _refill(container: Any, content: Any) -> None:
-    """Puts the earlier content back into a list or dictionary."""
+    """Restores the earlier content of a list or dictionary."""
     container.clear()
     (container.update if isinstance(container, dict) else container.extend)(content)
 
 
 def _restore(module: nn.Module, before: dict[str, Any]) -> None:
-    """Puts a module's earlier attributes, parameters and buffers back."""
+    """Restores a module's earlier attributes, parameters, buffers and submodules."""
     stores = [vars(module), *(vars(module)[name] for name in _STORES)]
     for store in stores:
         for name in [name for name in store if name not in before and name not in _STORES]:
@@ -145,7 +145,7 @@ def _steps(graph: fx.Graph) -> list[str]:
 
 @contextmanager
 def _mode(model: nn.Module, containers: Iterable[str], training: bool) -> Iterator[None]:
-    """Sets the mode of the modules that are traced through, within a ``with``."""
+    """Sets the mode of the modules that are traced through, and restores it afterwards."""
     modules = [model, *(model.get_submodule(name) for name in containers)]
     before = [module.training for module in modules]
     try:
@@ -158,14 +158,14 @@ def _mode(model: nn.Module, containers: Iterable[str], training: bool) -> Iterat
 
 
 def _containers(layers: Sequence[str]) -> set[str]:
-    """The names of modules that contain layers, except the model itself."""
+    """Returns the names of modules that contain layers, except the model itself."""
     return {
         name.rsplit(".", depth)[0] for name in layers for depth in range(1, name.count(".") + 1)
     }
 
 
 def _surroundings() -> tuple[Any, ...]:
-    """Settings that a ``with`` in a forward may change unseen by the graph."""
+    """Returns settings that a ``with`` in a forward may change without a trace in the graph."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -183,7 +183,7 @@ class _LayerTracer(fx.Tracer):
         self._surroundings = _surroundings()
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
-        """Makes a node; raises if the forward depends on settings that the graph does not show."""
+        """Makes a node; raises if the forward has changed settings that the graph does not show."""
         if _surroundings() != self._surroundings:
             raise RuntimeError(
                 "it switches gradients or autocast outside of its layers, which no stage would do; "
@@ -192,13 +192,13 @@ class _LayerTracer(fx.Tracer):
         return super().create_proxy(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Every module stays whole unless it contains layers."""
+        """Whether a module stays whole: it does unless it contains layers."""
         return module_qualified_name not in self.containers
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        """Stand-ins for the inputs; other arguments keep their defaults."""
+        """Makes stand-ins for the inputs; other arguments keep their defaults."""
 
         def forward(*tensors: fx.Proxy) -> Any:
             return root_fn(self.root, **dict(zip(self._inputs, tensors, strict=True)))
@@ -206,13 +206,13 @@ class _LayerTracer(fx.Tracer):
         return forward, [self.create_proxy("placeholder", name, (), {}) for name in self._inputs]
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Lets assertions and checks before a raise pass; other decisions cannot be traced."""
+        """Lets assertions and checks that may raise pass; other decisions cannot be traced."""
         passed = _outcome_of_check()
         return bool(super().to_bool(obj)) if passed is None else passed
 
 
 def _outcome_of_check() -> bool | None:
-    """The outcome with which the check being traced (``assert``, or ``if`` and raise) passes."""
+    """Returns the outcome with which the traced check passes (``assert``, or ``if`` and raise)."""
     for frame in reversed(traceback.extract_stack(limit=10)):
         if frame.filename != __file__ and "/torch/fx/" not in frame.filename.replace("\\", "/"):
             line, following = (
@@ -247,7 +247,7 @@ def _traced(maker: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refused(maker: Callable[..., Any]) -> Callable[..., Any]:
-    """Raises in the thread that traces; other ranks may be threads of this process."""
+    """Makes ``maker`` raise in the thread that traces; other threads may be other ranks."""
     thread = threading.get_ident()
 
     @wraps(maker)

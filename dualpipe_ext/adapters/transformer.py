@@ -17,17 +17,17 @@ __all__ = ["TransformerLayerAdapter"]
 
 
 class TransformerLayerAdapter(ModelAdapterBase):
-    """Any model whose forward runs a list of blocks one after the other.
+    """For any model whose forward runs a list of blocks one after the other.
 
-    The forward is traced once, with each block as one step, and cut behind blocks: what it does
-    before, between and behind them is kept, and what later stages use travels to them. Between
-    blocks it may not decide by the values of tensors; within them it may do anything.
+    The forward is traced once, with each block as one step, and cut after blocks: what it does
+    before, between and after them is kept, and what later stages use travels to them. Between
+    blocks it must not decide by the values of tensors; within them it may do anything.
 
     Args:
-        model: what is to be cut.
-        blocks: the list's name in the model, or several in the order in which they run; left out,
-            the list with most parameters whose elements are of one class.
-        inputs: arguments of the forward that stages get; left out, those without a default.
+        model: the model to cut.
+        blocks: the name of the list in the model, or of several in the order in which they run; by
+            default the lists whose elements are of the one class that has the most parameters.
+        inputs: the arguments of the forward that stages take; by default those without a default.
 
     Raises:
         ValueError: there is no such list.
@@ -57,11 +57,11 @@ class TransformerLayerAdapter(ModelAdapterBase):
         return self._inputs
 
     def parts(self) -> list[range]:
-        """The blocks; those that a skip connection bypasses stay together."""
+        """Returns the blocks; those that a skip connection bypasses stay together."""
         return self._traced.parts()
 
     def cut(self, stages: Sequence[range]) -> list[Stage]:
-        """Cuts the model behind blocks."""
+        """Cuts the model after blocks."""
         return self._traced.cut(stages)
 
     @cached_property

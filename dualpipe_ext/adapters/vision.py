@@ -8,8 +8,9 @@ __all__ = ["VisionModelAdapter"]
 
 
 class VisionModelAdapter(TransformerLayerAdapter):
-    """ResNet-like models and vision transformers: their blocks, in one list or in several.
+    """For ResNet-like models and vision transformers, with blocks in one list or in several.
 
-    As :class:`TransformerLayerAdapter`; a layer is a whole residual block, so that no skip
-    connection is cut. What lies between lists (pooling, a convolution) goes with the block before.
+    Works as :class:`TransformerLayerAdapter` does. A layer is a whole residual block, so that no
+    skip connection is cut. What is between lists (pooling, a convolution) goes with the block
+    before.
     """

@@ -1,4 +1,4 @@
-"""Adapters for models of Hugging Face's transformers."""
+"""Adapters for Hugging Face's transformers models."""
 
 from dualpipe_ext.adapters.huggingface.adapter import HuggingFaceAdapter
 from dualpipe_ext.adapters.huggingface.families import FAMILIES, Family

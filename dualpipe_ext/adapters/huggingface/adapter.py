@@ -23,17 +23,17 @@ _EXTRA_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_lo
 
 
 class HuggingFaceAdapter(ModelAdapterBase):
-    """A model of transformers, whose parts are called as its family says.
+    """For a transformers model, whose parts have the names that its family says.
 
-    Every stage runs the forward of the model's backbone, the last one that of the whole model, on
-    a copy of the structure in which the list of blocks holds its own ones. What comes before them
-    returns what the stage before has sent; what comes behind them lets it pass. Masks and rotary
-    tables are computed by each stage from the masks and positions that travel with the hidden
-    states: the model's own code makes them, in the bits that it would make in one piece.
+    Every stage runs the forward of the model's backbone (the last one, that of the whole model) on
+    a copy of the structure in which the list of blocks holds only its own. What comes before the
+    blocks returns what the previous stage sent; what comes after them passes it through. Each stage
+    computes attention masks and rotary tables from the masks and positions that travel with the
+    hidden states: the model's own code makes them, with the same bits as in the unsplit model.
 
     Args:
-        model: a model of transformers.
-        family: the names of its parts; left out, those of its model type.
+        model: a transformers model.
+        family: the names of its parts; by default those of its model type.
 
     Raises:
         ValueError: an unknown model type, a model without the family's parts, or one that is
@@ -58,7 +58,7 @@ class HuggingFaceAdapter(ModelAdapterBase):
         return self.family.inputs
 
     def sample_inputs(self) -> tuple[Tensor | None, ...]:
-        """One row: 128 tokens (fewer, where the model takes fewer), or a picture of its size."""
+        """Returns one row: 128 tokens (or as many as the model takes), or an image of its size."""
         config: Any = self.model.config
         device = next(self.model.parameters()).device
         if self.family.main_input == "pixel_values":
@@ -106,7 +106,7 @@ class HuggingFaceAdapter(ModelAdapterBase):
         )
 
     def _stage_config(self, config: Any, own: range, first: bool) -> Any:
-        """The settings of a stage's backbone, which counts its own layers from 0."""
+        """Returns the settings of a stage's backbone, which counts its own layers from 0."""
         config = copy.copy(config)
         settings = vars(config)
         if settings.get("layer_types") is not None:
@@ -125,7 +125,7 @@ class HuggingFaceAdapter(ModelAdapterBase):
         }
 
     def _find_blocks(self) -> tuple[str, str]:
-        """The backbone's name in the model, empty for the model itself; the blocks' name in it."""
+        """Finds the backbone's name in the model (empty for the model), and the blocks' in that."""
         for backbone in (str(getattr(self.model, "base_model_prefix", "")), "model", ""):
             for blocks in self.family.blocks:
                 if _has(self.model, _join(backbone, blocks)):
@@ -154,9 +154,9 @@ class HuggingFaceAdapter(ModelAdapterBase):
 
 @dataclass(frozen=True)
 class _StageForward:
-    """The forward of one stage. Holds names alone, so that a partition can be copied."""
+    """The forward of one stage. Holds only names, so that a partition can be copied."""
 
-    backbone: str  # is called; in the last stage the whole model
+    backbone: str  # is called, except in the last stage, which calls the whole model
     blocks: str
     received: str  # the stand-in that returns the received hidden states; empty in the first stage
     last: bool
@@ -193,7 +193,10 @@ class _StageForward:
         return (output[0], *(given.get(name) for name in self.carried))
 
     def _check_attention(self, shell: nn.Module) -> None:
-        """The backbone makes masks for the blocks, which share the settings of the whole model."""
+        """Raises if the attention was changed after cutting.
+
+        The stage's backbone makes masks for the blocks, but these use the whole model's settings.
+        """
         cut_with = _attention(shell.get_submodule(self.backbone))
         blocks = shell.get_submodule(self.blocks)
         found = next((_attention(m) for m in blocks.modules() if hasattr(m, "config")), cut_with)
@@ -220,14 +223,14 @@ def _family_of(model: nn.Module) -> Family:
 
 
 def _taken_by(module: nn.Module) -> Callable[[str], bool]:
-    """Whether a module's forward takes an argument of some name."""
+    """Returns a function that says whether the module's forward takes an argument of some name."""
     arguments = inspect.signature(module.forward).parameters
     takes_any = any(each.kind is each.VAR_KEYWORD for each in arguments.values())
     return lambda name: takes_any or name in arguments
 
 
 def _attention(module: Any) -> Any:
-    """The implementation of attention that a module was configured with."""
+    """Returns the implementation of attention that a module is configured with."""
     return module.config._attn_implementation
 
 

@@ -1,4 +1,4 @@
-"""The families of Hugging Face's models: what their parts are called."""
+"""The families of Hugging Face models, and the names of their parts."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["FAMILIES", "Family"]
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What the parts of a model are called. Names are those in its backbone.
+    """The names of the parts of a model, relative to its backbone.
 
     Attributes:
-        blocks: the list of blocks; several names where versions of transformers differ.
-        entry: what comes before the blocks, and what stands for it in later stages. One of them
-            is a :class:`~dualpipe_ext.adapters.shell.Received`.
-        exit: what comes behind the blocks, and what stands for it in earlier stages; ``None`` for
+        blocks: the list of blocks; several names if versions of transformers differ.
+        entry: what comes before the blocks, and what replaces it in later stages. One of these is a
+            :class:`~dualpipe_ext.adapters.shell.Received`.
+        exit: what comes after the blocks, and what replaces it in earlier stages; ``None``:
             nothing.
         inputs: what the first stage takes: arguments of the model's forward.
         carried: the inputs that travel to all stages.
-        main_input: the argument that received hidden states are passed in as well, for a model
-            that needs one and none of those carried will do.
-        options: further arguments of the forwards, for those that take them.
+        main_input: the argument that received hidden states are also passed as, for a model that
+            requires an input and none of those carried will do.
+        options: further arguments of forwards, for those that take them.
         later_config: settings of the backbone that differ in later stages.
     """
 
@@ -43,11 +43,11 @@ class Family:
 
 
 class ReceivedPatches(Received):
-    """Stands for the embedding of patches, which the model asks for its dtype."""
+    """Replaces the embedding of patches, which the model asks for its dtype."""
 
     @property
     def patch_embeddings(self) -> SimpleNamespace:
-        """Leads to a tensor of the dtype of what was received."""
+        """Leads to a tensor with the dtype of what was received."""
         return SimpleNamespace(projection=SimpleNamespace(weight=self.value))
 
 
@@ -56,7 +56,7 @@ _DECODER = Family(
     entry={"embed_tokens": Received},
     exit={"norm": nn.Identity},
     options={"use_cache": False},
-    # The Gemmas of transformers 4 scale what enters by the root of this: what is received is scaled.
+    # Gemmas in transformers 4 scale what enters by the root of this; what is received is scaled.
     later_config={"hidden_size": 1},
 )
 _GPT2 = Family(
@@ -72,7 +72,7 @@ _BERT = Family(
     exit={"pooler": None},
     inputs=("input_ids", "attention_mask", "token_type_ids", "position_ids"),
     carried=("input_ids", "attention_mask"),
-    options={"use_cache": False},  # of those that are decoders
+    options={"use_cache": False},  # for those that are decoders
 )
 _VIT = Family(
     blocks=("layers", "encoder.layer"),

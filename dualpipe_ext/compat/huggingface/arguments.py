@@ -1,4 +1,4 @@
-"""What ``TrainingArguments`` may ask for: all that is not honoured is refused by name."""
+"""Which ``TrainingArguments`` are accepted: whatever is not honoured is refused by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RECOMPUTED = (
 )
 _RECOMPUTING = ("activation_checkpointing", "gradient_checkpointing")  # newer releases, older ones
 
-# Settings that must be left off, and why. Some are in one release of transformers alone.
+# Settings that must be off, and why. Some exist only in certain releases of transformers.
 REFUSED = {
     "fp16": "gradients are not scaled here; use bf16=True",
     "fp16_full_eval": "the model is evaluated in the type that it is trained in",
@@ -46,14 +46,14 @@ REFUSED = {
     "ddp_broadcast_buffers": _DDP,
     "ddp_static_graph": _DDP,
 }
-_OPTIMIZERS = ("lomo", "adalomo")  # these update within the backward pass
+_OPTIMIZERS = ("lomo", "adalomo")  # they update within the backward pass
 
 
 def accepted(args: Any) -> Any:
-    """A copy of the arguments without what the trainer itself takes care of.
+    """Returns a copy of the arguments without what this trainer takes care of itself.
 
     Raises:
-        ValueError: a setting that is not honoured, with its name.
+        ValueError: a setting is not honoured; names it.
     """
     for name, reason in REFUSED.items():
         if getattr(args, name, None):
@@ -71,13 +71,13 @@ def accepted(args: Any) -> Any:
     args.accelerator_config = copy.copy(args.accelerator_config)
     args.accelerator_config.dispatch_batches = False  # its default depends on the kind of data
     for name in _RECOMPUTING:
-        setattr(args, name, False)  # of the model: the pipeline recomputes instead
+        setattr(args, name, False)  # not by the model: the pipeline recomputes
     args._n_gpu = min(args._n_gpu, 1)
     return args
 
 
 def recomputes(args: Any) -> bool:
-    """Whether forwards are to be run again in the backward, under either name of the setting."""
+    """Whether forwards are to be recomputed in the backward, under either name of the setting."""
     return any(getattr(args, name, False) for name in _RECOMPUTING)
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 __all__ = ["last_complete_checkpoint"]
 
-_NAME = re.compile(r"checkpoint-\d+")  # as the trainer's own
-_STATE = "trainer_state.json"  # written behind everything else
+_NAME = re.compile(r"checkpoint-\d+")  # as in the trainer itself
+_STATE = "trainer_state.json"  # written after everything else
 
 
 def last_complete_checkpoint(folder: str | Path) -> str:
-    """The last ``checkpoint-<step>`` in a trainer's output folder that was not cut off.
+    """Returns the last complete ``checkpoint-<step>`` in a trainer's output folder.
 
     Raises:
         ValueError: there is none.

@@ -1,4 +1,4 @@
-"""The losses that models of transformers compute of their logits, for micro-batches."""
+"""The losses that transformers models compute from their logits, for micro-batches."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class ModelLoss:
     """A model's own ``loss_function``.
 
     Args:
-        model: a model of transformers, with a head.
+        model: a transformers model with a head.
 
     Raises:
-        ValueError: a model whose loss is not known, or that has none.
+        ValueError: the model's loss is not a known one, or it has none.
     """
 
     def __init__(self, model: Any) -> None:
@@ -52,12 +52,12 @@ class ModelLoss:
         self._hands_on_num_items = _hands_on_keywords(type(model))
 
     def of(self, labels: Tensor | None, num_items: Tensor | int | None) -> BatchLoss:
-        """The loss of one batch.
+        """Returns the loss of one batch.
 
         Args:
             labels: the labels of the batch.
-            num_items: what a cross-entropy is divided by; left out, or where the model's forward
-                does not hand it on either, its mean is taken.
+            num_items: what a cross-entropy is divided by. If it is ``None``, or the model's forward
+                does not pass it on, the mean over the labels of the batch is taken.
         """
         if labels is None or not self._is_cross_entropy(labels):
             return BatchLoss(self._call(None), "mean")
@@ -67,7 +67,7 @@ class ModelLoss:
         return BatchLoss(self._call(int(num_items)), "sum")
 
     def _is_cross_entropy(self, labels: Tensor) -> bool:
-        """Whether its sum may be divided by a number of items; other losses are means over rows."""
+        """Whether it may be a sum divided by a number of items; other losses average over rows."""
         if labels.is_floating_point():
             return False
         if not self._is_by_problem:
@@ -79,7 +79,7 @@ class ModelLoss:
     def _call(self, num_items: int | None) -> Any:
         def loss(*outputs_and_labels: Tensor) -> Tensor:
             logits, labels = outputs_and_labels[0], outputs_and_labels[-1]
-            # Functions take logits by one of two names, and pass over what they do not know.
+            # Loss functions take logits by one of two names, and ignore what they do not know.
             value = self._function(
                 logits=logits,
                 pooled_logits=logits,
@@ -95,9 +95,9 @@ class ModelLoss:
 
 
 def _hands_on_keywords(model: Any) -> bool:
-    """Whether a forward calls its loss function with what its caller has added.
+    """Whether a forward passes its caller's further arguments on to its loss function.
 
-    Some heads make a loss of their own, a mean over the batch, whatever they are told.
+    Some heads compute a loss of their own, a mean over the batch, whatever they are passed.
     """
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(model.forward)))

@@ -1,4 +1,4 @@
-"""What accelerate is told: one process, for all ranks share every batch."""
+"""Makes accelerate see a single process, as all ranks share every batch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["show_one_process"]
 
 
 def show_one_process(args: Any, number: int) -> None:
-    """Makes accelerate neither divide batches among the ranks nor wrap the model.
+    """Keeps accelerate from dividing batches among the ranks and from wrapping the model.
 
-    Ranks still know their numbers: the first one writes and logs. The state is accelerate's
-    own, and holds for the whole process.
+    Ranks still know their numbers: the first one writes and logs. The state belongs to accelerate,
+    and applies to the whole process.
 
     Args:
-        args: the training arguments, whose state is accelerate's.
+        args: the training arguments, which hold accelerate's state.
         number: this rank's number among those of all replicas.
     """
     state: PartialState = args.distributed_state

@@ -1,4 +1,4 @@
-"""``transformers.Trainer`` that trains over a pipeline."""
+"""A ``transformers.Trainer`` that trains over a pipeline."""
 
 from __future__ import annotations
 
@@ -34,43 +34,44 @@ __all__ = ["DualPipeTrainer"]
 
 
 class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be there to check
-    """``transformers.Trainer`` over a pipeline, with the losses of a run on one process.
+    """A ``transformers.Trainer`` over a pipeline, with the losses of a run on one process.
 
-    Start it on every rank alike (``torchrun``, or processes of :func:`dualpipe_ext.testing.
+    Start it alike on every rank (``torchrun``, or processes of :func:`dualpipe_ext.testing.
     run_ranks`): all ranks read the same batches and keep the same state; the first one logs and
-    writes. ``per_device_train_batch_size`` is the batch of all ranks together. Replicas, where there
-    are any, divide its rows among them, and each cuts its own into ``num_chunks`` micro-batches; the
-    numbers are those of one process whatever the number of replicas. Data, collators, callbacks,
-    optimizers, schedulers, logs and checkpoints are the trainer's own: a checkpoint is that of an
-    unsplit run, which can go on with it, and the other way round. The loss is the model's own
-    ``loss_function``.
+    writes. ``per_device_train_batch_size`` is the batch size of all ranks together. Replicas, if
+    there are any, divide its rows among themselves, and each splits its own into ``num_chunks``
+    micro-batches; the results are those of one process, whatever the number of replicas. Data,
+    collators, callbacks, optimizers, schedulers, logs and checkpoints are the trainer's own. A
+    checkpoint is that of an unsplit run: either kind of run can continue from the other's. The loss
+    is the model's own ``loss_function``.
 
-    While training, ``model`` on each rank has the values of this rank's stages alone;
+    During training, ``model`` on each rank has current values of only this rank's stages;
     :meth:`save_model` and the end of :meth:`train` give it all of them.
 
-    accelerate is told that there is one process, for the whole of this one. Random numbers of
-    dropout are made from ``args.seed`` and the batch's number: a run that is resumed draws what
-    the uninterrupted one does.
+    accelerate sees only one process, and does so for the lifetime of this process. Random numbers
+    of dropout depend on ``args.seed`` and the number of the batch, so that a resumed run draws the
+    same as an uninterrupted one.
 
     Args:
-        model: a model of transformers with a head, and an adapter.
-        args: training arguments; what cannot be honoured is refused (:data:`REFUSED` of
-            ``compat.huggingface.arguments``). ``activation_checkpointing`` (of older releases:
+        model: a transformers model with a head, and with an adapter.
+        args: training arguments; what cannot be honoured is refused (:data:`REFUSED` in
+            ``compat.huggingface.arguments``). ``activation_checkpointing`` (in older releases
             ``gradient_checkpointing``) recomputes stages.
-        num_chunks: micro-batches of each pipeline; even, and at least twice the number of its ranks.
-        enable_profiling: log the pipeline's times and its bubble with each log of losses.
-        config: everything else about the pipeline.
-        process_group: the ranks of this pipeline; torch's default group where left out.
-        replica_group: the ranks in the same place of other pipelines (replicas); as for
+        num_chunks: the number of micro-batches of each pipeline; even, and at least twice the
+            number of its ranks.
+        enable_profiling: log the pipeline's times and its bubble whenever losses are logged.
+        config: all other settings of the pipeline.
+        process_group: the ranks of this pipeline; by default torch's default group.
+        replica_group: the ranks at the same position of other pipelines (replicas); as for
             :class:`dualpipe_ext.TrainingWrapper`.
-        mesh: with axes ``"pp"`` and ``"dp"``, in place of both groups.
+        mesh: a mesh with axes ``"pp"`` and ``"dp"``, instead of both groups.
         more: further arguments of the trainer: datasets, collator, callbacks, metrics, optimizers.
 
     Attributes:
-        pipeline: runs the steps.
+        pipeline: the pipeline that runs the steps.
 
     Raises:
-        ValueError: a setting, model, group or mesh that does not fit.
+        ValueError: an unsuitable setting, model, group or mesh.
         PipelineError: another rank could not be constructed.
     """
 
@@ -106,7 +107,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         self._profiles = enable_profiling
         self._wants_logits = True
         self._last_update = -1
-        self._told_by: Any = None  # the optimizer whose failures are told
+        self._told_by: Any = None  # the optimizer whose failures the other ranks learn of
         self._num_accumulated = 0
         self._loss = ModelLoss(model)
         self._batches = BatchPipeline(
@@ -122,7 +123,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
     def training_step(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Forward and backward of one batch; returns its loss."""
+        """Runs one batch forward and backward; returns its loss."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -143,7 +144,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         """Creates the optimizer as the trainer does.
 
         Raises:
-            TypeError: an optimizer that has its state in shards.
+            TypeError: the optimizer keeps its state in shards.
         """
         made = super().create_optimizer(*args, **options)
         refuse_shards(made)
@@ -165,7 +166,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         optimizer.step = MethodType(told, optimizer)  # schedulers that come later bind it again
 
     def _number_of_batch(self) -> int:
-        """The number of a batch in the whole training, whatever was resumed or evaluated."""
+        """Returns the batch's number in the whole training, whatever was resumed or evaluated."""
         if self.state.global_step != self._last_update:
             self._last_update, self._num_accumulated = self.state.global_step, 0
         self._num_accumulated += 1
@@ -179,7 +180,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss of one batch, without gradients; for evaluation."""
+        """Returns the loss of one batch, without gradients; for evaluation."""
         num_items = num_items_in_batch if self.model_accepts_loss_kwargs else None
         of_batch = self._loss.of(self._labels(inputs), num_items)
         with torch.no_grad():
@@ -194,7 +195,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> Any:
-        """Loss, logits and labels of one batch, the same on every rank."""
+        """Returns loss, logits and labels of one batch, the same on every rank."""
         self._wants_logits = not prediction_loss_only
         if self.label_names and all(inputs.get(name) is not None for name in self.label_names):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -211,11 +212,11 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         return {"logits": logits.float().to(self.args.device)}
 
     def _clip(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Clips, in place of accelerate, by the norm of the whole model's gradient."""
+        """Clips by the norm of the whole model's gradient, instead of accelerate."""
         return self.pipeline.clip_grad_norm_(max_norm, norm_type)
 
     def log(self, logs: dict[str, float], *more: Any, **options: Any) -> None:
-        """Logs; with ``enable_profiling``, the last step's times with the losses."""
+        """Logs; with ``enable_profiling``, adds the last step's times to logs of losses."""
         if self._profiles and "loss" in logs:
             found = self.pipeline.stats()
             logs["pipeline_step_seconds"] = found.step_seconds
@@ -230,10 +231,11 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
     ) -> Any:
         """Trains as the trainer does; afterwards :attr:`model` has all values on every rank.
 
-        ``resume_from_checkpoint=True`` takes the last checkpoint that is complete.
+        ``resume_from_checkpoint=True`` resumes from the last complete checkpoint.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no complete checkpoint, on the first rank.
+            PipelineError: the same, on the others.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_checkpoint()
@@ -242,7 +244,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         return result
 
     def _last_checkpoint(self) -> str:
-        """The last complete checkpoint that the first rank finds."""
+        """Returns the last complete checkpoint that the first rank finds."""
         ranks = Ranks(self.pipeline.group, self.pipeline.config.timeout)
         failure = "found nothing to resume from"
         find = partial(last_complete_checkpoint, str(self.args.output_dir))
@@ -251,7 +253,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the whole model, on the first rank. Call it on every rank.
+        """Writes the whole model on the first rank; call it on every rank.
 
         Raises:
             Exception: what went wrong, on the first rank.
@@ -300,7 +302,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
 
 
 def _refuse(trainer: Trainer, more: Mapping[str, Any]) -> None:
-    """Raises where something was passed that would be ignored."""
+    """Raises if something was passed that would be ignored."""
     for name, why in {
         "model_init": "the model is cut once; pass model=",
         "compute_loss_func": "the loss is the model's own; use dualpipe_ext.TrainingWrapper with a "

@@ -22,28 +22,30 @@ __all__ = ["DualPipeLightningModule"]
 
 
 class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may not be there to check
-    """A module to subclass, with ``configure_optimizers`` and ``criterion``.
+    """A module to subclass, defining ``configure_optimizers`` and ``criterion``.
 
     Train it with ``Trainer(strategy=DualPipeStrategy(), devices=P)``. A batch is a pair of inputs
-    and targets, each a tensor or several, or a mapping by the model's own names and ``labels``; it
-    is the same on every rank of every replica. Replicas, where there are any, divide its rows among
-    them, and each cuts its own into micro-batches. ``train_loss``, ``val_loss`` and
-    ``test_loss`` are logged. Steps that are overridden call those here.
+    and targets, each of one or several tensors, or a mapping by the names of the model's inputs and
+    ``labels``; it is the same on every rank of every replica. Replicas, if there are any, divide
+    its rows among themselves, and each splits its own into micro-batches. ``train_loss``,
+    ``val_loss`` and ``test_loss`` are logged. Steps that you override must call those defined here.
 
-    The model's parameters are all in ``state_dict()``, under ``model.``: while training, a rank has
-    the values of its own stages alone; checkpoints and the end of ``fit`` give it all of them.
-    Gradients of the batch before are set to ``None`` when ``training_step`` begins. Random numbers
-    of dropout are made from ``config.seed``, or what ``seed_everything`` has left, and the batch's
-    number: a run that is resumed with the same seed draws what the uninterrupted one does.
+    All of the model's parameters are in ``state_dict()``, under ``model.``. During training, a rank
+    has current values of only its own stages; checkpoints and the end of ``fit`` give it all of
+    them. Gradients of an earlier batch are set to ``None`` when ``training_step`` begins, unless
+    they accumulate. Random numbers of dropout depend on the number of the batch and on
+    ``config.seed``, or else on the state that ``seed_everything`` has left: a run resumed with the
+    same seed draws the same as an uninterrupted one.
 
     Args:
         model: a whole model with an adapter, the same on every rank.
-        num_chunks: micro-batches of each pipeline; even, and at least twice the number of its ranks.
-        reduction: what ``criterion`` returns of some rows: their ``"mean"`` or ``"sum"``, or for
-            ``"token"`` the mean over targets other than -100. Left out, it is taken for the mean
-            over rows, and whole numbers among which is -100 are refused as targets.
+        num_chunks: the number of micro-batches of each pipeline; even, and at least twice the
+            number of its ranks.
+        reduction: what ``criterion`` returns for some rows: their ``"mean"`` or ``"sum"``, or with
+            ``"token"`` the mean over targets other than -100. By default it is taken to be the mean
+            over rows, and integer targets that contain -100 are refused.
         shifts_labels: as for :class:`dualpipe_ext.TrainingWrapper`.
-        config: everything else about the pipeline.
+        config: all other settings of the pipeline.
         sample_inputs: as for :class:`dualpipe_ext.TrainingWrapper`.
 
     Attributes:
@@ -72,7 +74,7 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
         )
         self._sample_inputs = sample_inputs
         self._built: BatchPipeline | None = None
-        self._stepped: float | None = None  # the loss that was trained, until its backward
+        self._stepped: float | None = None  # the loss of a training step, until its backward
 
     @property
     def dualpipe_wrapper(self) -> BatchPipeline:
@@ -89,16 +91,16 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
         return self._built
 
     def criterion(self, outputs: Any, targets: Any) -> Tensor:
-        """The loss of some rows, of what the model returned and their targets. To be overridden."""
+        """Returns the loss of some rows, given the model's outputs and targets; override it."""
         raise NotImplementedError(f"{type(self).__name__} needs criterion(outputs, targets)")
 
     def configure_model(self) -> None:
-        """Cuts the model; called by the trainer on every rank, and where a checkpoint is read.
+        """Cuts the model; called by the trainer on every rank, and when a checkpoint is read.
 
         Raises:
             TypeError: the trainer has another strategy.
-            ValueError: a model, number of ranks or configuration that does not fit, or parameters
-                outside of ``model``.
+            ValueError: an unsuitable model, number of ranks or configuration, or trainable
+                parameters outside ``model``.
         """
         if self._built is not None or self._trainer is None:
             return
@@ -119,7 +121,7 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
         )
 
     def _refuse_other_parameters(self) -> None:
-        """A criterion's own would get the gradient of half of a batch, on two of the ranks."""
+        """Raises if other parameters, such as a criterion's, would be trained on half a batch."""
         known = {id(parameter) for parameter in self.model.parameters()}
         others = [n for n, p in self.named_parameters() if p.requires_grad and id(p) not in known]
         if others:
@@ -129,7 +131,7 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
             )
 
     def _seeded_config(self) -> DualPipeConfig:
-        """Steps leave the generator as it was, so without a seed they would all draw the same."""
+        """Adds a seed: steps restore the generator, so without one they would all draw the same."""
         if self._config.seed is not None:
             return self._config
         with torch.random.fork_rng([]):  # whose state is that of the first rank
@@ -138,9 +140,9 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
     # Steps
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Forward and backward of one batch; returns its loss."""
+        """Runs one batch forward and backward; returns its loss."""
         parts = self.trainer.accumulate_grad_batches
-        if batch_idx % parts == 0:  # Lightning's own rule, but it would do so after the step
+        if batch_idx % parts == 0:  # Lightning's own rule, but Lightning would do so after the step
             self.dualpipe_wrapper.pipeline.zero_grad()
         self.dualpipe_wrapper.pipeline.resume_at(self.trainer.fit_loop.epoch_loop.total_batch_idx)
         loss, _ = self._step(batch, factor=1.0 / parts, sync_gradients=parts == 1)
@@ -148,31 +150,31 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
         return self._logged("train_loss", loss * parts, batch)
 
     def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss of one batch."""
+        """Returns the loss of one batch."""
         return self._logged("val_loss", self._step(batch)[0], batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss of one batch."""
+        """Returns the loss of one batch."""
         return self._logged("test_loss", self._step(batch)[0], batch)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The model's first output for one batch, on every rank and in host memory."""
+        """Returns the model's first output for one batch, on every rank and in host memory."""
         built = self.dualpipe_wrapper
         built.pipeline.train(self.training)
         return built.first_output(built.infer(batch), _rows(batch))
 
     def forward(self, *inputs: Any, **more: Any) -> Any:
-        """The model in one piece, after training."""
+        """Runs the unsplit model; only valid when it is not being trained."""
         return self.model(*inputs, **more)
 
     def optimizer_zero_grad(self, *_: Any, **__: Any) -> None:
-        """Does nothing: gradients were zeroed before the step, which has made new ones."""
+        """Does nothing: gradients were zeroed before the step, which has computed new ones."""
 
     def backward(self, loss: Tensor, *_: Any, **__: Any) -> None:
-        """Does nothing: the step has run the backward pass as well.
+        """Does nothing: the step has already run the backward pass.
 
         Raises:
-            TypeError: an overridden ``training_step`` returned another loss than the step's.
+            TypeError: an overriding ``training_step`` returned another loss than the step's.
         """
         trained, self._stepped = self._stepped, None
         if trained is None or not _is_close(float(loss), trained):
@@ -221,13 +223,13 @@ def _one(tensors: tuple[Tensor, ...]) -> Any:
 
 
 def _is_close(one: float, other: float) -> bool:
-    """Whether two losses are equal up to the rounding to their type."""
+    """Whether two losses are equal up to rounding to their dtype."""
     both_nan = math.isnan(one) and math.isnan(other)
     return both_nan or math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-30)
 
 
 def _rows(batch: Any) -> int:
-    """The number of rows of the first tensor in a batch."""
+    """Returns the number of rows of the first tensor in a batch."""
     if isinstance(batch, Tensor):
         return len(batch)
     return _rows(next(iter(batch.values() if hasattr(batch, "values") else batch)))

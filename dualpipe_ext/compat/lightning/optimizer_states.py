@@ -1,4 +1,4 @@
-"""The state of an optimizer as an unsplit run has it, from ranks that have a part of it each."""
+"""Converts the state of optimizers between that of an unsplit run and the parts of ranks."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["load_whole_state", "save_whole_state"]
 def save_whole_state(
     optimizer: Optimizer, model: nn.Module, pipeline: Pipeline, group: dist.ProcessGroup
 ) -> dict[str, Any]:
-    """Returns what ``state_dict()`` of an optimizer of the whole model would.
+    """Returns what ``state_dict()`` of an optimizer of the whole model would return.
 
     In each group, parameters are in the model's order, and ``param_names`` has their names.
 
     Args:
         optimizer: the optimizer of this rank's stages.
-        model: the whole model, whose parameters the stages share.
-        pipeline: the stages.
-        group: all ranks. Every one calls it.
+        model: the whole model, which shares its parameters with the stages.
+        pipeline: the pipeline of the stages.
+        group: all ranks of the pipeline, each of which calls this.
 
     Returns:
-        The whole state on the first rank; on others, this rank's part of the states.
+        The whole state on the first rank; on others, only this rank's part of the states.
     """
     names = _names(model)
     kept = {id(p) for p in own_copy(pipeline).parameters()}
@@ -59,18 +59,18 @@ def save_whole_state(
 def load_whole_state(
     optimizer: Optimizer, model: nn.Module, found: Mapping[str, Any], group: dist.ProcessGroup
 ) -> None:
-    """Gives an optimizer its part of a whole state, of a pipeline or of an unsplit run.
+    """Loads an optimizer's part of a whole state, of a pipeline or of an unsplit run.
 
-    Where there are no names in it, its parameters are taken to be in the model's order.
+    If the state has no names, its parameters are assumed to be in the model's order.
 
     Args:
         optimizer: the optimizer of this rank's stages.
         model: the whole model.
-        found: the state that :func:`save_whole_state` returned on the first rank.
-        group: all ranks. Every one calls it.
+        found: the whole state, such as :func:`save_whole_state` returned it on the first rank.
+        group: all ranks of the pipeline, each of which calls this.
 
     Raises:
-        ValueError: other groups of parameters.
+        ValueError: the groups of parameters differ in their sizes.
     """
     members = _members(optimizer, model, group)
     saved = found["param_groups"]
@@ -97,7 +97,7 @@ def load_whole_state(
 
 
 def _members(optimizer: Optimizer, model: nn.Module, group: dist.ProcessGroup) -> list[list[str]]:
-    """The names in each group of parameters, over all ranks and in the model's order."""
+    """Returns the names in each group of parameters, over all ranks and in the model's order."""
     names = _names(model)
     own = [[names[id(p)] for p in options["params"]] for options in optimizer.param_groups]
     ranks: list[Any] = [None] * group.size()
@@ -118,5 +118,5 @@ def _names(model: nn.Module) -> dict[int, str]:
 
 
 def _indexed(optimizer: Optimizer) -> dict[int, nn.Parameter]:
-    """Parameters by their number in ``state_dict()``."""
+    """Returns parameters by their number in ``state_dict()``."""
     return dict(enumerate(p for options in optimizer.param_groups for p in options["params"]))

@@ -1,4 +1,4 @@
-"""What a ``Trainer`` may be asked for: all that is not honoured is refused by name."""
+"""Which settings of a ``Trainer`` are accepted: whatever is not honoured is refused by name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 __all__ = ["refuse_num_stages", "refuse_settings"]
 
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed")
-# Callbacks by name, for some are in one release of lightning alone; those made of them as well.
+# By name, as some callbacks exist only in certain releases of lightning. Subclasses count, too.
 _CALLBACKS = {
     "StochasticWeightAveraging": "it averages a copy of the model, of which a rank has a part",
     "WeightAveraging": "it averages a copy of the model, of which a rank has a part",
@@ -19,7 +19,7 @@ def refuse_settings(trainer: Trainer, module: LightningModule) -> None:
     """Raises if a setting would be ignored.
 
     Raises:
-        ValueError: with its name, and what to do instead.
+        ValueError: names the setting, and says what to do instead.
     """
     if not module.automatic_optimization:
         raise ValueError(
@@ -48,12 +48,12 @@ def refuse_num_stages(num_stages: int, num_ranks: int, built: int) -> None:
     """Raises if the ranks cannot be divided into pipelines of so many stages.
 
     Args:
-        num_stages: the stages of each pipeline; 0 for one pipeline of all ranks.
-        num_ranks: the ranks of all pipelines together.
-        built: stages that the module was cut into already, or 0.
+        num_stages: the number of stages of each pipeline; 0 for one pipeline of all ranks.
+        num_ranks: the number of ranks of all pipelines together.
+        built: the number of stages into which the module is already cut, or 0.
 
     Raises:
-        ValueError: with the numbers, and what to do instead.
+        ValueError: says the numbers, and what to do instead.
     """
     if num_stages < 0 or (num_stages and num_ranks % num_stages):
         raise ValueError(

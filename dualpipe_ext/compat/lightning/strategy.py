@@ -33,18 +33,20 @@ __all__ = ["DualPipeStrategy"]
 class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not be there to check
     """Runs each rank of a pipeline in a process; nothing is wrapped, and all share every batch.
 
-    With more ranks than ``num_stages`` there are replicas: pipelines side by side, each of ranks in
-    a row, which divide the rows of every batch among them. Processes are those of ``torchrun``, or
-    started as ``DDPStrategy`` does. Loaders are left as they are (``use_distributed_sampler`` is
-    off), and torch's generator is in the first rank's state on all. A checkpoint is that of an
-    unsplit run, which can go on with it, and the other way round.
+    With more ranks than ``num_stages`` there are replicas: pipelines side by side, each of
+    consecutive ranks, which divide the rows of every batch among themselves. Processes are those of
+    ``torchrun``, or are started as by ``DDPStrategy``. Loaders are left as they are
+    (``use_distributed_sampler`` is off), and torch's generator is set to the first rank's state on
+    all ranks. A checkpoint is that of an unsplit run: either kind of run can continue from the
+    other's.
 
     Args:
-        start_method: ``"popen"`` runs the script again for each further rank; ``"spawn"`` calls
-            what the trainer was to do, and needs a module that can be pickled.
-        timeout: the process group's. The group is one of gloo, with NCCL for ranks on GPUs.
+        start_method: ``"popen"`` runs the script again for each further rank; ``"spawn"`` runs only
+            the trainer's own function there, and needs a module that can be pickled.
+        timeout: the timeout of the process group, which is over gloo, with NCCL for ranks on GPUs.
             ``DualPipeConfig`` has that of steps.
-        num_stages: the stages, and ranks, of each pipeline; left out, all ranks are one pipeline.
+        num_stages: the number of stages, and of ranks, of each pipeline; by default all ranks form
+            one pipeline.
     """
 
     runs_pipelines = True
@@ -57,14 +59,14 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
     ) -> None:
         super().__init__(start_method=start_method, timeout=timeout)
         self._num_stages = num_stages
-        self._guard: RemovableHandle | None = None  # of the model while a rank has a part of it
+        self._guard: RemovableHandle | None = None  # on the model while its values are partly stale
 
     def setup_environment(self) -> None:
         """Starts the process group.
 
         Raises:
-            ValueError: a setting, or a number of ranks, that cannot be honoured.
-            TypeError: a module of another class.
+            ValueError: a setting or a number of ranks that cannot be honoured.
+            TypeError: the module is not a ``DualPipeLightningModule``.
         """
         module = self.lightning_module
         if not isinstance(module, DualPipeLightningModule):
@@ -75,8 +77,8 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         num_ranks = self.num_nodes * self.num_processes
         built = 0 if module._built is None else module._built.pipeline.num_ranks
         refuse_num_stages(self._num_stages, num_ranks, built)
-        is_script = self._start_method == "popen"  # else this process has drawn nothing yet
-        with isolate_rng() if is_script else nullcontext():  # DDP goes back to the seed
+        is_script = self._start_method == "popen"  # otherwise this process has drawn nothing yet
+        with isolate_rng() if is_script else nullcontext():  # as DDP resets generators to the seed
             super().setup_environment()
         module.trainer._accelerator_connector.use_distributed_sampler = False
         world = dist.group.WORLD
@@ -87,11 +89,11 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         torch.set_rng_state(state)
 
     def _get_process_group_backend(self) -> str:
-        """Adds gloo where Lightning would take NCCL alone: ranks exchange host memory, too."""
+        """Adds gloo where Lightning would use only NCCL: ranks exchange host memory, too."""
         return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
 
     def make_ranks(self) -> TrainerRanks:
-        """The ranks of this pipeline, and of those beside it; every rank calls it."""
+        """Makes the ranks of this pipeline and of those beside it; every rank calls it."""
         num_ranks = dist.get_world_size()
         if self._num_stages in (0, num_ranks):
             return TrainerRanks.of()
@@ -99,12 +101,12 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         return TrainerRanks.of(mesh=init_device_mesh("cpu", shape, mesh_dim_names=("dp", "pp")))
 
     def setup(self, trainer: Any) -> None:
-        """Makes optimizers; the module has cut its model already.
+        """Makes the optimizers; the module has already cut its model.
 
         Raises:
-            TypeError: an optimizer that needs a closure, or has its state in shards.
+            TypeError: an optimizer needs a closure, or keeps its state in shards.
         """
-        Strategy.setup(self, trainer)  # DDP would wrap the module, or make all ranks like the first
+        Strategy.setup(self, trainer)  # DDP's would wrap the module, or make all ranks equal
         for optimizer in self.optimizers:
             own = getattr(optimizer, "optimizer", optimizer)
             refuse_closures(own)
@@ -120,7 +122,7 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         model: Any = None,
         **options: Any,
     ) -> Any:
-        """Takes a step, after summing accumulated gradients over mirrors.
+        """Takes a step, after summing accumulated gradients over all copies of each stage.
 
         Raises:
             Exception: what the optimizer raised on this rank.
@@ -140,13 +142,13 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
     # Checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The state of the whole model. Every rank calls it."""
+        """Returns the state of the whole model; every rank calls it."""
         update_model(self.lightning_module.model, self._built.pipeline, self._built.ranks)
         state: dict[str, Any] = self.lightning_module.state_dict()
         return state
 
     def save_checkpoint(self, *args: Any, **options: Any) -> None:
-        """Writes a checkpoint on the first rank, as Lightning does. Every rank calls it.
+        """Writes a checkpoint on the first rank, as Lightning does; every rank calls it.
 
         Raises:
             Exception: what went wrong, on the first rank.
@@ -156,7 +158,7 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         through_together(self._built.ranks, save, "could not write the checkpoint")
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's state as in an unsplit run, on the first rank. Every rank calls it."""
+        """Returns, on the first rank, the optimizer's state as of an unsplit run; all call it."""
         optimizer = getattr(optimizer, "optimizer", optimizer)
         built = self._built
         if built.ranks.replicas.index:
@@ -166,7 +168,7 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
         )
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Gives this rank's optimizers their part."""
+        """Loads this rank's part into its optimizers."""
         model = self.lightning_module.model
         states = checkpoint["optimizer_states"]
         for optimizer, state in zip(self.optimizers, states, strict=True):
@@ -187,7 +189,7 @@ class DualPipeStrategy(DDPStrategy):  # type: ignore[misc]  # lightning may not 
     # What would place or wrap the module
 
     def model_to_device(self) -> None:
-        """Places this rank's stages alone."""
+        """Moves only this rank's stages."""
         self._built.pipeline.to(self.root_device)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
