@@ -1,4 +1,4 @@
-"""Live activations and the peak of memory in a step, beside what the schedule predicts."""
+"""Live activations and peak memory in a step, beside what the schedule predicts."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ class HoldingStage(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1, device=place.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return a tensor like ``x``."""
+        """Returns a tensor like ``x``."""
         return _Hold.apply(x, self.weight, self)  # type: ignore[no-any-return,no-untyped-call]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of one micro-batch: what a stage keeps of it, and its message."""
+    """Bytes of one micro-batch: what a stage keeps of it, and the size of its message."""
 
     activation: int
     message: int
@@ -68,13 +68,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Peak:
-    """What the worst rank of a step came to.
+    """The peaks of a step, on the worst rank.
 
     Attributes:
-        live: Live activations at most, in micro-batches, on the rank with the most.
-        planned: What the schedule plans.
-        measured: Peak bytes, on the rank that is farthest from the prediction.
-        predicted: The prediction.
+        live: the most live activations, in micro-batches, on the rank with the most.
+        planned: what the schedule plans for it.
+        measured: peak bytes on the rank that is farthest from its prediction.
+        predicted: the prediction for that rank.
     """
 
     live: int
@@ -84,15 +84,16 @@ class Peak:
 
     @property
     def error(self) -> float:
-        """How far the measured peak is from the predicted one, relative."""
+        """The relative difference between the measured peak and the predicted one."""
         return abs(self.measured / self.predicted - 1)
 
 
 def predicted_bytes(num_ranks: int, sizes: Sizes, batch: int) -> int:
-    """Return the peak of a rank.
+    """Returns the predicted peak of a rank.
 
-    P+1 live micro-batches, each with its activation and its received input; the receives of either
-    kind that are posted ahead, and one that is used; an output and a gradient on their way out.
+    It is made up of P+1 live micro-batches, each with its activation and its received input; the
+    receives of each kind that are posted ahead, and one in use; an output and a gradient being
+    sent; and the batch.
     """
     live = (num_ranks + 1) * (sizes.activation + sizes.message)
     messages = (2 * (LOOKAHEAD + 1) + 2) * sizes.message
@@ -102,7 +103,7 @@ def predicted_bytes(num_ranks: int, sizes: Sizes, batch: int) -> int:
 def measure(
     rank: int, num_ranks: int, place: Place, transport: str, chunks: int, sizes: Sizes
 ) -> Peak:
-    """Run steps on a rank that is a process; rank 0 returns the worst of all."""
+    """Runs steps on a rank that is a process; returns the worst peaks of all ranks."""
     config = engine_config(transport, lookahead=LOOKAHEAD)
     model = DualPipe([HoldingStage(place, sizes.activation) for _ in "01"], config=config)
     is_end = rank in (0, num_ranks - 1)
@@ -124,12 +125,12 @@ def measure(
 
 
 def gathered(model: DualPipe, numbers: list[float]) -> list[list[float]]:
-    """Return the numbers of all ranks."""
+    """Returns the numbers of all ranks."""
     return model.group.all_gather_floats(numbers, model.config.timeout)
 
 
 def worst(peaks: list[Peak]) -> Peak:
-    """Return the most live activations, beside the peak that is farthest from its prediction."""
+    """Returns the most live activations, beside the peak that is farthest from its prediction."""
     far = max(peaks, key=lambda peak: peak.error)
     most = max(peaks, key=lambda peak: peak.live)
     return Peak(most.live, most.planned, far.measured, far.predicted)
@@ -138,7 +139,7 @@ def worst(peaks: list[Peak]) -> Peak:
 def rows_of_transport(
     place: Place, transport: str, num_ranks: int, chunks: int, sizes: Sizes
 ) -> list[Row]:
-    """Measure over one transport."""
+    """Measures over one transport."""
     found = attempt(lambda: on_ranks(measure, num_ranks, place, transport, chunks, sizes))
     title = f"P={num_ranks}, processes, {transport}"
     return [

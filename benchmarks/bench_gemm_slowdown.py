@@ -1,4 +1,4 @@
-"""How much slower a large matrix product becomes while messages leave the rank that computes it."""
+"""How much slower a large matrix product is while messages leave the rank that computes it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ MOST_BYTES = 4 << 30
 
 
 class Product(nn.Module):
-    """Multiplies, timed by the device, and hands on a message that is always the same.
+    """Multiplies, timed by the device, and returns a message that is always the same.
 
     Args:
-        place: Where.
-        size: Rows and columns of both matrices; bf16 on a GPU.
-        num_bytes: Size of the message.
+        place: where to run.
+        size: the number of rows and columns of both matrices; bf16 on a GPU.
+        num_bytes: the size of the message.
     """
 
     def __init__(self, place: Place, size: int, num_bytes: int) -> None:
@@ -48,16 +48,16 @@ class Product(nn.Module):
         self.spans: list[tuple[Mark, Mark]] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply; return the message."""
+        """Multiplies, and returns the message."""
         start = self.place.mark()
         torch.mm(self.weight.detach(), self.other, out=self.product)
         self.spans.append((start, self.place.mark()))
         return self.message.detach()
 
     def seconds(self, count: int) -> list[float]:
-        """Return the lengths of the last ``count`` products, but for the first two and the last.
+        """Returns how long the last ``count`` products took, except the first two and the last one.
 
-        The first ones run before a message flows, the last one after some have left.
+        The first two run before any message flows, and the last one when some have already left.
         """
         self.place.finish()
         spans = self.spans[-count:][2:-1]
@@ -73,13 +73,13 @@ class Taker(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1, device=place.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x``."""
+        """Returns ``x``."""
         return x
 
 
 @dataclass(frozen=True)
 class Load:
-    """What flows meanwhile; ``num_bytes`` is chosen so that a message takes longer than a product."""
+    """What flows during products; ``num_bytes`` is such that a message takes longer than one."""
 
     place: Place
     transport: str
@@ -93,7 +93,7 @@ class Load:
 def measure(
     rank: int, num_ranks: int, start_line: StartLine, load: Load
 ) -> tuple[list[float], list[float]]:
-    """Multiply on rank 0, alone and while messages flow, in turns; return the lengths of products."""
+    """Multiplies on rank 0, in turns alone and while messages flow; returns the times of both."""
     place, count = load.place, load.num_products
     config = engine_config(load.transport, nccl_max_ctas=load.max_ctas)
     stage = Taker(place) if rank else Product(place, load.size, load.num_bytes)
@@ -119,19 +119,19 @@ def measure(
 
 
 def slowdown(found: tuple[list[float], list[float]]) -> float:
-    """Return the length of a product beside messages over that of one alone, medians."""
+    """Returns the median time of a product beside messages over that of one alone."""
     alone, beside = found
     return statistics.median(beside) / statistics.median(alone)
 
 
 def describe(found: tuple[list[float], list[float]]) -> str:
-    """Return both lengths."""
+    """Returns both times as text."""
     alone, beside = (statistics.median(lengths) * 1e3 for lengths in found)
     return f"{beside:.3f} ms, alone {alone:.3f} ms"
 
 
 def product_seconds(place: Place, size: int) -> float:
-    """Return the length of a product with nothing beside it."""
+    """Returns the time of a product with nothing beside it."""
     product = Product(place, size, 4)
     with torch.no_grad():
         for _ in range(8):
@@ -142,7 +142,7 @@ def product_seconds(place: Place, size: int) -> float:
 def load_of(
     place: Place, transport: str, max_ctas: int, size: int, num_products: int, repeats: int
 ) -> Load:
-    """Choose a message that takes as long as one and a half products."""
+    """Chooses a message that takes as long as one and a half products."""
     probe_bytes = 64 << 20 if place.device.type == "cuda" else 1 << 20
     probe = Flow(place, transport, probe_bytes, repeats=3, max_ctas=max_ctas)
     rate = probe.num_bytes / engine_seconds(probe)
@@ -155,7 +155,7 @@ def load_of(
 def row_of_load(
     place: Place, transport: str, max_ctas: int, size: int, num_products: int, repeats: int
 ) -> Row:
-    """Measure one way of sending."""
+    """Measures one way of sending; returns its row."""
     title = transport if transport != "nccl" else f"nccl, {max_ctas or 'as many as it likes'} CTAs"
 
     def run() -> tuple[tuple[list[float], list[float]], Load]:

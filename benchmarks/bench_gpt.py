@@ -1,9 +1,9 @@
-"""Tokens a second of a small GPT on two ranks, over those of one process that has it all.
+"""Tokens per second of a small GPT on two ranks, over those of one process with the whole model.
 
-Every contender trains on the same micro-batches from the same weights, one torch thread a rank,
-with the gradients of both copies of a stage summed where there are two. The unsplit model runs
-on rank 0 while rank 1 waits in a barrier, which costs no processor time. Two copies of it that never
-talk show what two processes can reach at all: they share caches and memory.
+Every contender trains on the same micro-batches from the same weights, with one torch thread per
+rank, and with the gradients of both copies of a stage summed if there are two. The unsplit model
+runs on rank 0 while rank 1 waits in a barrier, which costs no processor time. Two copies of it that
+never communicate show what two processes can reach at most: they share caches and memory.
 """
 
 import sys
@@ -43,16 +43,16 @@ CONFIG = GPTConfig(vocab_size=4096, context=128, layers=8, width=256, heads=4)
 NUM_CHUNKS = 8
 ROWS = 4  # of a micro-batch
 TOKENS = NUM_CHUNKS * ROWS * CONFIG.context
-# Head and loss cost as much as two blocks, the embedding next to nothing: these cuts are even.
+# Head and loss cost as much as two blocks, the embedding almost nothing: these cuts are even.
 TWO_STAGES = [range(5), range(5, 8)]
 FOUR_STAGES = [range(3), range(3, 5), range(5, 7), range(7, 8)]
-# DualPipe on two ranks: both do the same at the same time, so that every cut is even. One with few
-# weights in the first stage, whose gradients are complete last, leaves least to sum at the end.
+# DualPipe on two ranks: both do the same at the same time, so every cut is even. The one with few
+# weights in the first stage, whose gradients are complete last, leaves the least to sum at the end.
 MIRRORED_STAGES = [range(3), range(3, 8)]
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Return tokens and targets of a step."""
+    """Returns tokens and targets of a step."""
     generator = torch.Generator().manual_seed(0)
     shape = (NUM_CHUNKS * ROWS, CONFIG.context + 1)
     windows = torch.randint(CONFIG.vocab_size, shape, generator=generator)
@@ -60,12 +60,12 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def message() -> Tensor:
-    """Return an activation as stages exchange it."""
+    """Returns a tensor like the activations that stages exchange."""
     return torch.zeros(ROWS, CONFIG.context, CONFIG.width, requires_grad=True)
 
 
 def contenders(rank: int, num_ranks: int, peer_dualpipe: Path | None) -> list[Contender]:
-    """Build every contender on this rank."""
+    """Builds every contender on this rank."""
     built = [unsplit(rank), both_halves(rank), ours(rank)]
     if peer_dualpipe is not None:
         built.append(upstream(rank, load_upstream(peer_dualpipe)))
@@ -73,12 +73,12 @@ def contenders(rank: int, num_ranks: int, peer_dualpipe: Path | None) -> list[Co
 
 
 def stages(cuts: Sequence[range]) -> list[GPTStage]:
-    """Build stages that hold the given blocks."""
+    """Builds stages that hold the given blocks."""
     return [GPTStage(CONFIG, blocks) for blocks in cuts]
 
 
 def unsplit(rank: int) -> Contender:
-    """Run the whole model micro-batch by micro-batch on rank 0 alone."""
+    """Builds the whole model, which runs micro-batch by micro-batch on rank 0 only."""
     model = GPTStage(CONFIG, range(CONFIG.layers))
     tokens, targets = batch()
 
@@ -93,7 +93,7 @@ def unsplit(rank: int) -> Contender:
 
 
 def both_halves(rank: int) -> Contender:
-    """Run half of the micro-batches on each rank, which never talk: what the machine can do."""
+    """Builds the whole model on each rank, for half of the micro-batches: the machine's limit."""
     model = GPTStage(CONFIG, range(CONFIG.layers))
     tokens, targets = (side.chunk(NUM_CHUNKS)[rank::2] for side in batch())
 
@@ -106,7 +106,7 @@ def both_halves(rank: int) -> Contender:
 
 
 def ours(rank: int) -> Contender:
-    """Run our DualPipe with plain ``nn.Linear`` modules and the overlapped mirror sum."""
+    """Builds our DualPipe, with plain ``nn.Linear`` modules and the overlapped mirror sum."""
     modules = stages(MIRRORED_STAGES[:: 1 if rank == 0 else -1])
     model = DualPipe(modules)
     x, labels = halves(rank)
@@ -121,7 +121,7 @@ def ours(rank: int) -> Contender:
 
 
 def upstream(rank: int, package: ModuleType) -> Contender:
-    """Run upstream's DualPipe with linear layers that use its store."""
+    """Builds upstream's DualPipe, with linear layers that use its store."""
     modules = stages(MIRRORED_STAGES[:: 1 if rank == 0 else -1])
     for module in modules:
         use_store(module, package.WeightGradStore)
@@ -137,20 +137,20 @@ def upstream(rank: int, package: ModuleType) -> Contender:
 
 
 def halves(rank: int) -> tuple[Tensor, Tensor]:
-    """Return this end's inputs and the labels of the other end's inputs."""
+    """Returns this end's inputs and the labels of the other end's inputs."""
     tokens, targets = batch()
     return tokens.chunk(2)[rank], targets.chunk(2)[1 - rank]
 
 
 def sum_mirrors(modules: Sequence[nn.Module], rank: int) -> None:
-    """Sum the gradients of both copies of each stage, parameter by parameter after the step."""
+    """Sums the gradients of both copies of each stage, parameter by parameter after the step."""
     for stage in range(2):
         for parameter in modules[(stage + rank) % 2].parameters():
             dist.all_reduce(parameter.grad)
 
 
 def torch_dualpipev(rank: int, num_ranks: int) -> Contender:
-    """Run torch's DualPipeV on four stages."""
+    """Builds torch's DualPipeV on four stages."""
     mine = stages([FOUR_STAGES[rank], FOUR_STAGES[3 - rank]])
     tokens, targets = batch()
     logits = torch.zeros(ROWS, CONFIG.context, CONFIG.vocab_size, requires_grad=True)
@@ -162,7 +162,7 @@ def torch_dualpipev(rank: int, num_ranks: int) -> Contender:
 
 
 def torch_1f1b(rank: int, num_ranks: int) -> Contender:
-    """Run torch's 1F1B on two stages."""
+    """Builds torch's 1F1B on two stages."""
     mine = stages([TWO_STAGES[rank]])
     tokens, targets = batch()
     logits = torch.zeros(ROWS, CONFIG.context, CONFIG.vocab_size, requires_grad=True)
@@ -178,7 +178,7 @@ def torch_step(
     args: tuple[Tensor, ...],
     target: Tensor | None,
 ) -> Callable[[], None]:
-    """Return a step of a torch schedule that starts from cleared gradients."""
+    """Returns a step of a torch schedule that starts from cleared gradients."""
 
     def run() -> None:
         clear(*modules)
@@ -188,13 +188,13 @@ def torch_step(
 
 
 def clear(*modules: nn.Module) -> None:
-    """Zero gradients in place, as an optimizer with resident gradients does."""
+    """Zeroes gradients in place, as an optimizer with resident gradients does."""
     for module in modules:
         module.zero_grad(set_to_none=False)
 
 
 def measure(rank: int, num_ranks: int, peer_dualpipe: Path | None, repeats: int) -> list[Result]:
-    """Build and time all contenders; runs on every rank."""
+    """Builds and times all contenders; runs on every rank."""
     return take_turns(contenders(rank, num_ranks, peer_dualpipe), repeats)
 
 

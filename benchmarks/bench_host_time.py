@@ -1,4 +1,4 @@
-"""Host time of the engine for an action, beside what the stage's own Python and autograd take."""
+"""Host time of the engine per action, beyond what the stages' own Python and autograd take."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GOAL_US = 15.0
 
 
 def stage_seconds(work: Work, tries: int = 50) -> float:
-    """Return the host time of one micro-batch in a stage called by hand: F, I and W, and no engine."""
+    """Returns the host time of a micro-batch in a stage called by hand: F, I and W, no engine."""
     stage = work.stages(WeightGradStore)[0]
     x = work.batch(1).requires_grad_()
     grad = work.batch(1)
@@ -55,7 +55,7 @@ def stage_seconds(work: Work, tries: int = 50) -> float:
 
 
 def loss_seconds(work: Work, tries: int = 50) -> float:
-    """Return the host time of the criterion and of its backward, called by hand."""
+    """Returns the host time of the criterion and of its backward, called by hand."""
     output = work.batch(1).requires_grad_()
     taken = []
     for _ in range(tries):
@@ -70,9 +70,9 @@ def loss_seconds(work: Work, tries: int = 50) -> float:
 def host_us_an_action(
     step_s: float, num_chunks: int, num_actions: int, stage_s: float, loss_s: float
 ) -> float:
-    """Return what a step takes beyond its stages and criteria, in microseconds an action.
+    """Returns what a step takes beyond its stages and criteria, in microseconds per action.
 
-    At P = 2 each rank runs all micro-batches through a stage, and has half of the losses.
+    With P = 2, each rank runs all micro-batches through a stage, and computes half of the losses.
     """
     own = num_chunks * stage_s + num_chunks / 2 * loss_s
     return (step_s - own) / num_actions * 1e6
@@ -81,7 +81,7 @@ def host_us_an_action(
 def measure(
     rank: int, num_ranks: int, work: Work, checkout: Path | None, folder: str, repeats: int
 ) -> list[Result]:
-    """Time the host of each engine; runs on every rank, a process."""
+    """Times the host of each engine; runs on every rank, which is a process."""
     if checkout is not None and work.place.device.type == "cuda":
         join_with_nccl(folder)
     model = ours_model(work)
@@ -96,7 +96,7 @@ def measure(
 
 
 def own_us(results: list[Result], num_chunks: int) -> float:
-    """Return our engine's share."""
+    """Returns our engine's own host time, in microseconds per action."""
     ours = results[0]
     facts = ours.facts
     return host_us_an_action(
@@ -107,7 +107,7 @@ def own_us(results: list[Result], num_chunks: int) -> float:
 def rows_of_transport(
     place: Place, transport: str, chunks: int, repeats: int, checkout: Path | None
 ) -> tuple[list[Row], dict[str, list[Result]]]:
-    """Measure on two processes that share the device."""
+    """Measures on two processes that share the device."""
     work = Work(chunks, 4096, SleepTimes(0, 0, 0), place=place, transport=transport, light=True)
 
     def run() -> list[Result]:

@@ -1,6 +1,6 @@
-"""Ranks as threads over links that take 3 ms: the step over its simulated makespan.
+"""Ranks as threads over links with a latency of 3 ms: step time over simulated makespan.
 
-The simulator knows the latency, so what is left is what the engine adds, not what the link does.
+The simulator knows the latency, so the rest is what the engine adds, not the link.
 """
 
 from typing import Annotated

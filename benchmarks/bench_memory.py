@@ -16,18 +16,18 @@ WIDTH = 64
 
 
 def resident_bytes() -> int:
-    """Return this process's resident set size."""
+    """Returns this process's resident set size."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def loss_fn(output: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared error."""
+    """Returns the mean squared error."""
     return nn.functional.mse_loss(output, target)
 
 
 def measure(rank: int, num_ranks: int, steps: int, every: int) -> list[int]:
-    """Train on one rank; return the resident bytes of all ranks together after each ``every`` steps."""
+    """Trains on one rank; returns the total resident bytes of all ranks, every ``every`` steps."""
     stages = [
         nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)) for _ in "01"
     ]

@@ -1,4 +1,4 @@
-"""How much of the sum of gradients over mirrors shows: within the step, after it, and without one."""
+"""What summing gradients over mirrors adds to a step: within it, after it, and not at all."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from places import Place, place_of
 from sleeping import SleepTimes
 from torch import nn
 
-NUM_PARAMETERS = 8  # of a stage
+NUM_PARAMETERS = 8  # per stage
 
 
 def measure(
     rank: int, num_ranks: int, work: Work, gradient_mib: float, repeats: int
 ) -> list[Result]:
-    """Time a step without the sum, with the sum in it, and with the sum after it."""
+    """Times a step without the sum, with the sum in it, and with the sum after it."""
     contenders = ours(rank, num_ranks, work, gradient_mib)
     if work.peer_dualpipe is not None:
         contenders += upstream(rank, num_ranks, work, gradient_mib, work.peer_dualpipe)
@@ -45,7 +45,7 @@ def measure(
 
 
 def ours(rank: int, num_ranks: int, work: Work, gradient_mib: float) -> list[Contender]:
-    """Build our three on one pipeline."""
+    """Builds our three contenders, on one pipeline."""
     model = ours_model(work)
     for stage in model.module:
         give_gradients(stage, gradient_mib, work.place)
@@ -70,7 +70,7 @@ def ours(rank: int, num_ranks: int, work: Work, gradient_mib: float) -> list[Con
 def upstream(
     rank: int, num_ranks: int, work: Work, gradient_mib: float, checkout: Path
 ) -> list[Contender]:
-    """Build upstream, which leaves the sum to its user: without it, and with torch's after it."""
+    """Builds upstream, which leaves the sum to its user: without it, and with torch's after it."""
     package = load_upstream(checkout, work.place.device)
     stages = work.stages(package.WeightGradStore)
     model = build_upstream(package, stages, tuple(work.batch(1).shape))
@@ -79,7 +79,7 @@ def upstream(
     step = bidirectional_step(model.step, rank, num_ranks, work)
     pairs = [dist.new_group([r, num_ranks - 1 - r]) for r in range(num_ranks // 2)]
     pair = pairs[min(rank, num_ranks - 1 - rank)]
-    in_order = stages if rank < num_ranks // 2 else stages[::-1]  # of both ranks of a pair
+    in_order = stages if rank < num_ranks // 2 else stages[::-1]  # the same on both ranks of a pair
     gradients = [p.grad for stage in in_order for p in stage.parameters() if p.grad is not None]
 
     def summed_after() -> None:
@@ -92,7 +92,7 @@ def upstream(
 
 
 def give_gradients(stage: nn.Module, mib: float, place: Place) -> None:
-    """Add parameters to a stage with gradients of so many MiB; no action computes them."""
+    """Adds parameters to a stage, with gradients of ``mib`` MiB that no action computes."""
     for i in range(NUM_PARAMETERS):
         size = int(mib * (1 << 18)) // NUM_PARAMETERS
         parameter = nn.Parameter(torch.zeros(size, device=place.device))
@@ -101,7 +101,7 @@ def give_gradients(stage: nn.Module, mib: float, place: Place) -> None:
 
 
 def finished(run: Callable[[], object], place: Place) -> Callable[[], object]:
-    """Return a step that is over when the device is through with it."""
+    """Returns a step that ends when the device has finished it."""
 
     def step() -> None:
         run()
@@ -111,7 +111,7 @@ def finished(run: Callable[[], object], place: Place) -> Callable[[], object]:
 
 
 def rows_of(title: str, found: list[Result] | Exception) -> list[Row]:
-    """Return what each sum adds to a step, and the share that the one within it hides."""
+    """Returns what each sum adds to a step, and what share of it our sum within the step hides."""
     if isinstance(found, Exception):
         return [row_of(f"{title}: sums over mirrors", found, lambda _: 0.0)]
     steps = {result.name: 1e3 * result.median for result in found}

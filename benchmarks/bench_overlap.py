@@ -1,4 +1,4 @@
-"""What messages worth 0.5 ms cost a step of stages of 2 ms: beside tiny messages."""
+"""What messages that take 0.5 ms add to a step with stages of 2 ms, compared with tiny messages."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ TINY_BYTES = 4096
 
 
 def message_bytes(bytes_per_second: float, seconds: float, most: float) -> int:
-    """Return the size of a message that takes ``seconds``, no more than ``most``; a whole KiB."""
+    """Returns the size of a message that takes ``seconds``, at most ``most``, in whole KiB."""
     return max(1, round(min(bytes_per_second * seconds, most) / 1024)) * 1024
 
 
 def room_for_message(place: Place, num_ranks: int) -> float:
-    """Return the size at which all messages of a step that live at once fit the device.
+    """Returns the largest size of messages at which all that are live at once fit on the device.
 
     A rank holds P+1 activations, three receives of each kind ahead, its stages' own buffers and its
     part of the batch.
@@ -44,12 +44,12 @@ def room_for_message(place: Place, num_ranks: int) -> float:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Steps that differ in their messages alone.
+    """Steps that differ only in the sizes of their messages.
 
     Attributes:
-        large: Messages worth a quarter of a stage, or what fits the device.
-        tiny: Messages of 4 KiB.
-        message_s: How long a large message takes by itself.
+        large: messages that take a quarter of a stage's time, or as large as fit on the device.
+        tiny: messages of 4 KiB.
+        message_s: the seconds that a large message takes by itself.
     """
 
     large: Work
@@ -57,11 +57,11 @@ class Sizes:
     message_s: float
 
     def facts(self, num_ranks: int) -> dict[str, float]:
-        """Return what the table has to say about the large messages.
+        """Returns what the table says about the large messages.
 
-        Over channels that a message occupies so long, a step is longer even where nothing else is in
-        the way; and all channels of one GPU may have one copy engine between them, for which a step
-        has so many messages.
+        A message occupies its channel for so long that a step is longer even if nothing else is in
+        the way. Moreover, all channels of one GPU may share one copy engine, which then has to
+        carry all messages of a step.
         """
         free = self.large.makespan("dualpipe", num_ranks, "early")
         slow = self.large.makespan("dualpipe", num_ranks, "early", message_time=self.message_s)
@@ -75,7 +75,7 @@ class Sizes:
 
 
 def sizes_of(place: Place, transport: str, num_ranks: int, chunks: int, stage_ms: float) -> Sizes:
-    """Measure the rate of messages, and choose sizes by it."""
+    """Measures the rate of messages, and chooses sizes by it."""
     probe = Flow(place, transport, 64 << 20 if place.device.type == "cuda" else 1 << 20, repeats=3)
     rate = probe.num_bytes / engine_seconds(probe)
     size = message_bytes(rate, stage_ms / 4 * 1e-3, room_for_message(place, num_ranks))
@@ -85,13 +85,13 @@ def sizes_of(place: Place, transport: str, num_ranks: int, chunks: int, stage_ms
 
 
 def visible(results: list[Result]) -> float:
-    """Return the share of the step with large messages that the step with tiny ones has not."""
+    """Returns by which share of itself a step with large messages exceeds one with tiny messages."""
     large, tiny = results
     return (large.median - tiny.median) / large.median
 
 
 def describe(results: list[Result]) -> str:
-    """Return what the share was computed from."""
+    """Returns what the share was computed from."""
     large, tiny = results
     facts = large.facts
     return (
@@ -102,7 +102,7 @@ def describe(results: list[Result]) -> str:
 
 
 def measure_threads(sizes: Sizes, num_ranks: int, repeats: int) -> list[Result]:
-    """Time both steps of ours on ranks that are threads."""
+    """Times our steps with both sizes, on ranks that are threads."""
     works = [sizes.large, sizes.tiny]
     spans = in_threads(timed_ours, num_ranks, works, repeats)
     facts = sizes.facts(num_ranks)
@@ -120,7 +120,7 @@ def measure_transport(
     stage_ms: float,
     repeats: int,
 ) -> None:
-    """Measure ours on threads over one transport."""
+    """Measures our steps on threads over one transport, and adds them to the report."""
     title = f"P={num_ranks}, {transport}"
     name = f"{title}: visible share"
     if problem := why_not_in_threads(transport, num_ranks):

@@ -1,4 +1,4 @@
-"""The same beside upstream: two processes share the device, ours and upstream take turns."""
+"""What bench_overlap.py measures, beside upstream: on two processes that share the device."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from places import Place, place_of
 def measure_process(
     rank: int, num_ranks: int, sizes: Sizes, checkout: Path, folder: str, repeats: int
 ) -> list[Result]:
-    """Time both steps of ours and of upstream, in turns, on a rank that is a process."""
+    """Times our steps and upstream's with both sizes, in turns, on a rank that is a process."""
     if sizes.large.place.device.type == "cuda":
         join_with_nccl(folder)
     model = ours_model(sizes.large)
@@ -47,7 +47,7 @@ def measure_process(
 
 
 def finished(step: Callable[[], object], place: Place) -> Callable[[], object]:
-    """Return a step that is over when the device is through with it."""
+    """Returns a step that ends when the device has finished it."""
 
     def run() -> None:
         step()
@@ -57,7 +57,7 @@ def finished(step: Callable[[], object], place: Place) -> Callable[[], object]:
 
 
 def upstream_step(first: Work, checkout: Path) -> Callable[[Work], Callable[..., object]]:
-    """Build upstream's model; return what gives its step for a work. It has one size at a time."""
+    """Builds upstream's model; returns a function that gives its step for one size of messages."""
     package = load_upstream(checkout, first.place.device)
     model = build_upstream(package, first.stages(package.WeightGradStore), (1, 1))
 
@@ -74,7 +74,7 @@ def upstream_step(first: Work, checkout: Path) -> Callable[[Work], Callable[...,
 def process_rows(
     place: Place, transport: str, chunks: int, stage_ms: float, repeats: int, checkout: Path
 ) -> tuple[list[Row], dict[str, list[Result]]]:
-    """Measure ours and upstream on two processes that share the device."""
+    """Measures ours and upstream on two processes that share the device."""
     title = f"P=2, processes, {transport}"
 
     def measure() -> list[Result]:

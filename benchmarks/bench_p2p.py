@@ -1,4 +1,4 @@
-"""Messages of 1, 16 and 64 MiB between two ranks: their rate beside a copy's and NCCL's own."""
+"""Messages of 1, 16 and 64 MiB between two ranks: their rate beside those of copies and of NCCL."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Reference:
     """What a transport is measured against.
 
     Attributes:
-        name: What the table calls it.
-        seconds: Measures it.
-        goal: How much of its rate messages must reach.
+        name: its name in the table.
+        seconds: measures it.
+        goal: the share of its rate that messages must reach.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Reference:
     goal: float
 
 
-# Within one GPU a raw copy is a kernel on all of it, which no copy engine comes near.
+# Within one GPU, a raw copy is a kernel that uses all of it; no copy engine comes near its rate.
 REFERENCES = {
     "copy": Reference("a copy engine by itself", copy_engine_seconds, 0.90),
     "nccl": Reference("NCCL's own send and receive", nccl_seconds, 0.95),  # it varies by a little
@@ -52,7 +52,7 @@ REFERENCES = {
 
 
 def flows(place: Place, transport: str, num_bytes: int, repeats: int) -> dict[str, Flow]:
-    """Return what is measured at one size by name; the first is what the goal is set for."""
+    """Returns what to measure at one size, by name; the goal is set for the first one."""
     found = {}
     for ctas in NCCL_CTAS if transport == "nccl" else (0,):
         name = f"nccl, {ctas or 'as many'} CTAs{'' if ctas else ' as it likes'}"
@@ -62,7 +62,7 @@ def flows(place: Place, transport: str, num_bytes: int, repeats: int) -> dict[st
 
 
 def ratio(reference: float | Exception, seconds: float | Exception) -> float | Exception:
-    """Return how much of the reference's rate was reached, or why that is not known."""
+    """Returns the share of the reference's rate that was reached, or why it is not known."""
     for found in (reference, seconds):
         if isinstance(found, Exception):
             return found
@@ -71,7 +71,7 @@ def ratio(reference: float | Exception, seconds: float | Exception) -> float | E
 
 
 def rows_of_size(place: Place, transport: str, num_bytes: int, repeats: int) -> Iterator[Row]:
-    """Measure everything over one transport at one size, row by row."""
+    """Measures everything over one transport at one size, row by row."""
     size = f"{num_bytes / 2**20:g} MiB"
     plain = Flow(place, "", num_bytes, repeats=repeats)
     raw = raw_seconds(plain)

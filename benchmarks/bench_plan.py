@@ -1,4 +1,4 @@
-"""Plan, lower and verify large schedules: time and peak memory, each size in a process of its own."""
+"""Planning, lowering and verifying large schedules: time and peak memory, one process per size."""
 
 import statistics
 import time
@@ -27,7 +27,7 @@ class Case(NamedTuple):
 
     @property
     def title(self) -> str:
-        """Name and size."""
+        """The name and the size."""
         return f"{self.name} {self.num_ranks} x {self.num_microbatches}"
 
 
@@ -39,14 +39,14 @@ CASES = [
 
 
 def peak_gib() -> float:
-    """Return the most memory this process ever had resident."""
+    """Returns the peak resident memory of this process so far, in GiB."""
     status = Path("/proc/self/status").read_text()
     kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(kib) / 2**20
 
 
 def measure(case: Case, repeats: int) -> Result:
-    """Time all three steps together, and each of them."""
+    """Times planning, lowering and verifying, together and separately."""
     parts: dict[str, list[float]] = {"plan": [], "lower": [], "verify": []}
     before = peak_gib()
     for _ in range(repeats):
@@ -67,7 +67,7 @@ def measure(case: Case, repeats: int) -> Result:
 
 
 def measure_torch(num_ranks: int, num_microbatches: int) -> Result:
-    """Time torch's generator and its lowering of DualPipeV; it proves nothing about the result."""
+    """Times torch's generator and its lowering of DualPipeV; it proves nothing about the result."""
     torch_schedules: Any = schedules  # its annotations and its own use of them differ
     schedule = torch_schedules.ScheduleDualPipeV.__new__(torch_schedules.ScheduleDualPipeV)
     schedule.pp_group_size = num_ranks
@@ -86,7 +86,7 @@ def measure_torch(num_ranks: int, num_microbatches: int) -> Result:
 
 
 def alone(function: Any, *args: Any) -> Result:
-    """Call a function in a fresh process, whose peak of memory is its own."""
+    """Calls a function in a fresh process, so that it has a memory peak of its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
         result: Result = executor.submit(function, *args).result()
     return result

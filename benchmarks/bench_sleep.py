@@ -1,4 +1,4 @@
-"""Step time over the makespan on paper, with stages that sleep 10 ms for each of F, I and W."""
+"""Step time over simulated makespan, with stages that sleep 10 ms for each of F, I and W."""
 
 from typing import Annotated
 
@@ -25,7 +25,7 @@ COLUMNS = {
 
 
 def measure(rank: int, num_ranks: int, work: Work, repeats: int) -> list[Result]:
-    """Build and time all contenders; runs on every rank."""
+    """Builds and times all contenders; runs on every rank."""
     return take_turns(sleeping_contenders(rank, num_ranks, work), repeats)
 
 

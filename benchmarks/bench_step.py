@@ -1,4 +1,4 @@
-"""Ranks as threads that share one device, stages of 2 ms: the step over its simulated makespan."""
+"""Ranks as threads that share one device, stages of 2 ms: step time over simulated makespan."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ GOAL = 1.04
 
 
 def work_of(place: Place, transport: str, chunks: int, stage_ms: float) -> Work:
-    """Return steps of stages that take ``stage_ms`` for each of F, I and W."""
+    """Returns steps of stages that take ``stage_ms`` for each of F, I and W."""
     times = SleepTimes(*[stage_ms * 1e-3] * 3)
     return Work(chunks, 4096, times, place=place, transport=transport, light=True)
 
 
 def step_result(work: Work, num_ranks: int, repeats: int) -> Result:
-    """Time steps on ranks that are threads."""
+    """Times steps on ranks that are threads."""
     spans = in_threads(timed_ours, num_ranks, [work], repeats)
     facts = work.paper("dualpipe", num_ranks)
     return Result(work.transport, seconds_of_turns(spans, 0), facts)
 
 
 def title(num_ranks: int, transport: str) -> str:
-    """Name a measurement."""
+    """Returns the name of a measurement."""
     return f"P={num_ranks}, {transport}: step over simulated makespan"
 
 
 def row(num_ranks: int, transport: str, found: Result | Exception) -> Row:
-    """Return the row of one measurement."""
+    """Returns the row of one measurement."""
     return row_of(
         title(num_ranks, transport),
         found,

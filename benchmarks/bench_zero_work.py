@@ -1,4 +1,4 @@
-"""Milliseconds a step of stages that do nothing: what an engine costs by itself."""
+"""Milliseconds per step with stages that do nothing: what an engine costs by itself."""
 
 from typing import Annotated
 
@@ -18,7 +18,7 @@ from sleeping import SleepTimes
 
 
 def measure(rank: int, num_ranks: int, work: Work, repeats: int) -> list[Result]:
-    """Build and time all contenders, ten steps at a time; runs on every rank."""
+    """Builds and times all contenders, ten steps at a time; runs on every rank."""
     return take_turns(sleeping_contenders(rank, num_ranks, work), repeats, steps=10)
 
 

@@ -1,7 +1,7 @@
 """What every benchmark shares: ranks as processes, interleaved timing, one table, one JSON file.
 
-Contenders take turns within each repeat, so that whatever else the machine does meets them all.
-A time is that of the slowest rank, from a barrier to the end of its step.
+Contenders take turns within each repeat, so that whatever else the machine does affects them all.
+Times are those of the slowest rank, from a barrier to the end of its step.
 """
 
 import json
@@ -41,11 +41,11 @@ class Contender:
     """One way to run the same work, built on every rank.
 
     Attributes:
-        name: What the table calls it.
-        step: Runs one step on this rank.
-        facts: Numbers that describe it, such as the makespan that its schedule has on paper.
-        is_ours: It runs on our engine.
-        settle: Waits for what a step may leave to the device; not timed.
+        name: its name in the table.
+        step: runs one step on this rank.
+        facts: numbers that describe it, such as the simulated makespan of its schedule.
+        is_ours: whether it runs on our engine.
+        settle: waits for what a step may leave to the device; not timed.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Contender:
 
 @dataclass
 class Result:
-    """What a contender took: seconds of each timed step, and its facts."""
+    """The result of a contender: seconds of each timed step, and its facts."""
 
     name: str
     seconds: list[float]
@@ -65,7 +65,7 @@ class Result:
 
     @property
     def median(self) -> float:
-        """Median step time in seconds."""
+        """The median step time in seconds."""
         return statistics.median(self.seconds)
 
 
@@ -74,11 +74,11 @@ class Row:
     """One line of a report: a number beside what it must reach.
 
     Attributes:
-        name: What was measured.
-        measured: The number; ``None`` where there is none, and ``note`` says why.
-        at_least: The number must be at least this.
-        at_most: The number must be at most this. With neither limit it is reported alone.
-        note: What else there is to know.
+        name: what was measured.
+        measured: the number; if it is ``None``, ``note`` says why.
+        at_least: the number must be at least this.
+        at_most: the number must be at most this. With neither limit, it is only reported.
+        note: further remarks.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Row:
 
     @property
     def passed(self) -> bool | None:
-        """Whether it reaches what it must; ``None`` where it must reach nothing."""
+        """Whether the number is within its limits; ``None`` if there are none."""
         if self.at_least is None and self.at_most is None:
             return None
         if self.measured is None:
@@ -109,7 +109,7 @@ class Row:
 
 
 def attempt(function: Callable[..., T], *args: object) -> T | Exception:
-    """Call, or return what it raised: one measurement that fails does not take the others along."""
+    """Calls a function; returns what it raises, so that other measurements can still run."""
     try:
         return function(*args)
     except Exception as error:  # noqa: BLE001 - reported by row_of
@@ -125,7 +125,7 @@ def row_of(
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> Row:
-    """Return the row of what ``attempt`` found: its number and note, or why there is none."""
+    """Returns the row of what ``attempt`` found: its number and note, or why there is none."""
     if isinstance(found, Exception):
         text = " ".join(str(found).split())[:200]
         return Row(name, None, at_least, at_most, f"{type(found).__name__}: {text}")
@@ -135,13 +135,13 @@ def row_of(
 def take_turns(
     contenders: Sequence[Contender], repeats: int, warmup: int = 2, steps: int = 1
 ) -> list[Result]:
-    """Time contenders in turns; every rank calls this and gets the same results.
+    """Times contenders in turns; every rank calls this and gets the same results.
 
     Args:
-        contenders: Built in the same order on all ranks.
-        repeats: Timed rounds.
-        warmup: Rounds before, not counted.
-        steps: Steps between two looks at the clock, for steps that are very short.
+        contenders: what to time, in the same order on all ranks.
+        repeats: the number of timed rounds.
+        warmup: the number of rounds before these, which are not counted.
+        steps: the number of steps per reading of the clock, for very short steps.
     """
     results = [Result(each.name, [], each.facts) for each in contenders]
     for turn in range(warmup + repeats):
@@ -155,10 +155,10 @@ def take_turns(
 
 
 def schedule_gloo(policy: int) -> None:
-    """Set the policy of this process's gloo threads.
+    """Sets the scheduling policy of this process's gloo threads.
 
     Our engine changes it for the whole process (csrc/comm/thread_policy.h); without this, peers
-    that take turns with ours would profit.
+    that take turns with ours would profit from it.
     """
     for task in Path("/proc/self/task").iterdir():
         if (task / "comm").read_text().strip() == "gloo_tcp_loop":
@@ -166,8 +166,8 @@ def schedule_gloo(policy: int) -> None:
 
 
 def slowest_rank_seconds(step: Callable[[], object], steps: int) -> float:
-    """Return seconds a step on the slowest rank, started together."""
-    dist.all_reduce(torch.zeros(1))  # a barrier, of the CPU's backend in any group
+    """Returns the seconds per step of the slowest rank; all ranks start together."""
+    dist.all_reduce(torch.zeros(1))  # a barrier, which uses the CPU's backend in any group
     start = time.perf_counter()
     for _ in range(steps):
         step()
@@ -177,7 +177,7 @@ def slowest_rank_seconds(step: Callable[[], object], steps: int) -> float:
 
 
 def on_ranks(function: Callable[..., T], num_ranks: int, *args: object) -> T:
-    """Call ``function(rank, num_ranks, *args)`` in one process a rank; return what rank 0 returns.
+    """Calls ``function(rank, num_ranks, *args)`` in a process per rank; returns rank 0's result.
 
     Each process has one torch thread and the default process group over gloo.
     """
@@ -188,7 +188,7 @@ def on_ranks(function: Callable[..., T], num_ranks: int, *args: object) -> T:
 def show(
     title: str, results: Sequence[Result], columns: dict[str, Callable[[Result], str]]
 ) -> None:
-    """Print a table: one row a contender, a column for each entry of ``columns``."""
+    """Prints a table with one row per contender and one column per entry of ``columns``."""
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     for column in columns:
@@ -199,7 +199,7 @@ def show(
 
 
 def show_rows(title: str, rows: Sequence[Row]) -> None:
-    """Print rows, each with its limit."""
+    """Prints rows, each with its limit."""
     table = Table(title=title, title_justify="left")
     for column in ("", "measured", "must reach", "note"):
         table.add_column(column)
@@ -211,14 +211,14 @@ def show_rows(title: str, rows: Sequence[Row]) -> None:
 
 @dataclass
 class Report:
-    """What a benchmark has found so far; in its file at once, for the next measurement may hang.
+    """What a benchmark has found so far; written at once, as the next measurement may hang.
 
     Attributes:
-        benchmark: Its name.
-        path: Where to write, if anywhere.
-        machine: What is known of the device.
-        rows: Numbers beside what they must reach.
-        cases: What each contender took, by case.
+        benchmark: its name.
+        path: the file to write, if any.
+        machine: facts about the device.
+        rows: numbers beside what they must reach.
+        cases: the results of contenders, by case.
     """
 
     benchmark: str
@@ -228,7 +228,7 @@ class Report:
     cases: dict[str, Sequence[Result]] = field(default_factory=dict)
 
     def add(self, rows: Sequence[Row], cases: Mapping[str, Sequence[Result]] | None = None) -> None:
-        """Add what was measured last."""
+        """Adds what was measured last."""
         self.rows += rows
         self.cases |= cases or {}
         write_json(self.path, self.benchmark, self.cases, self.rows, self.machine)
@@ -241,14 +241,14 @@ def write_json(
     rows: Sequence[Row] = (),
     machine: Mapping[str, str] | None = None,
 ) -> None:
-    """Write all measurements, with the machine they were taken on, if a path was given.
+    """Writes all measurements and facts about the machine, if a path is given.
 
     Args:
-        path: Where to.
-        benchmark: Its name.
-        cases: What each contender took, by case.
-        rows: Numbers beside what they must reach.
-        machine: What is known of a device besides.
+        path: the file to write, if any.
+        benchmark: the name of the benchmark.
+        cases: the results of contenders, by case.
+        rows: numbers beside what they must reach.
+        machine: facts about the device, in addition to those of the host.
     """
     if path is None:
         return

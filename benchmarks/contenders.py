@@ -1,4 +1,4 @@
-"""Ours and its peers on the same sleeping stages, ready to be timed in turns."""
+"""Our engine and its peers on the same sleeping stages, ready to be timed in turns."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,13 +29,13 @@ class Work:
     """A step of sleeping stages.
 
     Attributes:
-        num_chunks: Number of micro-batches.
-        message_bytes: Size of a message between stages.
-        times: How long the stages sleep.
-        peer_dualpipe: Checkout of upstream, if it takes part.
-        place: Where stages are.
-        transport: What our messages travel over.
-        light: Messages cost the stages themselves nothing, however large they are.
+        num_chunks: the number of micro-batches.
+        message_bytes: the size of a message between stages.
+        times: how long the stages sleep.
+        peer_dualpipe: the checkout of upstream, if it takes part.
+        place: where stages are.
+        transport: what our messages travel over.
+        light: whether messages cost the stages themselves nothing, however large they are.
     """
 
     num_chunks: int = 20
@@ -47,14 +47,14 @@ class Work:
     light: bool = False
 
     def batch(self, rows: int) -> Tensor:
-        """Return ``rows`` micro-batches of one row, each as large as a message."""
-        if self.light:  # in the memory of one
+        """Returns ``rows`` micro-batches of one row, each as large as a message."""
+        if self.light:  # all in the memory of one
             row = torch.zeros(1, self.message_bytes // 4, device=self.place.device)
             return row.expand(rows, -1)
         return torch.zeros(rows, self.message_bytes // 4, device=self.place.device)
 
     def stages(self, store: Any) -> list[SleepStage]:
-        """Return the two stages of a rank, for an engine with that ``WeightGradStore``."""
+        """Returns the two stages of a rank, for an engine with this ``WeightGradStore``."""
         self.place.prepare()
         results = ReusedResults if self.light else FreshResults
         made = [
@@ -70,7 +70,7 @@ class Work:
         latency: float = 0.0,
         message_time: float = 0.0,
     ) -> float:
-        """Return the simulated seconds of a step over links that are so slow, and busy so long."""
+        """Returns the simulated seconds of a step over links with this latency and message time."""
         cost = CostModel(
             forward=self.times.forward,
             backward_input=self.times.backward_input,
@@ -82,7 +82,7 @@ class Work:
         return planned.simulate(cost, sends=sends).makespan
 
     def paper(self, schedule: str, num_ranks: int) -> dict[str, float]:
-        """Return the makespans on paper, and the seconds that each rank is busy."""
+        """Returns the simulated makespans, and the seconds for which each rank is busy."""
         stages_a_rank = 2 if schedule == "dualpipev" else 1
         sleep = self.times.forward + self.times.backward_input + self.times.backward_weight
         return {
@@ -93,7 +93,7 @@ class Work:
 
 
 def sleeping_contenders(rank: int, num_ranks: int, work: Work) -> list[Contender]:
-    """Build every contender on this rank."""
+    """Builds every contender on this rank."""
     contenders = [ours(rank, num_ranks, work)]
     if work.peer_dualpipe is not None:
         contenders.append(upstream(rank, num_ranks, work, work.peer_dualpipe))
@@ -103,19 +103,19 @@ def sleeping_contenders(rank: int, num_ranks: int, work: Work) -> list[Contender
 def timed_ours(
     rank: int, num_ranks: int, start_line: StartLine, works: Sequence[Work], repeats: int
 ) -> list[list[Span]]:
-    """Run steps of one pipeline of ours on a rank that is a thread; in turns, one for each work."""
+    """Runs steps of our pipeline on a rank that is a thread, in turns one for each of ``works``."""
     step = ours_model(works[0]).step
     steps = [bidirectional_step(step, rank, num_ranks, work) for work in works]
     return timed_turns(steps, repeats, start_line, works[0].place)
 
 
 def ours_model(work: Work) -> DualPipe:
-    """Build our DualPipe on this rank."""
+    """Builds our DualPipe on this rank."""
     return DualPipe(work.stages(WeightGradStore), config=engine_config(work.transport))
 
 
 def ours(rank: int, num_ranks: int, work: Work) -> Contender:
-    """Build our DualPipe."""
+    """Builds our DualPipe as a contender."""
     step = bidirectional_step(ours_model(work).step, rank, num_ranks, work)
     facts = work.paper("dualpipe", num_ranks)
     settle = work.place.finish
@@ -123,7 +123,7 @@ def ours(rank: int, num_ranks: int, work: Work) -> Contender:
 
 
 def upstream(rank: int, num_ranks: int, work: Work, checkout: Path) -> Contender:
-    """Build upstream's DualPipe."""
+    """Builds upstream's DualPipe."""
     package = load_upstream(checkout, work.place.device)
     shape = tuple(work.batch(1).shape)
     model = build_upstream(package, work.stages(package.WeightGradStore), shape)
@@ -135,7 +135,7 @@ def upstream(rank: int, num_ranks: int, work: Work, checkout: Path) -> Contender
 def bidirectional_step(
     step: Callable[..., object], rank: int, num_ranks: int, work: Work
 ) -> Callable[[], object]:
-    """Return a step that feeds both ends, as ours and upstream's interface has it."""
+    """Returns a step that feeds both ends, by the interface that ours and upstream's share."""
     is_end = rank in (0, num_ranks - 1)
     data = work.batch(work.num_chunks // 2) if is_end else None
     criterion = free_loss if work.light else first_element
@@ -143,7 +143,7 @@ def bidirectional_step(
 
 
 def torch_dualpipev(rank: int, num_ranks: int, work: Work) -> Contender:
-    """Build torch's DualPipeV, whose stages sleep as long each: twice the work for a rank."""
+    """Builds torch's DualPipeV. Each of its stages sleeps as long: twice the work per rank."""
     stages = [SleepStage(work.times, weight_runs_apart=True) for _ in range(2)]
     message, batch = work.batch(1).requires_grad_(), work.batch(work.num_chunks)
     schedule = build_torch_dualpipev(
@@ -161,7 +161,7 @@ def torch_dualpipev(rank: int, num_ranks: int, work: Work) -> Contender:
 
 
 def torch_1f1b(rank: int, num_ranks: int, work: Work) -> Contender:
-    """Build torch's 1F1B."""
+    """Builds torch's 1F1B."""
     stage = SleepStage(work.times, weight_runs_apart=True)
     message, batch = work.batch(1).requires_grad_(), work.batch(work.num_chunks)
     schedule = build_torch_1f1b(

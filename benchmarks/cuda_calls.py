@@ -1,4 +1,4 @@
-"""Calls of CUDA that torch has no function for, in the libraries that torch has loaded."""
+"""CUDA calls that torch has no functions for, from the libraries that torch has loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DRIVER_VERSION = 12000  # whose interface is meant, as in csrc/device/cuda_current.cpp
+DRIVER_VERSION = 12000  # of the interface to use, as in csrc/device/cuda_current.cpp
 NON_BLOCKING = 1  # cudaStreamNonBlocking
 PORTABLE_AND_MAPPED = 1 | 2  # cudaHostRegisterPortable, cudaHostRegisterMapped
 WAIT_VALUE_GEQ = 0  # CU_STREAM_WAIT_VALUE_GEQ
@@ -21,15 +21,15 @@ PREFER_OVERLAP = 1  # cudaMemcpyFlagPreferOverlapWithCompute
 
 
 class MissingCallError(RuntimeError):
-    """What torch has loaded has no such call."""
+    """The libraries that torch has loaded have no such call."""
 
 
 @functools.cache
 def runtime() -> ctypes.CDLL:
-    """Return the CUDA runtime that torch calls: what is linked or preloaded comes first there, too.
+    """Returns the CUDA runtime that torch calls: one that is linked or preloaded comes first.
 
     Raises:
-        MissingCallError: There is none.
+        MissingCallError: there is none.
     """
     program = ctypes.CDLL(None)
     if hasattr(program, "cudaStreamQuery"):
@@ -42,39 +42,41 @@ def runtime() -> ctypes.CDLL:
 
 
 def call(name: str, *arguments: Any) -> None:
-    """Call a function of the runtime.
+    """Calls a function of the runtime.
 
     Raises:
-        MissingCallError: It has none of that name.
-        RuntimeError: The call fails.
+        MissingCallError: the runtime has no function of that name.
+        RuntimeError: the call fails.
     """
     function = getattr(runtime(), name, None)
     if function is None:
         raise MissingCallError(f"no such call: {name}")
     error = function(*arguments)
     if error:
-        runtime().cudaGetLastError()  # or torch finds it and takes it for its own
+        runtime().cudaGetLastError()  # clears it; torch would take it for its own
         raise RuntimeError(f"{name}: error {error} of CUDA")
 
 
 def query_event(event: torch.cuda.Event) -> None:
-    """Ask whether the device is past the event; unlike torch's, with Python's lock let go.
+    """Queries whether the device is past the event; unlike torch's query, it releases the GIL.
 
     Raises:
-        RuntimeError: The call fails.
+        RuntimeError: the call fails.
     """
     error = runtime().cudaEventQuery(ctypes.c_void_p(event.cuda_event))
     if error not in (0, NOT_READY):
         raise RuntimeError(f"cudaEventQuery: error {error} of CUDA")
-    runtime().cudaGetLastError()  # "not ready" is an answer
+    runtime().cudaGetLastError()  # clears it: "not ready" is not an error
 
 
 def wait_for_value(stream: torch.cuda.Stream, address: int, value: int) -> None:
-    """Have the stream wait until the word there has come to ``value``: cuStreamWaitValue32.
+    """Makes the stream wait until the word at ``address`` is at least ``value``.
+
+    Calls cuStreamWaitValue32.
 
     Raises:
-        MissingCallError: The driver does not have it.
-        RuntimeError: The call fails.
+        MissingCallError: the driver does not have that call.
+        RuntimeError: the call fails.
     """
     wait = _driver_call("cuStreamWaitValue32")
     error = wait(stream.cuda_stream, address, value, WAIT_VALUE_GEQ)
@@ -98,14 +100,14 @@ def _driver_call(name: str) -> Any:
 
 
 def new_stream(priority: int) -> torch.cuda.Stream:
-    """Return a stream that nobody else has; it stays until the process ends."""
+    """Creates a stream that nobody else uses; it stays until the process ends."""
     made = ctypes.c_void_p()
     call("cudaStreamCreateWithPriority", ctypes.byref(made), NON_BLOCKING, priority)
     return torch.cuda.ExternalStream(made.value)
 
 
 def priorities() -> tuple[int, int]:
-    """Return the lowest and the highest priority of a stream."""
+    """Returns the lowest and the highest priority of a stream."""
     lowest, highest = ctypes.c_int(), ctypes.c_int()
     call("cudaDeviceGetStreamPriorityRange", ctypes.byref(lowest), ctypes.byref(highest))
     return lowest.value, highest.value
@@ -114,7 +116,7 @@ def priorities() -> tuple[int, int]:
 class RegisteredPage:
     """A page of host memory that streams can read, registered as the engine registers its flags.
 
-    It stays until the process ends: what is at its address next would count as registered.
+    It stays until the process ends: whatever was at its address next would count as registered.
     """
 
     _all: list[RegisteredPage] = []  # noqa: RUF012 - shared by all on purpose
@@ -131,7 +133,7 @@ class RegisteredPage:
         self.address = there.value or 0
 
     def unregister(self) -> None:
-        """Take it from the device."""
+        """Unregisters the page from the device."""
         call("cudaHostUnregister", self._here)
 
 
@@ -144,11 +146,11 @@ class _CopyAttributes(ctypes.Structure):
 
 
 def copy_beside_computation(to: Tensor, source: Tensor) -> None:
-    """Copy on the current stream by a copy engine: the call of csrc/comm/cuda_copy_batch.cpp.
+    """Copies on the current stream by a copy engine, as csrc/comm/cuda_copy_batch.cpp does.
 
     Raises:
-        MissingCallError: The runtime does not have it, before CUDA 12.8.
-        RuntimeError: The call fails, as it does on the default stream.
+        MissingCallError: the runtime does not have the call, as before CUDA 12.8.
+        RuntimeError: the call fails, as it does on the default stream.
     """
     attributes = _CopyAttributes(access_order=ACCESS_ORDER_STREAM, flags=PREFER_OVERLAP)
     first, count = ctypes.c_size_t(0), ctypes.c_size_t(1)

@@ -1,7 +1,8 @@
-"""Asks the GPU what nobody has written down, before anything depends on it (probe_questions.py).
+"""Asks the GPU what is not documented, before anything depends on it (probe_questions.py).
 
-Each question is a process, forked where torch is imported and CUDA has not started. One that has no answer
-in time is ended, and that is an answer: it blocks. Each answer is written at once, for gpu_report.py.
+Each question runs in its own process, forked from one that has imported torch but not started CUDA.
+A process that does not answer in time is killed, which is an answer as well: the call blocks. Each
+answer is written at once, for gpu_report.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Answer = dict[str, str]
 
 
 def answers(question: Question, start_limit_s: float = 30.0) -> Iterator[Answer]:
-    """Ask in a process of its own; yield what it answers, case by case, and why it ends early."""
+    """Asks in a separate process; yields answers case by case, and why it ended early, if so."""
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe()
     process = fork.Process(target=_ask, args=(question, theirs), daemon=True)
@@ -71,7 +72,7 @@ def _ask(question: Question, pipe: Connection) -> None:
     except Exception as error:  # noqa: BLE001 - that it cannot be asked is what is found
         pipe.send(("answer", _unknown(error)))
     pipe.send(("end", ""))
-    os._exit(0)  # takes nothing down, which might wait
+    os._exit(0)  # without any cleanup, which might wait
 
 
 def _found(find: Callable[[], str]) -> str:
@@ -86,7 +87,7 @@ def _unknown(error: Exception) -> str:
 
 
 def ask_all(questions: Sequence[Question], path: Path | None) -> None:
-    """Ask one after the other; show each answer, and write all so far."""
+    """Asks one question after the other; prints each answer, and writes all answers so far."""
     found: list[Answer] = []
     for question in questions:
         for answer in answers(question):

@@ -1,6 +1,6 @@
-"""Puts what benchmarks/gpu_check.sh has found into one JSON and one Markdown file.
+"""Collects what benchmarks/gpu_check.sh has found in one JSON and one Markdown file.
 
-Written anew after each step, from files alone, so that what there is survives whatever comes next.
+Both are written anew after each step, from files only, so that results survive what comes next.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 
 Facts = dict[str, str]
 Report = dict[str, Any]
-PROBED = ("question", "case", "answer")  # what gpu_probe.py asked
-IDENTITY = ("commit", "device", "torch", "cuda")  # of what is checked, and on what
+PROBED = ("question", "case", "answer")  # of gpu_probe.py
+IDENTITY = ("commit", "device", "torch", "cuda")  # what is checked, and on what
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def outcomes(folder: Path) -> list[Facts]:
-    """Return name, outcome and message of each test, as gpu_outcomes.py wrote them."""
+    """Returns the name, outcome and message of each test, as gpu_outcomes.py wrote them."""
     found: dict[str, Facts] = {}
     for path in sorted(folder.glob("*.outcomes")):
         for line in path.read_text().splitlines():
@@ -34,37 +34,37 @@ def outcomes(folder: Path) -> list[Facts]:
 
 
 def one_line(text: str, most: int = 300) -> str:
-    """Return the text without what would break a table."""
+    """Returns the text on one line, without what would break a table."""
     return " ".join(text.split()).replace("|", "/")[:most]
 
 
 def steps_of(path: Path) -> list[Facts]:
-    """Return what each step was and how it ended; 124 is its time limit."""
+    """Returns what each step was and how it ended; status 124 means its time limit."""
     names = ("step", "status", "seconds", "command")
     lines = path.read_text().splitlines() if path.exists() else []
     return [dict(zip(names, line.split("\t"), strict=True)) for line in lines]
 
 
 def ending(step: Facts) -> str:
-    """Return in a word how a step ended."""
+    """Returns in a few words how a step ended."""
     return {"0": "done", "124": "over its time limit", "137": "over its time limit"}.get(
         step["status"], f"ended with {step['status']}"
     )
 
 
 def read_benchmarks(folder: Path) -> list[Report]:
-    """Return the reports of all benchmarks, each with its step, in the order they were written in."""
+    """Returns the reports of all benchmarks, each with its step, in the order they were written."""
     paths = sorted(folder.glob("bench_*.json"), key=lambda path: path.stat().st_mtime)
     return [{"step": path.stem, **json.loads(path.read_text())} for path in paths]
 
 
 def read_json(path: Path, otherwise: Any) -> Any:
-    """Return what a file has, where there is one."""
+    """Returns the content of a file, or ``otherwise`` if there is no file."""
     return json.loads(path.read_text()) if path.exists() else otherwise
 
 
 def merged(earlier: Report, now: Report) -> Report:
-    """Return both parts of a check as one; of what both have, the later one holds.
+    """Merges two parts of a check; where both have something, the later part holds.
 
     Numbers of other code or of another machine are left out.
     """
@@ -85,13 +85,13 @@ def merged(earlier: Report, now: Report) -> Report:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
+    """Returns a Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def goal_rows(benchmarks: Sequence[Report]) -> list[list[str]]:
-    """Return every number beside what it must reach."""
+    """Returns rows of every number beside what it must reach."""
     words = {True: "yes", False: "**no**", None: ""}
     return [
         [
@@ -108,7 +108,7 @@ def goal_rows(benchmarks: Sequence[Report]) -> list[list[str]]:
 
 
 def markdown(report: Report) -> str:
-    """Return the report as tables that can be pasted into docs/performance.md."""
+    """Returns the report as tables that can be pasted into docs/performance.md."""
     tests = report["tests"]
     bad = [t for t in tests if t["outcome"] != "passed"]
     facts = [[name, one_line(value)] for name, value in report["machine"].items()]
@@ -131,7 +131,7 @@ def markdown(report: Report) -> str:
 
 
 def output_of(*command: str) -> str:
-    """Return what a command prints, or that there is none."""
+    """Returns what a command prints; "unknown" if it fails."""
     try:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
@@ -142,7 +142,7 @@ def output_of(*command: str) -> str:
 
 
 def machine(device: str, processes: str, sanitizer: str) -> Facts:
-    """Return what the check runs on; the one part that needs torch."""
+    """Returns what the check runs on; the only part that needs torch."""
     import torch
     from places import place_of
 
@@ -176,7 +176,7 @@ def _gpu() -> Facts:
 
 
 def check_nccl() -> str | None:
-    """Return why ranks on one GPU cannot talk over this process's NCCL, or None."""
+    """Returns why ranks on one GPU cannot communicate over this process's NCCL, or ``None``."""
     from dualpipe_ext import _C
 
     found = getattr(_C, "nccl_version", lambda: "0.0 (not built)")()
@@ -189,9 +189,9 @@ def check_nccl() -> str | None:
 
 
 def write(work: Path, out: Path) -> None:
-    """Write ``gpu_check.json`` and ``gpu_check.md`` into ``out`` from what lies in ``work``.
+    """Writes ``gpu_check.json`` and ``gpu_check.md`` to ``out``, from the files in ``work``.
 
-    What another part of the check had written there before lies in ``work`` as ``earlier.json``.
+    What an earlier part of the check wrote to ``out`` is in ``work`` as ``earlier.json``.
     """
     report = {
         "machine": read_json(work / "machine.json", {}),

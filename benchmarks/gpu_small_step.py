@@ -1,4 +1,4 @@
-"""Two small steps on two ranks, for tools that make everything much slower (compute-sanitizer)."""
+"""Two small steps on two ranks, for tools that slow everything down (compute-sanitizer)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHUNKS = 4
 
 
 def losses(rank: int, num_ranks: int, device: torch.device, transport: str) -> Tensor | None:
-    """Run steps on one rank; return the losses of the last one."""
+    """Runs steps on one rank; returns the losses of the last one."""
     config = engine_config(transport, timeout=60.0)  # tools are slow
     model = DualPipe([stage(index, device) for index in (rank, 1 - rank)], config=config)
     x = torch.ones(CHUNKS // 2, WIDTH, device=device)
@@ -28,7 +28,7 @@ def losses(rank: int, num_ranks: int, device: torch.device, transport: str) -> T
 
 
 def stage(index: int, device: torch.device) -> nn.Linear:
-    """Return a stage that multiplies by 2 (stage 0) or 3 (stage 1)."""
+    """Returns a stage that multiplies by 2 (stage 0) or 3 (stage 1)."""
     made = nn.Linear(WIDTH, WIDTH, bias=False, device=device)
     nn.init.eye_(made.weight)
     with torch.no_grad():
@@ -37,7 +37,7 @@ def stage(index: int, device: torch.device) -> nn.Linear:
 
 
 def mean(output: Tensor, target: Tensor) -> Tensor:
-    """Return the mean of both."""
+    """Returns the product of both means."""
     return output.mean() * target.mean()
 
 

@@ -1,8 +1,8 @@
-"""How fast messages flow from one rank to another, in the time of the device.
+"""How fast messages flow from one rank to another, by the clock of the device.
 
-The sender's stream is kept busy until both hosts have issued everything. What follows is the
-device's own, from the arrival of the first message to that of the last; but over ``copy`` a thread of
-the sender's hands each message to its stream once it sees that the receiver has asked for it.
+The sender's stream is kept busy until both hosts have issued everything. The time after that, from
+the arrival of the first message to that of the last, is the device's own; except that over ``copy``
+a thread of the sender issues each message once it sees that the receiver has asked for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dualpipe_ext import Pipeline
 
-HEAD_START_S = 0.05  # for the hosts; each step checks that it was enough
+HEAD_START_S = 0.05  # of the hosts; each step checks that it was enough
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Flow:
     """Messages to be sent one after the other.
 
     Attributes:
-        place: Where.
-        transport: What they travel over.
-        num_bytes: Size of each.
-        num_messages: How many there are.
-        repeats: How often that is measured.
-        max_ctas: Thread blocks that NCCL may use; 0: as many as it likes.
+        place: where to run.
+        transport: what messages travel over.
+        num_bytes: the size of each.
+        num_messages: how many there are.
+        repeats: how often to measure.
+        max_ctas: the most thread blocks that NCCL may use; 0: NCCL decides.
     """
 
     place: Place
@@ -44,12 +44,12 @@ class Flow:
     max_ctas: int = 0
 
     def batch(self) -> Tensor:
-        """Return what is sent, each message in memory of its own."""
+        """Returns the messages, each in memory of its own."""
         return torch.ones(self.num_messages, self.num_bytes // 4, device=self.place.device)
 
 
 class Source(nn.Module):
-    """Hands on its input; first of all it keeps the stream busy."""
+    """Keeps the stream busy for the head start, and returns its input."""
 
     def __init__(self, place: Place) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Source(nn.Module):
         self.head_start_s = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x``."""
+        """Returns ``x``."""
         self.place.sleep(self.head_start_s)
         self.head_start_s = 0.0
         return x
@@ -74,13 +74,13 @@ class Sink(nn.Module):
         self.arrivals: list[Mark] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x``."""
+        """Returns ``x``."""
         self.arrivals.append(self.place.mark())
         return x
 
 
 def engine_rank(rank: int, num_ranks: int, start_line: StartLine, flow: Flow) -> list[float]:
-    """Send (rank 0) or receive through our engine; return the seconds a message of each repeat."""
+    """Sends (rank 0) or receives through our engine; returns seconds per message of each repeat."""
     place = flow.place
     source, sink = Source(place), Sink(place)
     config = engine_config(flow.transport, nccl_max_ctas=flow.max_ctas)
@@ -103,10 +103,10 @@ def engine_rank(rank: int, num_ranks: int, start_line: StartLine, flow: Flow) ->
 def one_flow(
     start_line: StartLine, flow: Flow, issue: Callable[[], object], arrivals: list[Mark]
 ) -> float:
-    """Issue one flow on this rank; return the seconds a message, 0 where none arrive.
+    """Issues one flow on this rank; returns the seconds per message, 0 if none arrive here.
 
     Raises:
-        RuntimeError: The hosts were slower than the head start that they had.
+        RuntimeError: the hosts took longer than their head start.
     """
     place = flow.place
     place.finish()
@@ -127,12 +127,12 @@ def one_flow(
 def nccl_rank(
     rank: int, num_ranks: int, start_line: StartLine, flow: Flow, pair: NcclPair
 ) -> list[float]:
-    """Do the same with NCCL's own ncclSend and ncclRecv."""
+    """Does the same with NCCL's own ncclSend and ncclRecv."""
     place = flow.place
     batch = flow.batch()
     arrivals: list[Mark] = []
     with pair.end(rank) as end:
-        end.transfer(batch[0])  # connects, for longer than the head start
+        end.transfer(batch[0])  # connects, which takes longer than the head start
         place.finish()
 
         def issue() -> None:
@@ -148,7 +148,7 @@ def nccl_rank(
 
 
 def raw_seconds(flow: Flow, copy: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> float:
-    """Return the seconds that ``copy`` takes for a message, copy after copy."""
+    """Returns the seconds that ``copy`` takes per message, copy after copy."""
     place, batch = flow.place, flow.batch()
     targets = [torch.empty_like(batch[0]) for _ in range(3)]
     taken = []
@@ -165,16 +165,16 @@ def raw_seconds(flow: Flow, copy: Callable[[Tensor, Tensor], object] = Tensor.co
 
 
 def copy_engine_seconds(flow: Flow) -> float:
-    """Return the seconds that a copy engine takes for a message, copy after copy."""
+    """Returns the seconds that a copy engine takes per message, copy after copy."""
     with torch.cuda.stream(torch.cuda.Stream()):  # the default one refuses such copies
         return raw_seconds(flow, copy_beside_computation)
 
 
 def engine_seconds(flow: Flow) -> float:
-    """Return the seconds a message takes through our engine, the median of all repeats."""
+    """Returns the median seconds per message through our engine."""
     return float(statistics.median(in_threads(engine_rank, 2, flow)[1]))
 
 
 def nccl_seconds(flow: Flow) -> float:
-    """Return the seconds a message takes in NCCL's own hands."""
+    """Returns the median seconds per message through NCCL itself."""
     return float(statistics.median(in_threads(nccl_rank, 2, flow, NcclPair())[1]))

@@ -1,6 +1,6 @@
-"""Whether as many processes as a benchmark has ranks can have all their streams on the GPU at once.
+"""Checks whether the processes of a benchmark can have all their streams on the GPU at once.
 
-Clients of MPS take their hardware queues out of one pool, and one that comes too late gets an error.
+Clients of MPS take their hardware queues from one pool; one that comes too late gets an error.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from cuda_calls import new_stream, priorities
 
 NUM_CLIENTS = 4
-NUM_STREAMS = 15  # twelve ways of a rank, one stream that computes, two that sum
+NUM_STREAMS = 15  # twelve for the ways of a rank, one that computes, two that sum
 PATIENCE_S = 25.0
 
 
 def client(all_here: Barrier) -> None:
-    """Use all streams; stay until every other client has done so."""
+    """Uses all streams, and stays until every other client has done so."""
     torch.cuda.synchronize()
     for number in range(NUM_STREAMS):
         with torch.cuda.stream(new_stream(priorities()[number % 2])):
@@ -29,7 +29,7 @@ def client(all_here: Barrier) -> None:
 
 
 def main() -> None:
-    """Start them; the exit status is 1 if one fails or does not come."""
+    """Starts all clients; the exit status is 1 if one fails or does not answer."""
     fork = multiprocessing.get_context("fork")
     all_here = fork.Barrier(NUM_CLIENTS)
     clients = [fork.Process(target=client, args=(all_here,)) for _ in range(NUM_CLIENTS)]

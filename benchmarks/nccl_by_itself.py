@@ -1,4 +1,4 @@
-"""NCCL's own point-to-point calls, from the library that torch has loaded: nothing in between."""
+"""NCCL's own point-to-point calls, from the library that torch has loaded, with nothing between."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ class UniqueId(ctypes.Structure):
 
 
 class NcclPair:
-    """Two ranks, threads of this process, that share a GPU and a communicator.
+    """Two ranks, which are threads of this process and share a GPU and a communicator.
 
     Needs NCCL 2.30 and ``NCCL_MULTI_RANK_GPU_ENABLE=1``.
     """
 
     def __init__(self) -> None:
-        program = ctypes.CDLL(None)  # where torch's calls go first: to what is preloaded
+        program = ctypes.CDLL(None)  # finds what is preloaded first, as torch's own calls do
         self.library = program if hasattr(program, "ncclSend") else ctypes.CDLL("libnccl.so.2")
         self.library.ncclGetErrorString.restype = ctypes.c_char_p
         self._id = UniqueId()
         self.call("ncclGetUniqueId", ctypes.byref(self._id))
 
     def call(self, name: str, *arguments: object) -> None:
-        """Call a function of NCCL.
+        """Calls a function of NCCL.
 
         Raises:
-            RuntimeError: It fails.
+            RuntimeError: the call fails.
         """
         result = getattr(self.library, name)(*arguments)
         if result != 0:
@@ -44,7 +44,7 @@ class NcclPair:
 
     @contextmanager
     def end(self, rank: int) -> Iterator[NcclEnd]:
-        """Connect this thread's end; both must."""
+        """Connects this thread's end; both threads must do so."""
         communicator = ctypes.c_void_p()
         self.call("ncclCommInitRank", ctypes.byref(communicator), 2, self._id, rank)
         yield NcclEnd(self, communicator, rank)
@@ -61,7 +61,7 @@ class NcclEnd:
         self._rank = rank
 
     def transfer(self, tensor: Tensor) -> None:
-        """Send ``tensor`` to the other rank, or receive it."""
+        """Sends ``tensor`` to the other rank, or receives it."""
         self._pair.call(
             "ncclRecv" if self._rank else "ncclSend",
             ctypes.c_void_p(tensor.data_ptr()),

@@ -1,7 +1,7 @@
 """The peers: upstream DualPipe and the schedules of ``torch.distributed.pipelining``.
 
 Upstream needs CUDA in two places, a check of the device and the allocation of receive buffers.
-Both are replaced at run time here, so that it runs over gloo; nothing else of it is touched. On a
+Both are replaced here at run time, so that it runs over gloo; nothing else of it is changed. On a
 GPU it runs as it is.
 """
 
@@ -25,10 +25,10 @@ CPU = torch.device("cpu")
 
 
 def load_upstream(checkout: Path, device: torch.device = CPU) -> ModuleType:
-    """Import upstream's package from a checkout and make it run on the CPU, if that is the device.
+    """Imports upstream's package from a checkout; makes it run on the CPU if that is the device.
 
     Raises:
-        ValueError: If the folder is not a checkout of deepseek-ai/DualPipe.
+        ValueError: the folder is not a checkout of deepseek-ai/DualPipe.
     """
     if not (checkout / "dualpipe" / "dualpipe.py").is_file():
         raise ValueError(
@@ -53,13 +53,13 @@ def load_upstream(checkout: Path, device: torch.device = CPU) -> ModuleType:
 
 
 def join_with_nccl(folder: str) -> None:
-    """Make the default group of this process, one of ``run_ranks``, anew: gloo and NCCL.
+    """Replaces the default group that ``run_ranks`` made by one over gloo and NCCL.
 
-    Upstream's messages use the default group. Several ranks share the GPU (NCCL 2.30 and
-    ``NCCL_MULTI_RANK_GPU_ENABLE=1``).
+    Upstream's messages use the default group. Several ranks share the GPU (which needs NCCL 2.30
+    and ``NCCL_MULTI_RANK_GPU_ENABLE=1``).
 
     Args:
-        folder: Where the ranks meet; the same empty one for all.
+        folder: an empty folder where the ranks meet, the same for all.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
@@ -71,7 +71,7 @@ def join_with_nccl(folder: str) -> None:
 def build_upstream(
     upstream: ModuleType, stages: Sequence[nn.Module], message_shape: tuple[int, ...]
 ) -> Any:
-    """Build upstream's ``DualPipe`` for messages of float32 of one shape."""
+    """Builds upstream's ``DualPipe`` for float32 messages of one shape."""
     upstream.set_p2p_tensor_shapes([message_shape])
     upstream.set_p2p_tensor_dtype(torch.float32)
     if next(stages[0].parameters()).is_cuda:
@@ -89,16 +89,16 @@ def build_torch_dualpipev(
     examples: Sequence[tuple[Tensor, Tensor]],
     dw_builder: Callable[[], Callable[..., None]] | None = None,
 ) -> ScheduleDualPipeV:
-    """Build torch's DualPipeV for the stages ``rank`` and ``2 * num_ranks - 1 - rank``.
+    """Builds torch's DualPipeV for the stages ``rank`` and ``2 * num_ranks - 1 - rank``.
 
     Args:
-        stages: The two modules of this rank.
-        rank: This rank.
-        num_ranks: Number of ranks.
-        num_chunks: Number of micro-batches.
-        criterion: Loss of the last stage.
-        examples: An input and an output of each stage, for their shapes and ``requires_grad``.
-        dw_builder: What runs weight gradients, where a stage leaves them out of its backward.
+        stages: the two modules of this rank.
+        rank: this rank.
+        num_ranks: the number of ranks.
+        num_chunks: the number of micro-batches.
+        criterion: the loss of the last stage.
+        examples: an input and an output of each stage, for their shapes and ``requires_grad``.
+        dw_builder: returns what runs weight gradients, if stages leave them out of the backward.
     """
     indices = (rank, 2 * num_ranks - 1 - rank)
     built: list[_PipelineStageBase] = [
@@ -119,7 +119,7 @@ def build_torch_1f1b(
     example: tuple[Tensor, Tensor],
     dw_builder: Callable[[], Callable[..., None]] | None = None,
 ) -> Schedule1F1B:
-    """Build torch's 1F1B for stage ``rank``; arguments as for DualPipeV."""
+    """Builds torch's 1F1B for stage ``rank``; arguments as for DualPipeV."""
     built = PipelineStage(
         stage, rank, num_ranks, torch.device("cpu"), *example, dw_builder=dw_builder
     )

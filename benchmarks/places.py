@@ -1,6 +1,7 @@
-"""Where a benchmark runs: on a GPU, or on the CPU to try without one all that it does.
+"""Where a benchmark runs: on a GPU, or on the CPU to try it out without one.
 
-Both have the same interface, so that a benchmark is written once. Numbers of the CPU mean nothing.
+Both have the same interface, so that a benchmark is written once. Numbers from the CPU mean
+nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from dualpipe_ext import DualPipeConfig
 
-TIMEOUT_S = 20.0  # of a pipeline: what hangs has become an error before the benchmark is ended
+TIMEOUT_S = 20.0  # of a pipeline: a hang becomes an error before the benchmark is killed
 Mark = Any  # a point in the work of the calling thread's stream
 
 
@@ -28,8 +29,8 @@ class Place(ABC):
     """A device, the ways to send between ranks that share it, and its clock.
 
     Attributes:
-        device: Where stages and messages are.
-        transports: What messages may travel over.
+        device: where stages and messages are.
+        transports: what messages may travel over.
     """
 
     device: torch.device
@@ -37,50 +38,50 @@ class Place(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Do now, in this process, what the first use would otherwise do within a step."""
+        """Does now, in this process, what the first use would otherwise do in a step."""
 
     @abstractmethod
     def sleep(self, seconds: float) -> None:
-        """Keep the calling thread's stream busy so long, on as little of the device as can be."""
+        """Keeps the calling thread's stream busy, on as little of the device as possible."""
 
     @abstractmethod
     def finish(self) -> None:
-        """Wait until the calling thread's stream is through with all it was given."""
+        """Waits until the calling thread's stream has finished all its work."""
 
     @abstractmethod
     def mark(self) -> Mark:
-        """Return this point in the work of the calling thread's stream."""
+        """Marks this point in the work of the calling thread's stream."""
 
     @abstractmethod
     def seconds(self, start: Mark, end: Mark) -> float:
-        """Return the time between two marks that are past."""
+        """Returns the time between two marks that are past."""
 
     @abstractmethod
     def is_past(self, mark: Mark) -> bool:
-        """Return whether the stream has come to the mark."""
+        """Returns whether the stream has reached the mark."""
 
     @abstractmethod
     def hold(self, num_bytes: int) -> Tensor:
-        """Return memory, as an activation occupies it."""
+        """Allocates memory, as activations occupy it."""
 
     @abstractmethod
     def reset_peak(self) -> None:
-        """Forget the peak so far."""
+        """Forgets the peak so far."""
 
     @abstractmethod
     def peak_bytes(self) -> int:
-        """Return the most memory held at once by this process since ``reset_peak``."""
+        """Returns the most bytes that this process has held at once since ``reset_peak``."""
 
     @abstractmethod
     def free_bytes(self) -> int:
-        """Return how much more memory may be used."""
+        """Returns how many more bytes may be used."""
 
     def machine(self) -> dict[str, str]:
-        """Name the device and the versions of what drives it."""
+        """Names the device and the versions of what drives it."""
         return {"device": "none: tried out on the CPU"}
 
     def seconds_of(self, work: Callable[[], object]) -> float:
-        """Return how long the stream takes for what ``work`` gives it."""
+        """Returns how long the stream takes for what ``work`` issues."""
         start = self.mark()
         work()
         end = self.mark()
@@ -90,7 +91,7 @@ class Place(ABC):
 
 @final
 class Cpu(Place):
-    """The calling thread is its own stream: what it was given is done when the call returns."""
+    """The calling thread is its own stream: work is done when the call returns."""
 
     device = torch.device("cpu")
     transports = ("host",)
@@ -99,45 +100,45 @@ class Cpu(Place):
         self._held = self._peak = 0
 
     def prepare(self) -> None:
-        """Measure how late sleeps are."""
+        """Measures how late sleeps are."""
         oversleep()
 
     def sleep(self, seconds: float) -> None:
-        """Sleep."""
+        """Sleeps."""
         host_sleep(seconds)
 
     def finish(self) -> None:
-        """Return: nothing is left to do."""
+        """Does nothing: all work is done."""
 
     def mark(self) -> Mark:
-        """Return the time."""
+        """Returns the time."""
         return time.perf_counter()
 
     def seconds(self, start: Mark, end: Mark) -> float:
-        """Return the difference."""
+        """Returns the difference of the times."""
         return float(end - start)
 
     def is_past(self, mark: Mark) -> bool:
-        """Return True."""
+        """Returns True."""
         return True
 
     def hold(self, num_bytes: int) -> Tensor:
-        """Return memory, and count it as long as the tensor lives."""
+        """Allocates memory, and counts it as long as the tensor lives."""
         held = torch.empty(num_bytes, dtype=torch.uint8)
         self._count(num_bytes)
         weakref.finalize(held, self._count, -num_bytes)
         return held
 
     def reset_peak(self) -> None:
-        """Forget the peak so far."""
+        """Forgets the peak so far."""
         self._peak = self._held
 
     def peak_bytes(self) -> int:
-        """Return the most that ``hold`` had given out at once."""
+        """Returns the most bytes that ``hold`` had handed out at once."""
         return self._peak
 
     def free_bytes(self) -> int:
-        """Return a gibibyte."""
+        """Returns a gibibyte."""
         return 1 << 30
 
     def _count(self, num_bytes: int) -> None:
@@ -147,61 +148,61 @@ class Cpu(Place):
 
 @final
 class Gpu(Place):
-    """The current GPU. A sleep is one block of one thread that watches the clock."""
+    """The current GPU. A sleep is a kernel of a single thread that watches the clock."""
 
     transports = tuple(os.environ.get("GPU_CHECK_TRANSPORTS", "copy nccl").split())
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self.clock_hz = _clock_hz()  # travels to processes: together they could not measure it
+        self.clock_hz = _clock_hz()  # sent to processes, which could not measure it side by side
 
     def prepare(self) -> None:
-        """Start CUDA."""
+        """Starts CUDA."""
         torch.cuda.init()
 
     def sleep(self, seconds: float) -> None:
-        """Launch a kernel of that length."""
+        """Launches a kernel of that length."""
         if seconds > 0:
             torch.cuda._sleep(round(seconds * self.clock_hz))
 
     def finish(self) -> None:
-        """Wait for the current stream."""
+        """Waits for the current stream."""
         torch.cuda.current_stream().synchronize()
 
     def mark(self) -> Mark:
-        """Record an event."""
+        """Records an event."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def seconds(self, start: Mark, end: Mark) -> float:
-        """Return the time between the events."""
+        """Returns the time between the events."""
         return float(start.elapsed_time(end)) * 1e-3
 
     def is_past(self, mark: Mark) -> bool:
-        """Ask the event."""
+        """Queries the event."""
         return bool(mark.query())
 
     def hold(self, num_bytes: int) -> Tensor:
-        """Return memory from torch's allocator."""
+        """Allocates memory from torch's allocator."""
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def reset_peak(self) -> None:
-        """Reset the allocator's peak."""
+        """Resets the allocator's peak."""
         torch.cuda.reset_peak_memory_stats()
 
     def peak_bytes(self) -> int:
-        """Return the allocator's peak."""
+        """Returns the allocator's peak."""
         return torch.cuda.max_memory_allocated()
 
     def free_bytes(self) -> int:
-        """Return what the device has free, once torch has given back what it keeps for later."""
+        """Returns the device's free memory, after torch has released what it caches."""
         gc.collect()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
 
     def machine(self) -> dict[str, str]:
-        """Name the GPU and the versions."""
+        """Names the GPU and the versions."""
         return {
             "device": torch.cuda.get_device_name(),
             "cuda": str(torch.version.cuda),
@@ -210,10 +211,10 @@ class Gpu(Place):
 
 
 def place_of(device: str) -> Place:
-    """Return the place that ``--device`` names.
+    """Returns the place that ``--device`` names.
 
     Raises:
-        ValueError: It is neither ``cuda`` nor ``cpu``.
+        ValueError: ``device`` is neither ``cuda`` nor ``cpu``.
     """
     places: dict[str, Callable[[], Place]] = {"cuda": Gpu, "cpu": Cpu}
     if device not in places:
@@ -222,28 +223,28 @@ def place_of(device: str) -> Place:
 
 
 def engine_config(transport: str, **more: Any) -> DualPipeConfig:
-    """Return settings of our engine for messages over ``transport``."""
+    """Returns settings of our engine for messages over ``transport``."""
     settings: dict[str, Any] = {"transport": transport, "timeout": TIMEOUT_S, **more}
     return DualPipeConfig(**settings)
 
 
 def _clock_hz() -> float:
-    """Return the cycles a second that ``torch.cuda._sleep`` counts, measured on a device at work."""
+    """Returns the cycles per second that ``torch.cuda._sleep`` counts, on a busy device."""
     torch.cuda._sleep(1_000_000_000)  # half a second: an idle GPU has a lower clock
     return slope([(cycles, _slept_seconds(cycles)) for cycles in (2_000_000, 10_000_000)])
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
-    """Return the change of the first value by that of the second, between first and last point.
+    """Returns the change of the first value over that of the second, from first to last point.
 
-    What every measurement adds alike, such as the launch of a kernel, drops out.
+    What is the same in every measurement, such as the launch of a kernel, cancels out.
     """
     (x0, y0), (x1, y1) = points[0], points[-1]
     return (x1 - x0) / (y1 - y0)
 
 
 def _slept_seconds(cycles: int, tries: int = 9) -> float:
-    """Return how long a sleep of so many cycles takes, the median of a few."""
+    """Returns the median time of a sleep of ``cycles`` cycles."""
     marks = []
     for _ in range(tries):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in "01")

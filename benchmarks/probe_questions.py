@@ -1,4 +1,4 @@
-"""What gpu_probe.py asks: one function a question; each yields its cases and what finds the answer."""
+"""The questions of gpu_probe.py: functions that yield cases, each with what finds the answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cuda_calls import (
 from probe_waits import CALLS, PATIENCE_S, Case, Work, meanwhile
 from torch import Tensor
 
-NUM_OTHERS = 31  # with the one that waits, as many streams as there are hardware queues
+NUM_OTHERS = 31  # with the one that waits, as many streams as hardware queues
 SIZES = {"4 KiB": 4 << 10, "1 MiB": 1 << 20, "16 MiB": 16 << 20, "64 MiB": 64 << 20}
 
 Copy = Callable[[Tensor, Tensor], object]  # to, from
@@ -32,11 +32,11 @@ class Question:
     """What is asked in one process.
 
     Attributes:
-        name: What the table calls it.
-        cases: Yields the name of each case, and what finds the answer.
-        limit_s: For all cases, once CUDA has started.
-        environment: What is set before it does.
-        starts_cuda: CUDA starts before the first case.
+        name: its name in the table.
+        cases: yields the name of each case, and what finds the answer.
+        limit_s: the time limit for all cases, once CUDA has started.
+        environment: variables to set before that.
+        starts_cuda: whether CUDA is started before the first case.
     """
 
     name: str
@@ -47,8 +47,8 @@ class Question:
 
 
 def shared_queues() -> Iterator[Case]:
-    """One stream waits; which of 31 others of each priority go on?"""
-    torch.cuda._sleep(1)  # loads the kernel, for which there is no time later
+    """One stream waits: which of 31 others of each priority proceed?"""
+    torch.cuda._sleep(1)  # loads the kernel, which must not happen later
     torch.cuda.synchronize()
     lowest, highest = priorities()
     kinds = list(dict.fromkeys((lowest, -1, highest)))
@@ -69,7 +69,7 @@ def _which_go_on(waiting: torch.cuda.Stream, others: dict[int, list[torch.cuda.S
     time.sleep(PATIENCE_S)
     stuck = {kind: [i for i, s in enumerate(v) if not s.query()] for kind, v in others.items()}
     flag.word.value = 1
-    torch.cuda.synchronize()  # before the flag goes
+    torch.cuda.synchronize()  # before the flag is freed
     return "; ".join(
         f"{NUM_OTHERS - len(numbers)} of {NUM_OTHERS} of priority {kind} go on"
         + (f", not {numbers}" if numbers else "")
@@ -127,7 +127,7 @@ def _seconds(work: Work) -> str:
 
 
 def settings() -> Iterator[Case]:
-    """Which settings hold for all of this?"""
+    """Which settings apply to all of this?"""
     for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_MODULE_LOADING"):
         yield name, partial(lambda name: os.environ.get(name, "not set"), name)
 

@@ -1,4 +1,4 @@
-"""What calls do while a stream waits for a flag, as it does for a message: cases of gpu_probe.py."""
+"""What calls do while a stream waits for a flag, as for a message: cases of gpu_probe.py."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from cuda_calls import (
 )
 from torch import Tensor
 
-PATIENCE_S = 0.2  # what takes longer blocks
-LAUNCHES = 3000  # more than a queue is said to hold, which is 1000
+PATIENCE_S = 0.2  # whatever takes longer counts as blocked
+LAUNCHES = 3000  # more than a queue holds, which is said to be 1000
 
 Case = tuple[str, Callable[[], str]]  # its name, and what finds the answer
 Work = Callable[[], object]
@@ -43,33 +43,33 @@ class Caller:
             self._answer = f"unknown: {error}"
 
     def answer(self) -> str:
-        """Return whether it returns soon."""
+        """Returns whether the call returns soon, as text."""
         self._thread.join(PATIENCE_S)
         return "blocks" if self._thread.is_alive() else self._answer
 
     def end(self) -> None:
-        """Wait until it has returned."""
+        """Waits until the call has returned."""
         self._thread.join()
 
 
 class Scene:
-    """A stream that waits for a word of host memory, as for a message, and another one that is idle."""
+    """A stream that waits for a word of host memory, as for a message, and an idle one."""
 
     def __init__(self) -> None:
         self._flag = RegisteredPage()
         self.waiting, self.idle = torch.cuda.Stream(), torch.cuda.Stream()
-        self.result = torch.ones(1024, device="cuda")  # of what waits
+        self.result = torch.ones(1024, device="cuda")  # of the stream that waits
         self.source, self.target = (torch.ones(1 << 20, device="cuda") for _ in "01")
         self.event = torch.cuda.Event()
-        self.event.record()  # or it is not made
-        for work in (*self.calls().values(), self.read_back):  # at first they may do something more
+        self.event.record()  # otherwise it is not created
+        for work in (*self.calls().values(), self.read_back):  # the first call may do more
             work()
         torch.cuda.synchronize()
 
     def calls(self) -> dict[str, Work]:
-        """Return what another thread may want meanwhile: none of it has to wait for the stream.
+        """Returns calls that another thread may make meanwhile; none has to wait for the stream.
 
-        All of it lets go of Python's lock: where it blocks, this thread can still say so.
+        All of them release the interpreter lock, so that this thread can report one that blocks.
         """
         return {
             "cudaEventQuery": partial(query_event, self.event),
@@ -81,29 +81,29 @@ class Scene:
         }
 
     def on_idle(self, work: Work) -> None:
-        """Do it on the idle stream."""
+        """Does the work on the idle stream."""
         with torch.cuda.stream(self.idle):
             work()
 
     def read_back(self) -> None:
-        """Copy from the stream that waits to pageable memory of the host."""
+        """Copies from the stream that waits to pageable memory of the host."""
         with torch.cuda.stream(self.waiting):
             self.result.cpu()
 
     def hold(self) -> None:
-        """Have the stream wait."""
+        """Makes the stream wait."""
         wait_for_value(self.waiting, self._flag.address, 1)
         with torch.cuda.stream(self.waiting):
             torch.cuda._sleep(1000)
             self.event.record()
 
     def let_go(self) -> None:
-        """End its wait."""
+        """Ends the wait of the stream."""
         self._flag.word.value = 1
 
 
 def meanwhile(prepare: Callable[[Scene], Work]) -> Iterator[Case]:
-    """While a stream waits: does this call return, and does another of another thread meanwhile?"""
+    """While a stream waits: does this call return, and does another thread's call meanwhile?"""
 
     def find(name: str) -> str:
         scene = Scene()
@@ -125,12 +125,12 @@ def meanwhile(prepare: Callable[[Scene], Work]) -> Iterator[Case]:
 
 
 def nothing(scene: Scene) -> Work:
-    """Return what does nothing: what the waiting stream does to others by itself."""
+    """Returns a call that does nothing, to see what the waiting stream alone does to others."""
     return lambda: None
 
 
 def fill_queue(scene: Scene) -> Work:
-    """Return launches until the queue of the waiting stream has no room: a host far ahead."""
+    """Returns launches that fill the queue of the waiting stream, like a host that is far ahead."""
 
     def launch() -> None:
         with torch.cuda.stream(scene.waiting):
@@ -141,47 +141,47 @@ def fill_queue(scene: Scene) -> Work:
 
 
 def read_back(scene: Scene) -> Work:
-    """Return ``Tensor.cpu()`` of what the waiting stream computes."""
+    """Returns ``Tensor.cpu()`` of what the waiting stream computes."""
     return scene.read_back
 
 
 def free_memory(scene: Scene) -> Work:
-    """Return ``cudaFree`` of memory that nobody uses."""
+    """Returns ``cudaFree`` of memory that nobody uses."""
     memory = ctypes.c_void_p()
     call("cudaMalloc", ctypes.byref(memory), ctypes.c_size_t(1 << 20))
     return lambda: call("cudaFree", memory)
 
 
 def allocate_memory(scene: Scene) -> Work:
-    """Return ``cudaMalloc``."""
+    """Returns ``cudaMalloc``."""
     memory = ctypes.c_void_p()
     return lambda: call("cudaMalloc", ctypes.byref(memory), ctypes.c_size_t(1 << 20))
 
 
 def allocate_host_memory(scene: Scene) -> Work:
-    """Return ``cudaHostAlloc``."""
+    """Returns ``cudaHostAlloc``."""
     memory = ctypes.c_void_p()
     return lambda: call("cudaHostAlloc", ctypes.byref(memory), ctypes.c_size_t(1 << 20), 0)
 
 
 def free_host_memory(scene: Scene) -> Work:
-    """Return ``cudaFreeHost``, as NCCL calls it when a communicator is aborted."""
+    """Returns ``cudaFreeHost``, as NCCL calls it when a communicator is aborted."""
     memory = ctypes.c_void_p()
     call("cudaHostAlloc", ctypes.byref(memory), ctypes.c_size_t(1 << 20), 0)
     return lambda: call("cudaFreeHost", memory)
 
 
 def unregister_host_memory(scene: Scene) -> Work:
-    """Return ``cudaHostUnregister``, as the link of copy engines calls it at its end."""
+    """Returns ``cudaHostUnregister``, as the link of copy engines calls it when it ends."""
     return RegisteredPage().unregister
 
 
-# Of torch's own library, each in a module of its own; none is compiled when it is first used.
+# From torch's own library, each in a module of its own; none is compiled at its first use.
 _NEW_KERNELS = iter([torch.atan, torch.sinh, torch.log2, torch.trunc])
 
 
 def load_kernel(scene: Scene) -> Work:
-    """Return the first launch of a kernel, which loads it."""
+    """Returns the first launch of a kernel, which loads it."""
     kernel: Callable[..., Tensor] = next(_NEW_KERNELS)
     return partial(scene.on_idle, lambda: kernel(scene.source, out=scene.target))
 

@@ -1,7 +1,7 @@
 """Stages that sleep instead of computing: what a step takes beyond its makespan is the engine's.
 
-``time.sleep(0.010)`` takes 10.1 ms, because timers are late and threads wake up slowly. That is the
-machine's, not an engine's: how late it is here is measured, and taken off every sleep.
+``time.sleep(0.010)`` takes 10.1 ms, because timers are late and threads wake up slowly. That is due
+to the machine, not to an engine: the delay is measured, and subtracted from every sleep.
 """
 
 import functools
@@ -25,35 +25,35 @@ class SleepTimes:
 
 
 class Results(Protocol):
-    """What a stage hands on."""
+    """Makes the outputs and input gradients of a stage."""
 
     def output(self, x: Tensor) -> Tensor:
-        """Return an output like the input ``x``."""
+        """Returns an output like the input ``x``."""
 
     def input_grad(self, output_grad: Tensor) -> Tensor:
-        """Return an input gradient like the output's."""
+        """Returns an input gradient like the output's."""
 
 
 class FreshResults:
-    """Outputs in memory of their own; gradients are passed on."""
+    """Outputs in memory of their own; gradients are passed through."""
 
     def output(self, x: Tensor) -> Tensor:
-        """Return new memory."""
+        """Returns new memory."""
         return torch.empty_like(x)
 
     def input_grad(self, output_grad: Tensor) -> Tensor:
-        """Return what was given."""
+        """Returns what was given."""
         return output_grad
 
 
 class ReusedResults:
-    """One buffer for each shape: a stage that costs a device nothing, however large its messages."""
+    """One buffer per shape, so that a stage costs a device nothing, however large its messages."""
 
     def __init__(self) -> None:
         self._buffers: dict[torch.Size, Tensor] = {}
 
     def output(self, x: Tensor) -> Tensor:
-        """Return the buffer of that shape."""
+        """Returns the buffer of that shape."""
         if x.shape not in self._buffers:
             self._buffers[x.shape] = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
         return self._buffers[x.shape].detach()
@@ -62,7 +62,7 @@ class ReusedResults:
 
 
 class _Sleep(torch.autograd.Function):
-    """Sleeps in forward and in backward, and hands the sleep of W to the store if that collects."""
+    """Sleeps in forward and backward; leaves the sleep of W to the store if that is enabled."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stage: "SleepStage") -> Tensor:
@@ -85,11 +85,11 @@ class SleepStage(nn.Module):
     """A stage whose actions take a given time and whose messages have the shape of its input.
 
     Args:
-        times: Seconds that each kind of action takes.
-        store: The ``WeightGradStore`` of the engine that runs it, if it has one.
-        weight_runs_apart: The engine runs ``sleep_weight`` itself (torch's ``dw_builder``).
-        sleep: What sleeps so many seconds.
-        results: What it hands on.
+        times: how many seconds each kind of action takes.
+        store: the ``WeightGradStore`` of the engine that runs it, if it has one.
+        weight_runs_apart: whether the engine runs ``sleep_weight`` itself (torch's ``dw_builder``).
+        sleep: sleeps a number of seconds.
+        results: makes outputs and input gradients.
     """
 
     def __init__(
@@ -110,20 +110,20 @@ class SleepStage(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Sleep, and return a tensor like ``x``."""
+        """Sleeps, and returns a tensor like ``x``."""
         return _Sleep.apply(x, self.weight, self)  # type: ignore[no-any-return,no-untyped-call]
 
     def sleep_weight(self) -> None:
-        """Sleep as long as the weight gradients take."""
+        """Sleeps as long as the weight gradients take."""
         self.sleep(self.times.backward_weight)
 
     def weight_runner(self) -> Callable[..., None]:
-        """Return what runs the weight gradients of the backward that just ran."""
+        """Returns what runs the weight gradients of the backward that just ran."""
         return self.sleep_weight
 
 
 def first_element(output: Tensor, *labels: Tensor) -> Tensor:
-    """Return a loss that costs next to nothing."""
+    """Returns a loss that costs almost nothing."""
     return output.flatten()[0].clone()
 
 
@@ -139,13 +139,13 @@ class _FreeLoss(torch.autograd.Function):
 
 
 def free_loss(output: Tensor, *labels: Tensor) -> Tensor:
-    """Return a loss that costs a device nothing, however large the output."""
+    """Returns a loss that costs a device nothing, however large the output."""
     return _FreeLoss.apply(output)  # type: ignore[no-any-return,no-untyped-call]
 
 
 @functools.cache
 def oversleep(seconds: float = 0.010, tries: int = 30) -> float:
-    """Return by how much a sleep is late on this machine, the median of a few."""
+    """Returns the median delay of a sleep on this machine."""
     late = []
     for _ in range(tries):
         start = time.perf_counter()
@@ -155,6 +155,6 @@ def oversleep(seconds: float = 0.010, tries: int = 30) -> float:
 
 
 def host_sleep(seconds: float) -> None:
-    """Sleep, as exactly as the machine can."""
+    """Sleeps as precisely as the machine can."""
     if seconds > 0:
         time.sleep(seconds - min(oversleep(), 0.1 * seconds))

@@ -1,4 +1,4 @@
-"""A linear layer that speaks the ``WeightGradStore`` protocol, for engines that need one."""
+"""A linear layer that uses the ``WeightGradStore`` protocol, for engines that need one."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class _StoreLinearFunction(torch.autograd.Function):
-    """Computes the input gradient at once and leaves the others to the store while it collects."""
+    """Computes the input gradient at once, and leaves the others to the store if it is enabled."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, store: Any) -> Tensor:
@@ -40,13 +40,13 @@ class StoreLinear(nn.Linear):
     store: Any
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., in_features) to (..., out_features)."""
+        """Maps (..., in_features) to (..., out_features)."""
         y = _StoreLinearFunction.apply(x, self.weight, self.bias, self.store)  # type: ignore[no-untyped-call]
         return y  # type: ignore[no-any-return]
 
 
 def use_store(module: nn.Module, store: Any) -> None:
-    """Turn every ``nn.Linear`` below ``module`` into one that uses ``store``, and give it a ``grad``."""
+    """Makes every ``nn.Linear`` in ``module`` use ``store``, and gives parameters a ``grad``."""
     for each in module.modules():
         if type(each) is nn.Linear:
             each.__class__ = StoreLinear

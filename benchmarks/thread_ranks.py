@@ -1,4 +1,4 @@
-"""Ranks that are threads of one process and share its device: steps timed from a common start."""
+"""Times steps from a common start, on ranks that are threads of one process and share a device."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from places import Place
 from dualpipe_ext.testing import run_ranks
 
 Span = tuple[float, float]  # seconds of one clock
-MOST_OVER_NCCL = 2  # in shared hardware queues more were seen to wait for each other
+MOST_OVER_NCCL = 2  # more were seen to wait for each other in shared hardware queues
 
 
 def why_not_in_threads(transport: str, num_ranks: int) -> str | None:
-    """Return why so many ranks are not measured as threads, or None."""
+    """Returns why ``num_ranks`` ranks are not measured as threads, or ``None``."""
     if transport != "nccl" or num_ranks <= MOST_OVER_NCCL:
         return None
     return (
@@ -28,16 +28,16 @@ def why_not_in_threads(transport: str, num_ranks: int) -> str | None:
 
 
 class StartLine:
-    """Where the threads of a benchmark wait for one another; one that fails lets the others go."""
+    """Where the threads of a benchmark wait for one another; one that fails releases the others."""
 
     def __init__(self, num_ranks: int) -> None:
         self._barrier = threading.Barrier(num_ranks)
 
     def wait(self) -> None:
-        """Wait for all of them.
+        """Waits for all threads.
 
         Raises:
-            TimeoutError: One will not come.
+            TimeoutError: one of them failed, or takes too long.
         """
         try:
             self._barrier.wait(60.0)
@@ -46,7 +46,7 @@ class StartLine:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Let the others go if the block fails."""
+        """Releases the others if the block fails."""
         try:
             yield
         except BaseException:
@@ -57,13 +57,15 @@ class StartLine:
 def in_threads(
     function: Callable[..., Any], num_ranks: int, *args: object, **options: Any
 ) -> list[Any]:
-    """Call ``function(rank, num_ranks, start_line, *args)`` in one thread a rank; return what they do.
+    """Calls ``function(rank, num_ranks, start_line, *args)`` in a thread per rank.
+
+    Returns the results, by rank.
 
     Args:
-        function: What each rank does.
-        num_ranks: How many there are.
-        args: Given to it.
-        options: Those of ``run_ranks``.
+        function: what each rank runs.
+        num_ranks: the number of ranks.
+        args: further arguments of the function.
+        options: options of ``run_ranks``.
     """
     start_line = StartLine(num_ranks)
 
@@ -81,9 +83,9 @@ def timed_turns(
     place: Place,
     warmup: int = 2,
 ) -> list[list[Span]]:
-    """Run each of the steps in turns; return when this rank began and ended each, by step.
+    """Runs the steps in turns; returns when this rank began and ended each run, by step.
 
-    The device has nothing else to do when a step begins, and the end is that of its work there.
+    The device is idle when a step begins, and a step ends when its work on the device does.
     """
     spans: list[list[Span]] = [[] for _ in steps]
     for turn in range(warmup + repeats):
@@ -99,7 +101,7 @@ def timed_turns(
 
 
 def step_seconds(spans_of_ranks: Sequence[Sequence[Span]]) -> list[float]:
-    """Return the length of each step: from the first rank's begin to the last rank's end."""
+    """Returns the length of each step, from the first rank's beginning to the last rank's end."""
     return [
         max(end for _, end in step) - min(begin for begin, _ in step)
         for step in zip(*spans_of_ranks, strict=True)
@@ -107,10 +109,10 @@ def step_seconds(spans_of_ranks: Sequence[Sequence[Span]]) -> list[float]:
 
 
 def seconds_of_turns(spans: Sequence[Sequence[Sequence[Span]]], which: int) -> list[float]:
-    """Return the lengths of one of the steps that ``timed_turns`` has run, given all ranks' spans."""
+    """Returns the lengths of one of the steps of ``timed_turns``, given the spans of all ranks."""
     return step_seconds([of_rank[which] for of_rank in spans])
 
 
 def median_of_turns(spans: Sequence[Sequence[Sequence[Span]]], which: int) -> float:
-    """Return the median length of that step."""
+    """Returns the median length of that step."""
     return statistics.median(seconds_of_turns(spans, which))
