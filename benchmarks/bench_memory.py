@@ -1,4 +1,4 @@
-"""Resident memory of all ranks over many training steps: it must stay flat."""
+"""Resident memory of all ranks over many training steps, which must stay flat."""
 
 import os
 from pathlib import Path

@@ -85,7 +85,7 @@ def sizes_of(place: Place, transport: str, num_ranks: int, chunks: int, stage_ms
 
 
 def visible(results: list[Result]) -> float:
-    """Returns by which share of itself a step with large messages exceeds one with tiny messages."""
+    """Returns what share of a step with large messages it takes longer than one with tiny ones."""
     large, tiny = results
     return (large.median - tiny.median) / large.median
 

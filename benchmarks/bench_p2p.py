@@ -108,7 +108,7 @@ def main(
     device: DeviceOption = "cuda",
     json: JsonOption = None,
 ) -> None:
-    """Measure how fast messages flow in the time of the device, hosts aside."""
+    """Measure how fast messages flow by the clock of the device, apart from the hosts."""
     place = place_of(device)
     report = Report("p2p", json, place.machine())
     for transport in place.transports:

@@ -99,7 +99,7 @@ def main(
     ] = False,
     json: JsonOption = None,
 ) -> None:
-    """Print the time of each step and the peak of memory; exit with 1 over a limit."""
+    """Print the time of each step and the peak memory; exit with 1 if a limit is exceeded."""
     results = [alone(measure, case, repeats) for case in CASES]
     if peer_torch:
         results.append(alone(measure_torch, 64, 512))

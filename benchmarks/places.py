@@ -42,7 +42,7 @@ class Place(ABC):
 
     @abstractmethod
     def sleep(self, seconds: float) -> None:
-        """Keeps the calling thread's stream busy, on as little of the device as possible."""
+        """Keeps the stream of the calling thread busy that long, using little of the device."""
 
     @abstractmethod
     def finish(self) -> None:

@@ -120,7 +120,7 @@ class Pipeline(nn.Module):
 
     @property
     def num_stages(self) -> int:
-        """The stages of the whole model."""
+        """The number of stages of the whole model."""
         return self._local.num_stages
 
     @property
@@ -410,7 +410,7 @@ class Pipeline(nn.Module):
 
     @property
     def last_trace(self) -> list[TraceEvent]:
-        """Every computation of the last step on this rank, in order."""
+        """All computations of the last step on this rank, in order."""
         return self._runner.trace()
 
     @property

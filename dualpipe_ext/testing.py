@@ -1,4 +1,4 @@
-"""Running a function on several ranks of one machine, as threads or as processes."""
+"""Runs a function on several ranks of one machine, as threads or as processes."""
 
 from __future__ import annotations
 

@@ -20,11 +20,11 @@ namespace {
 
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
-// dtype code, whether a gradient is wanted, shape, bytes.
+// (dtype code, whether a gradient is required, shape, bytes).
 using RawTensor = std::tuple<int, bool, std::vector<std::int64_t>, py::bytes>;
 using RawMessage = std::vector<std::optional<RawTensor>>;
 
-// By type alone: torch's headers would cost half a minute of the user's first build.
+// By its type only: torch's headers would add half a minute to the user's first build.
 c10d::ProcessGroup& process_group(const py::handle& object) {
   py::detail::type_caster_generic caster(process_group_type());
   if (!caster.load(object, false) || caster.value == nullptr) {
@@ -98,7 +98,7 @@ RawMessage wait(PendingReceive& receive) {
 
 using Injector = std::function<Fault(int from, int to, MessageKind, int stage, int microbatch)>;
 
-// Without the interpreter lock: pybind11 takes it to copy, call and destroy a function of Python.
+// Called without the interpreter lock: pybind11 takes it to copy, call and destroy the function.
 void inject(LoopbackHub& hub, const std::optional<Injector>& injector) {
   if (!injector) return hub.inject(nullptr);
   hub.inject([call = *injector](Rank from, Rank to, const MessageId& id) {

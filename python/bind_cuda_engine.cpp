@@ -24,8 +24,8 @@ namespace {
 struct GpuOptions {
   std::vector<MessageWay> ways;
   int device;
-  bool by_copies;          // and not over NCCL
-  bool queues_are_shared;  // copies alone
+  bool by_copies;          // rather than over NCCL
+  bool queues_are_shared;  // matters only for copies
   bool reductions_may_wait;
   int max_ctas;
   bool dynamic_shapes;

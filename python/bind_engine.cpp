@@ -89,7 +89,7 @@ std::unique_ptr<MirrorExchange> mirror_exchange(Engine& engine, int num_ranks,
 
 const Trace& trace_of(Engine& engine) {
   if (!engine.blocks_on_trace()) return engine.trace();
-  const py::gil_scoped_release unlocked;  // other ranks may need the lock to get there
+  const py::gil_scoped_release unlocked;  // other ranks may need the lock to get this far
   return engine.trace();
 }
 

@@ -24,8 +24,8 @@ void add_error(py::module_& module, const char* name, PyObject* base, const char
 
 }  // namespace
 
-// The last translator that is registered is tried first: derived errors come after their bases.
-// Local ones act in this module alone, so that errors of other extensions are left to them.
+// The translator registered last is tried first: derived errors are registered after their bases.
+// Local translators act only in this module, and leave the errors of other extensions to those.
 void bind_errors(py::module_& module) {
   py::register_local_exception_translator(&translate_user_errors);
   add_error<ScheduleError>(module, "ScheduleError", PyExc_ValueError,

@@ -202,7 +202,7 @@ void bind_simulator(py::module_& module) {
 
 }  // namespace
 
-// A class comes before what returns it, so that signatures name it.
+// Classes are bound before what returns them, so that signatures name them.
 void bind_schedule(py::module_& module) {
   bind_simulator(module);
   bind_schedule_class(module);

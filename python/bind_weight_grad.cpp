@@ -24,7 +24,7 @@ class ScopeManager {
   std::optional<WeightQueueScope> scope_;
 };
 
-// Raises what a hook raised inside of autograd's engine, and torch's own errors by their type.
+// Raises what a hook raised inside autograd's engine, and torch's own errors with their own types.
 void translate_torch_errors(std::exception_ptr pointer) {
   if (!pointer) return;
   try {

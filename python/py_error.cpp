@@ -11,7 +11,7 @@ std::string describe(const py::error_already_set& error) {
     const py::object trace = error.trace() ? error.trace() : py::none();
     return function(error.value(), trace).cast<std::string>();
   } catch (const std::exception&) {
-    return error.what();  // the interpreter is at its end, or out of memory or stack
+    return error.what();  // the interpreter is shutting down, or out of memory or stack
   }
 }
 

@@ -99,7 +99,7 @@ class Partition(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """The stage and its layers."""
+        """Describes the stage and its layers."""
         plan = self.plan
         layers = " to ".join(dict.fromkeys((*plan.layers[:1], *plan.layers[-1:]))) or "no layers"
         return f"stage {plan.index} of {plan.num_partitions} of a {plan.architecture}: {layers}"

@@ -50,7 +50,7 @@ def shell_of(
 
 
 class BlockList(nn.ModuleList):
-    """Some blocks of a list, under the names that they have there, counted from 0."""
+    """Some blocks of a list, under the names that they have there, but indexed from 0."""
 
     def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
         super().__init__()

@@ -48,7 +48,7 @@ class TransformerLayerAdapter(ModelAdapterBase):
 
     @property
     def layers(self) -> list[str]:
-        """The blocks."""
+        """The names of the blocks."""
         return layers_in(self.model, self._lists)
 
     @property

@@ -46,7 +46,7 @@ def export_pretrained(
         folder: the folder to write.
         pipeline: a pipeline of a model's partitions.
         model: the model that was cut, or one like it, on any device and possibly without values:
-            only its class and configuration matter. It is not changed.
+            it provides the class and the configuration, and is not changed.
         scratch: a folder that all ranks share, in which to assemble the weights; by default the
             parent of ``folder``.
         replicas: as for :func:`save_checkpoint`; the first replica writes.

@@ -1,4 +1,4 @@
-"""Loading a checkpoint on any number of ranks."""
+"""Loads a checkpoint on any number of ranks."""
 
 from __future__ import annotations
 

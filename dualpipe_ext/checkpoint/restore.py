@@ -103,7 +103,7 @@ def _read_seed(saved: Saved, run: Run) -> int | None:
 
 
 def _read_generators(saved: Saved, run: Run) -> dict[str, Any] | None:
-    """Returns this rank's generators; ``None`` if the number of ranks or replicas differs."""
+    """Returns this rank's generator states; ``None`` if numbers of ranks or replicas differ."""
     ranks, replicas = run.holding.ranks, run.replicas
     if saved.manifest["num_ranks"] != ranks.group.size:
         return None

@@ -56,10 +56,10 @@ def save_checkpoint(
 
     Every rank calls it, and writes its own stages; of the two copies of a stage, the first one (on
     the rank with the stage's number) is saved. The checkpoint appears in its place once it is
-    complete and on disk; until then, and if anything fails, the last one stays. Before that, the
-    statistics of batch norms are averaged over all copies of a stage, including replicas
-    (:meth:`dualpipe_ext.Pipeline.sync_buffers`). If parameters differ between copies, it warns
-    (:meth:`dualpipe_ext.Pipeline.check_copies`).
+    complete and on disk; until then, and if anything fails, the last one stays. Before that,
+    buffers that have a mean, such as statistics of batch norms, are averaged over all copies of a
+    stage, including replicas (:meth:`dualpipe_ext.Pipeline.sync_buffers`). If parameters differ
+    between copies, it warns (:meth:`dualpipe_ext.Pipeline.check_copies`).
 
     Args:
         folder: a folder for only this run, on a file system that all ranks share; created if

@@ -84,7 +84,7 @@ def _default_group() -> dist.ProcessGroup:
 
 
 def rank_device(device: torch.device, rank: int) -> torch.device:
-    """Returns the device of a rank's stages: a GPU by its number, if no launcher chose one."""
+    """Returns the device of a rank's stages; if no launcher chose a GPU, one by its number."""
     if device.type != "cuda" or (device.index is not None and "LOCAL_RANK" in os.environ):
         return device
     return torch.device("cuda", rank % torch.cuda.device_count())

@@ -154,7 +154,7 @@ class Replicas:
         try:
             if self.group is not None:
                 self._sum_over_replicas(self.group, pipeline)
-        except BaseException as error:  # the ranks of this pipeline sum over other replicas
+        except BaseException as error:  # other ranks of this pipeline must not wait for this one
             pipeline.abandon_sum(error)
             raise
         self.together(pipeline.sync_gradients)

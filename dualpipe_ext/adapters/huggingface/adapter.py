@@ -48,7 +48,7 @@ class HuggingFaceAdapter(ModelAdapterBase):
 
     @property
     def layers(self) -> list[str]:
-        """The blocks."""
+        """The names of the blocks."""
         name = self._in_model(self._blocks)
         return [f"{name}.{child}" for child, _ in self._block_list().named_children()]
 

@@ -151,7 +151,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         return made
 
     def _tell_of_failed_updates(self) -> None:
-        """Makes an optimizer that raises on one rank an error on all of them."""
+        """Makes all ranks raise if the optimizer raises on any of them."""
         optimizer = self._torch_optimizer()
         if self._told_by is optimizer:
             return
@@ -224,7 +224,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
             logs["pipeline_bubble"] = found.measured_bubble
         super().log(logs, *more, **options)
 
-    # The model in one piece
+    # The unsplit model
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any

@@ -134,7 +134,7 @@ class DualPipeLightningModule(LightningModule):  # type: ignore[misc]  # it may 
         """Adds a seed: steps restore the generator, so without one they would all draw the same."""
         if self._config.seed is not None:
             return self._config
-        with torch.random.fork_rng([]):  # whose state is that of the first rank
+        with torch.random.fork_rng([]):  # all ranks have the first one's state
             return replace(self._config, seed=int(torch.randint(2**31, ())))
 
     # Steps
