@@ -4,7 +4,7 @@ FSDP gathers a stage's parameters for its forward, and reduces their gradients a
 finished a stage's backward: once for every micro-batch, and before the W that computes most of them.
 Steps of a pipeline gather once, at their beginning, and reduce once, at their end.
 ``torch.distributed.pipelining`` reduces its stages so, too; as there is no public way, the few
-internals of FSDP that are needed stand in this file alone.
+internals of FSDP that are needed are confined to this file.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def check_not_wrapped(stage: int, module: nn.Module) -> None:
 
 
 class FullyShardedStages:
-    """What FSDP2 has sharded of the stages of one rank; it may be nothing.
+    """The modules that FSDP2 has sharded in the stages of one rank, if any.
 
-    A step has FSDP's collectives before its first and after its last computation alone, and replicas
-    tell each other in between whether it has failed: so their collectives never get out of step.
+    A step runs FSDP's collectives only before its first and after its last computation, and in
+    between the replicas tell each other whether it failed, so that their collectives always match.
 
     Args:
         modules: the stages, in the same order on all replicas.
@@ -66,7 +66,7 @@ class FullyShardedStages:
             group.post_forward_mesh_info = None  # a forward leaves parameters gathered
 
     def check(self) -> None:
-        """Looks, in the first step, whether something was sharded after the pipeline was made.
+        """Checks, in the first step, that nothing was sharded after the pipeline was made.
 
         Raises:
             ValueError: it was.
@@ -80,7 +80,10 @@ class FullyShardedStages:
 
     @contextmanager
     def step(self, *, training: bool) -> Iterator[None]:
-        """A step of the pipeline. Reduced gradients are added to those in ``.grad``, as FSDP does.
+        """Gathers parameters for a step, and reduces gradients after it.
+
+        Reduced gradients are added to those in ``.grad``, as FSDP does. Those of a failed step are
+        dropped.
 
         Raises:
             PipelineError: the step failed on another replica, and so on all of them.
@@ -156,7 +159,7 @@ def _groups_of(root: Any) -> list[Any]:
 
 
 def _set_last(root: FSDPModule, is_last: bool) -> None:
-    """Whether the next backward is the last one before gradients are used."""
+    """Tells FSDP whether the next backward is the last one before the gradients are used."""
     root.set_is_last_backward(is_last)
     root.set_requires_gradient_sync(is_last)
     root.set_reshard_after_backward(is_last)
@@ -171,14 +174,14 @@ def _reduce(root: FSDPModule) -> None:
 
 
 def _end(root: FSDPModule) -> None:
-    """The module is as it was before the step: sharded."""
+    """Leaves the module as it was before the step: sharded."""
     _set_last(root, True)
     for module in _sharded_modules(root):
         module.reshard()
 
 
 def _begin_anew(root: FSDPModule) -> None:
-    """Has FSDP begin anew, wherever it was, without the gradients that it held back."""
+    """Resets FSDP, whatever its state, and drops the gradients that it held back."""
     for managed in (managed for group in _groups_of(root) for managed in group.fsdp_params):
         managed.unsharded_accumulated_grad = None
         if hasattr(managed, "_unsharded_param"):

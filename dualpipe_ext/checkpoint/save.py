@@ -153,7 +153,7 @@ def _warn_of_copies(pipeline: Pipeline) -> None:
     except Exception as error:  # noqa: BLE001 - also what cannot be compared, or not in time
         if pipeline.rank == 0:
             warn_caller(
-                f"the copies of stages were not found equal; those on the lower ranks are saved: "
+                f"the copies of stages were not found equal; those on the ranks of the stages' own numbers are saved: "
                 f"{error}"
             )
 

@@ -98,7 +98,10 @@ def test_saving_warns_of_copies_that_differ(differ: bool, tmp_path: Path) -> Non
     told = [str(warning.message) for warning in caught if "copies" in str(warning.message)]
     assert len(told) == differ
     for text in told:
-        assert "those on the lower ranks are saved: the two copies of stage 0," in text
+        assert (
+            "those on the ranks of the stages' own numbers are saved: the two copies of stage 0,"
+            in text
+        )
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
