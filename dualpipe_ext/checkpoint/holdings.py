@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualpipe_ext._ranks import Ranks, alone
 from dualpipe_ext._sharded import check_whole
 from dualpipe_ext.adapters import Partition
-from dualpipe_ext.checkpoint.ranks import Ranks, alone
 from dualpipe_ext.pipeline import Pipeline
 
 __all__ = ["Holding", "Piece", "Shapes"]

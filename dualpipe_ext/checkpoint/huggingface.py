@@ -18,11 +18,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dualpipe_ext._ranks import Ranks
+from dualpipe_ext._replicas import on_first_replica
 from dualpipe_ext.checkpoint.folders import find_checkpoint
 from dualpipe_ext.checkpoint.holdings import Holding
 from dualpipe_ext.checkpoint.load import load_checkpoint
-from dualpipe_ext.checkpoint.ranks import Ranks
-from dualpipe_ext.checkpoint.replicas import on_first_replica
 from dualpipe_ext.checkpoint.save import save_checkpoint
 from dualpipe_ext.checkpoint.saved import Saved
 from dualpipe_ext.pipeline import Pipeline

@@ -13,11 +13,11 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dualpipe_ext._replicas import on_all_replicas, on_first_replica
 from dualpipe_ext.checkpoint.compare import check_architecture
 from dualpipe_ext.checkpoint.folders import find_checkpoint, read_manifest
 from dualpipe_ext.checkpoint.holdings import Holding, Shapes
 from dualpipe_ext.checkpoint.integrity import check_files
-from dualpipe_ext.checkpoint.replicas import on_all_replicas, on_first_replica
 from dualpipe_ext.checkpoint.restore import Run, State, apply_state, read_state
 from dualpipe_ext.checkpoint.saved import Saved
 

@@ -10,10 +10,10 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dualpipe_ext._replicas import replica_of
 from dualpipe_ext.checkpoint.holdings import Holding
 from dualpipe_ext.checkpoint.optimizers import OptimizerKeys, kind_of, restored_state
 from dualpipe_ext.checkpoint.random_state import set_random_state
-from dualpipe_ext.checkpoint.replicas import replica_of
 from dualpipe_ext.checkpoint.saved import Saved
 
 __all__ = ["Run", "State", "apply_state", "read_state"]

@@ -17,6 +17,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dualpipe_ext._advice import warn_caller
 from dualpipe_ext._buffers import average_over
+from dualpipe_ext._ranks import Ranks
+from dualpipe_ext._replicas import (
+    gather_from_replicas,
+    on_all_replicas,
+    on_first_replica,
+)
 from dualpipe_ext.checkpoint import folders
 from dualpipe_ext.checkpoint.holdings import Holding
 from dualpipe_ext.checkpoint.integrity import Checksums, checksums_of
@@ -27,12 +33,6 @@ from dualpipe_ext.checkpoint.optimizers import (
     optimizer_state,
 )
 from dualpipe_ext.checkpoint.random_state import random_state
-from dualpipe_ext.checkpoint.ranks import Ranks
-from dualpipe_ext.checkpoint.replicas import (
-    gather_from_replicas,
-    on_all_replicas,
-    on_first_replica,
-)
 from dualpipe_ext.checkpoint.storage import DESCRIPTION, FAILURE, Record, write_values
 from dualpipe_ext.pipeline import Pipeline
 

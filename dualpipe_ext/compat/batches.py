@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dualpipe_ext._handshake import agree
+from dualpipe_ext._replicas import gather_from_replicas
 from dualpipe_ext.adapters import Cost
-from dualpipe_ext.checkpoint.replicas import gather_from_replicas
 from dualpipe_ext.compat.ranks import TrainerRanks, both_ends
 from dualpipe_ext.config import DualPipeConfig
 from dualpipe_ext.pipeline import Pipeline

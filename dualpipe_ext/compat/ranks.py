@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dualpipe_ext._handshake import act_together, check_others
-from dualpipe_ext.checkpoint.ranks import Ranks
+from dualpipe_ext._ranks import Ranks
 from dualpipe_ext.groups import PipelineGroup, resolve_group
 from dualpipe_ext.host_groups import host_group, reaching
 from dualpipe_ext.pipeline import Pipeline
@@ -93,7 +93,7 @@ def rank_device(device: torch.device, rank: int) -> torch.device:
 def through_together(ranks: TrainerRanks, act: Callable[[], object], failure: str) -> None:
     """Calls ``act``, in which one rank writes; returns or raises once every rank has finished.
 
-    Raises as :meth:`dualpipe_ext.checkpoint.ranks.Ranks.share` does, over all replicas.
+    Raises as :meth:`dualpipe_ext._ranks.Ranks.share` does, over all replicas.
     """
     own = Ranks(ranks.group, _TIMEOUT_S)
     ranks.replicas.together(lambda: own.share_here(act, failure))

@@ -15,7 +15,7 @@ from dualpipe_ext._C import PipelineError
 from dualpipe_ext.groups import PipelineGroup
 from dualpipe_ext.training.digests import digest
 
-__all__ = ["Batch", "BatchReader", "fingerprint", "is_batch", "together"]
+__all__ = ["Batch", "BatchReader", "fingerprint", "in_step", "is_batch"]
 
 Tensors = tuple[Tensor | None, ...]
 FAILED = -1.0
@@ -130,7 +130,7 @@ def is_batch(given: Any) -> bool:
     return isinstance(given, (Tensor, Mapping, tuple))
 
 
-def together(batches: Iterable[Any], group: PipelineGroup, timeout: float) -> Iterator[Any]:
+def in_step(batches: Iterable[Any], group: PipelineGroup, timeout: float) -> Iterator[Any]:
     """Yields the batches of a loader, as long as every rank has one.
 
     Raises:

@@ -10,14 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dualpipe_ext._handshake import agree
-from dualpipe_ext._source import ScheduleSource
-from dualpipe_ext.adapters import Cost, Partition, get_model_adapter
-from dualpipe_ext.checkpoint.ranks import Ranks
-from dualpipe_ext.checkpoint.replicas import (
+from dualpipe_ext._ranks import Ranks
+from dualpipe_ext._replicas import (
     gather_from_replicas,
     on_all_replicas,
     on_first_replica,
 )
+from dualpipe_ext._source import ScheduleSource
+from dualpipe_ext.adapters import Cost, Partition, get_model_adapter
 from dualpipe_ext.config import Balance, DualPipeConfig
 from dualpipe_ext.groups import PipelineGroup
 from dualpipe_ext.schedule import PlannerInfo, ScheduleError, schedules

@@ -25,7 +25,7 @@ from dualpipe_ext.config import DualPipeConfig
 from dualpipe_ext.groups import PipelineGroup, resolve_group
 from dualpipe_ext.pipeline import Pipeline
 from dualpipe_ext.training.accumulation import Accumulation
-from dualpipe_ext.training.batches import Batch, BatchReader, is_batch, together
+from dualpipe_ext.training.batches import Batch, BatchReader, in_step, is_batch
 from dualpipe_ext.training.cutting import measured_costs, own_part
 from dualpipe_ext.training.losses import IGNORED, LossFunction, Reduction, choose_loss
 from dualpipe_ext.training.modes import evaluating
@@ -277,7 +277,7 @@ class TrainingWrapper:
         self._replicas.average_buffers(self.pipeline)
         with evaluating(self._stages), self._replicas.telling_failures():
             whole = is_batch(data) or data is None
-            for batch in [data] if whole else together(data, self._group, self.config.timeout):
+            for batch in [data] if whole else in_step(data, self._group, self.config.timeout):
                 part = self._part(batch, halves, fill=not halves)
                 loss += self._run(part, part.total or 1) * self._loss.share(part.total)
                 units += part.total

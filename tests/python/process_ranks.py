@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dualpipe_ext.pipeline as pipeline_module
 from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline, setup_dual_pipe
 from dualpipe_ext._local_stages import LocalStages
-from dualpipe_ext.checkpoint.replicas import gather_from_replicas
+from dualpipe_ext._replicas import gather_from_replicas
 from dualpipe_ext.compat.ranks import TrainerRanks
 from dualpipe_ext.host_groups import host_group
 from dualpipe_ext.training.replicas import Replicas

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -97,3 +98,32 @@ def test_every_cpp_test_mirrors_a_layer() -> None:
     folders = sorted(path.name for path in tests.iterdir() if path.is_dir())
     assert folders
     assert set(folders) <= set(LAYERS)
+
+
+PACKAGE = ROOT / "dualpipe_ext"
+# Each may import itself and what comes before it. Modules of the package itself come first.
+PARTS = ("adapters", "checkpoint", "training", "compat")
+# How a pipeline takes partitions, which adapters make.
+OF_ADAPTERS = {"dualpipe_ext.adapters.partition", "dualpipe_ext.adapters.placing"}
+FACADES = ("__init__.py", "__main__.py")
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of the package that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.startswith("dualpipe_ext.")}
+
+
+@pytest.mark.parametrize("part", ["", *PARTS])
+def test_the_package_imports_earlier_parts_alone(part: str) -> None:
+    later = PARTS[PARTS.index(part) + 1 :] if part else PARTS
+    files = [*(PACKAGE / part).rglob("*.py")] if part else [*PACKAGE.glob("*.py")]
+    assert files
+    for path in (each for each in files if part or each.name not in FACADES):
+        for name in imports_of(path) - (set() if part else OF_ADAPTERS):
+            assert name.split(".")[1] not in later, f"{path}: {name}"

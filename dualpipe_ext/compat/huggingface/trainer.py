@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import Trainer, TrainingArguments
 
-from dualpipe_ext.checkpoint.ranks import Ranks
-from dualpipe_ext.checkpoint.replicas import on_first_replica
+from dualpipe_ext._ranks import Ranks
+from dualpipe_ext._replicas import on_first_replica
 from dualpipe_ext.compat.batches import BatchPipeline
 from dualpipe_ext.compat.huggingface.arguments import accepted, recomputes
 from dualpipe_ext.compat.huggingface.checkpoints import last_complete_checkpoint

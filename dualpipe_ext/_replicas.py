@@ -1,4 +1,4 @@
-"""Checkpoints with data parallelism: what the replicas of a pipeline do together."""
+"""What replicas of a pipeline tell one another where it may take long: any object, by pickle."""
 
 from __future__ import annotations
 

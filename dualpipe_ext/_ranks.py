@@ -1,4 +1,4 @@
-"""What the ranks that save or load a checkpoint tell one another."""
+"""What the ranks of a pipeline tell one another where it may take long: values, by pickle."""
 
 from __future__ import annotations
 
