@@ -61,8 +61,9 @@ class DualPipeConfig:
             (the copy on the rank with the stage's number is used; a parameter that both stages of a
             rank hold belongs to the lower one), ``"check"`` (``ValueError`` if copies differ) or
             ``"none"``.
-        split_weight_gradients: defer the weight gradients of ``nn.Linear`` to W. If off, everything
-            is computed in I: correct, but with a larger bubble.
+        split_weight_gradients: defer the weight gradients of ``nn.Linear`` (and of the ``Conv1D`` of
+            transformers) to W. If off, everything is computed in I: correct, but with a larger
+            bubble.
         transport: what messages between stages travel over. ``"host"``: host memory and the process
             group's backend for it, whatever device the stages are on. ``"nccl"``: from GPU to GPU,
             for stages on CUDA. ``"copy"``: likewise, by the copy engines of GPUs on one node, which

@@ -25,6 +25,7 @@ from dualpipe_ext.checkpoint.holdings import Holding
 from dualpipe_ext.checkpoint.load import load_checkpoint
 from dualpipe_ext.checkpoint.save import save_checkpoint
 from dualpipe_ext.checkpoint.saved import Saved
+from dualpipe_ext.host_groups import TIMEOUT_S
 from dualpipe_ext.pipeline import Pipeline
 
 __all__ = ["export_pretrained", "import_pretrained"]
@@ -37,7 +38,7 @@ def export_pretrained(
     *,
     scratch: str | os.PathLike[str] | None = None,
     replicas: dist.ProcessGroup | None = None,
-    timeout: float = 1800.0,
+    timeout: float = TIMEOUT_S,
     **options: Any,
 ) -> None:
     """Writes the weights of a pipeline as the model's ``save_pretrained`` does; all ranks call it.
@@ -82,7 +83,7 @@ def import_pretrained(
     model: nn.Module,
     *,
     scratch: str | os.PathLike[str] | None = None,
-    timeout: float = 1800.0,
+    timeout: float = TIMEOUT_S,
     **options: Any,
 ) -> None:
     """Loads the weights in a folder of ``save_pretrained`` into a pipeline; all ranks call it.

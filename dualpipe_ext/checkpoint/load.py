@@ -20,6 +20,7 @@ from dualpipe_ext.checkpoint.holdings import Holding, Shapes
 from dualpipe_ext.checkpoint.integrity import check_files
 from dualpipe_ext.checkpoint.restore import Run, State, apply_state, read_state
 from dualpipe_ext.checkpoint.saved import Saved
+from dualpipe_ext.host_groups import TIMEOUT_S
 
 __all__ = ["Resumed", "load_checkpoint"]
 
@@ -54,7 +55,7 @@ def load_checkpoint(
     *,
     scaler: GradScaler | None = None,
     replicas: dist.ProcessGroup | None = None,
-    timeout: float = 1800.0,
+    timeout: float = TIMEOUT_S,
 ) -> Resumed:
     """Loads what :func:`save_checkpoint` saved, on any number of ranks or into an unsplit model.
 

@@ -34,6 +34,7 @@ from dualpipe_ext.checkpoint.optimizers import (
 )
 from dualpipe_ext.checkpoint.random_state import random_state
 from dualpipe_ext.checkpoint.storage import DESCRIPTION, FAILURE, Record, write_values
+from dualpipe_ext.host_groups import TIMEOUT_S
 from dualpipe_ext.pipeline import Pipeline
 
 __all__ = ["save_checkpoint"]
@@ -50,7 +51,7 @@ def save_checkpoint(
     extra: Any = None,
     keep: int | None = None,
     replicas: dist.ProcessGroup | None = None,
-    timeout: float = 1800.0,
+    timeout: float = TIMEOUT_S,
 ) -> Path:
     """Saves a model and its training to ``folder/step-<step>``, under the model's own names.
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dualpipe_ext._handshake import act_together, check_others
 from dualpipe_ext._ranks import Ranks
 from dualpipe_ext.groups import PipelineGroup, resolve_group
-from dualpipe_ext.host_groups import host_group, reaching
+from dualpipe_ext.host_groups import TIMEOUT_S, host_group, reaching
 from dualpipe_ext.pipeline import Pipeline
 from dualpipe_ext.training.replicas import Replicas, split_mesh
 
@@ -31,7 +31,6 @@ __all__ = [
 T = TypeVar("T")
 
 _UPDATE_FAILURE = "could not update its parameters"
-_TIMEOUT_S = 1800.0  # for a rank that writes a large model to a slow disk
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def through_together(ranks: TrainerRanks, act: Callable[[], object], failure: st
 
     Raises as :meth:`dualpipe_ext._ranks.Ranks.share` does, over all replicas.
     """
-    own = Ranks(ranks.group, _TIMEOUT_S)
+    own = Ranks(ranks.group, TIMEOUT_S)
     ranks.replicas.together(lambda: own.share_here(act, failure))
 
 
