@@ -10,7 +10,7 @@ from dualpipe_ext._advice import warn_caller
 from dualpipe_ext._C import PipelineError
 from dualpipe_ext.groups import PipelineGroup
 
-__all__ = ["act_together", "agree", "check_others", "collect"]
+__all__ = ["act_together", "agree", "check_others", "collect", "gather_numbers"]
 
 _NOT_COMPARED = ("stages", "schedule name", "offer", "are sharded", "warnings")
 
@@ -69,17 +69,34 @@ def act_together(
 
     Raises as :func:`collect` does.
     """
-    raised: Exception | None = None
-    try:
+
+    def act_and_count() -> float:
         act()
+        return 0.0
+
+    gather_numbers(group, timeout, act_and_count, failure)
+
+
+def gather_numbers(
+    group: PipelineGroup, timeout: float, compute: Callable[[], float], failure: str
+) -> list[float]:
+    """Calls ``compute`` on every rank and returns the results, by rank; with a single exchange.
+
+    Raises as :func:`collect` does.
+    """
+    raised: Exception | None = None
+    value = 0.0
+    try:
+        value = compute()
     except _ToldError as error:
         raise PipelineError(str(error)) from None
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait
         raised = error
     try:
-        failed = group.all_gather_floats([float(raised is not None)], timeout)
-        if any(flag for (flag,) in failed):
+        told = group.all_gather_floats([float(raised is not None), value], timeout)
+        if any(has_failed for has_failed, _ in told):
             collect(group, timeout, lambda: _raise(raised), failure)
+        return [number for _, number in told]
     finally:
         raised = None  # its frames refer to this one, and would keep objects of callers alive
 
@@ -90,7 +107,7 @@ def check_others(group: PipelineGroup, timeout: float, failure: str) -> None:
     Raises:
         PipelineError: another rank has failed, with its reason.
     """
-    if any(flag for (flag,) in group.all_gather_floats([0.0], timeout)):
+    if any(flag for flag, _ in group.all_gather_floats([0.0, 0.0], timeout)):
         try:
             collect(group, timeout, lambda: None, failure)
         except PipelineError as error:

@@ -21,14 +21,12 @@ __all__ = [
 ]
 
 MainGrads = list[tuple[int, list[tuple[Tensor, Tensor]]]]  # (stage, (parameter, main_grad) pairs)
-GatherFloats = Callable[[Sequence[float]], list[list[float]]]
+GatherNumbers = Callable[[Callable[[], float]], list[float]]  # what each rank computes, by rank
 
 
-def total_norm(parameters: Iterable[Tensor], norm_type: float, gather: GatherFloats) -> Tensor:
+def total_norm(parameters: Iterable[Tensor], norm_type: float, gather: GatherNumbers) -> Tensor:
     """Returns the norm over all ranks, in float64; each passes the parameters that it counts."""
-    grads = gradients_of(parameters)
-    local = _power_sum(grads, norm_type)
-    by_rank = [values[0] for values in gather([local])]
+    by_rank = gather(lambda: _power_sum(gradients_of(parameters), norm_type))
     if math.isinf(norm_type):
         return torch.tensor(max(by_rank), dtype=torch.float64)
     return torch.tensor(math.fsum(by_rank) ** (1.0 / norm_type), dtype=torch.float64)
@@ -87,6 +85,11 @@ def _power_sum(grads: Sequence[Tensor], norm_type: float) -> float:
     """Returns sum(|g|^p) over all elements and shards, or the largest |g| for p = inf."""
     by_sharding: dict[ShardGroups, list[Tensor]] = {}
     for grad in grads:
+        if grad.layout != torch.strided:
+            raise ValueError(
+                f"a gradient of shape {tuple(grad.shape)} is {str(grad.layout).removeprefix('torch.')}"
+                f", which has no norm here; make its embedding with sparse=False"
+            )
         by_sharding.setdefault(shard_groups(grad), []).append(local_part(grad))
     is_max = math.isinf(norm_type)
     powers = [

@@ -19,7 +19,7 @@ from dualpipe_ext._batch import check_num_chunks, cut_batch
 from dualpipe_ext._copies import check_copies
 from dualpipe_ext._cuda import clock_by_gpu
 from dualpipe_ext._frozen import FrozenWatch
-from dualpipe_ext._handshake import agree, collect
+from dualpipe_ext._handshake import agree, collect, gather_numbers
 from dualpipe_ext._local_stages import LocalStages
 from dualpipe_ext._plans import PlannedStep, StepPlanner
 from dualpipe_ext._runner import StepRunner
@@ -364,7 +364,7 @@ class Pipeline(nn.Module):
             The norm, a float64 scalar in host memory, the same on every rank.
 
         Raises:
-            ValueError: ``max_norm`` or ``norm_type`` is not positive.
+            ValueError: ``max_norm`` or ``norm_type`` is not positive, or a gradient is sparse.
             PipelineError: another rank does not join within ``config.timeout`` seconds, or is gone.
         """
         if not max_norm > 0 or not norm_type > 0:
@@ -379,7 +379,9 @@ class Pipeline(nn.Module):
         norm = total_norm(
             counted,
             norm_type,
-            lambda values: self.group.all_gather_floats(values, self.config.timeout),
+            lambda power: gather_numbers(
+                self.group, self.config.timeout, power, "has no norm of its gradients"
+            ),
         )
         clip_local_gradients(self.parameters(), norm, max_norm)
         return norm

@@ -29,10 +29,13 @@ def run_ranks(
     its work starts after what the caller has issued, and has finished when results are returned.
 
     Every rank computes with one thread: more would compete for the same cores. Ranks that are
-    processes end with the process that started them, however that ends. Ranks that are threads
-    share torch's random number generator: ``torch.manual_seed`` on one of them disturbs the others,
-    and the order of draws is not deterministic. Draw random numbers beforehand, or from a
-    ``torch.Generator``.
+    processes end with the process that started them, however that ends. They are spawned, and so
+    are, by default, the workers of a ``DataLoader`` in them, which each import torch again: give it
+    ``multiprocessing_context="fork"``.
+
+    Ranks that are threads share torch's random number generator: ``torch.manual_seed`` on one of
+    them disturbs the others, and the order of draws is not deterministic. Draw random numbers
+    beforehand, or from a ``torch.Generator``.
 
     Args:
         fn: for processes, it must be importable: it is sent to them by name.

@@ -27,8 +27,10 @@ at::Tensor unwrapped(const at::Tensor& tensor) {
 }
 
 void check_can_travel(const at::Tensor& tensor) {
-  DUALPIPE_USER_CHECK(tensor.layout() == at::kStrided, "stages exchange dense tensors; found ",
-                      tensor.layout(), "; convert it with to_dense() in the stage's forward");
+  DUALPIPE_USER_CHECK(tensor.layout() == at::kStrided,
+                      "only dense tensors travel between ranks; found ", tensor.layout(),
+                      "; convert it with to_dense() in the stage's forward, or make an embedding, "
+                      "whose gradient it is, with sparse=False");
   DUALPIPE_USER_CHECK(tensor.dim() <= kMaxDims, "tensors between stages have at most ", kMaxDims,
                       " dimensions; found ", tensor.dim(), "; flatten some in the stage's forward");
 }

@@ -42,6 +42,8 @@ def run_rank(
         time_of_end: when to write stacks, on the monotonic clock.
     """
     _end_with_launcher(folder)
+    if not os.path.isdir(folder):  # the launcher is gone; the store would wait for its folder
+        sys.exit(1)
     _write_stacks_at(time_of_end, path_of_stacks(folder, rank))
     torch.set_num_threads(1)
     dist.init_process_group(

@@ -48,7 +48,12 @@ def _block_class(module: nn.Module) -> type[nn.Module] | None:
     if len(classes) != 1 or not any(True for _ in module.parameters()):
         return None
     (kind,) = classes
-    return None if issubclass(kind, _LISTS) else kind
+    if not issubclass(kind, _LISTS):
+        return kind
+    if not issubclass(kind, nn.Sequential):
+        return None
+    # Stacks of different layers are blocks. Those of equal ones are lists of blocks themselves.
+    return kind if all(_block_class(child) is None for child in module.children()) else None
 
 
 def _is_below(name: str, lists: Sequence[tuple[str, nn.Module]]) -> bool:

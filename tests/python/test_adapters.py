@@ -119,6 +119,37 @@ def test_a_plan_knows_its_layers_and_inputs() -> None:
     assert "table" not in plan.stages[0].names  # the model does not save it
 
 
+class Stacked(nn.Module):
+    """Blocks that are stacks of layers, in a list of either kind."""
+
+    def __init__(self, blocks: nn.ModuleList | nn.Sequential) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        output: Tensor = self.head(x)
+        return output
+
+
+@pytest.mark.parametrize("kind", [nn.ModuleList, lambda blocks: nn.Sequential(*blocks)])
+def test_blocks_may_be_stacks_of_layers(kind: Callable[[list[nn.Module]], Any]) -> None:
+    blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)]
+    model = Stacked(kind(list(blocks)))
+    adapter = get_model_adapter(model)
+    assert list(adapter.layers) == [f"blocks.{i}" for i in range(4)]
+    x = torch.randn(3, WIDTH)
+    check_chained(adapter.partition(2), (x,), (model(x),))
+
+
+def test_lists_of_equal_layers_are_no_blocks_themselves() -> None:
+    stages = [nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(2))) for _ in range(2)]
+    adapter = get_model_adapter(Stacked(nn.ModuleList(stages)))
+    assert list(adapter.layers) == ["blocks.0.0", "blocks.0.1", "blocks.1.0", "blocks.1.1"]
+
+
 def test_the_ends_may_have_no_layers() -> None:
     model = seeded(GPT)
     partitions = get_model_adapter(model).partition(4, balance=[0, 2, 2, 0])

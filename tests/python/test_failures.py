@@ -317,3 +317,27 @@ def test_failures_again_and_again() -> None:
         return is_right(JOB, rank, call)
 
     assert run_ranks(rank_fn, 4, timeout=60.0) == [True] * 4
+
+
+def test_a_norm_that_one_rank_cannot_compute() -> None:
+    """The reason is told at once, and the next norm works."""
+
+    def rank_fn(rank: int, num_ranks: int) -> tuple[Outcome, float]:
+        stage = nn.Embedding(5, 3, sparse=True) if rank == 0 else nn.Linear(3, 3)
+        config = DualPipeConfig(timeout=30.0)
+        pipeline = Pipeline([stage], "1f1b", config=config)
+        pipeline.step(
+            torch.arange(4) if rank == 0 else None,
+            num_chunks=4,
+            criterion=lambda y: y.square().sum(),
+            labels=(),
+        )
+        outcome = attempt(pipeline.clip_grad_norm_, 1.0)
+        pipeline.zero_grad()
+        return outcome, float(pipeline.clip_grad_norm_(1.0))
+
+    (own, after), (others, other_after) = run_ranks(rank_fn, 2, timeout=60.0)
+    assert own.error == "ValueError" and "sparse=False" in own.text
+    assert others.error == "PipelineError" and others.seconds < 10.0
+    assert "rank 0 has no norm of its gradients: ValueError: a gradient of shape" in others.text
+    assert after == other_after == 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import multiprocessing
 import os
 import re
 import subprocess
@@ -23,6 +24,7 @@ from process_ranks import say, stay_if_even
 from torch import nn
 
 from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline
+from dualpipe_ext._launch.rank_process import run_rank
 from dualpipe_ext.testing import run_ranks
 
 TOO_LATE = r"^ranks 0, 2 were not through within timeout=(0.2|5) s, of 3 ranks; .* a longer timeout=, or none"
@@ -168,3 +170,13 @@ def test_a_main_module_without_a_guard(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert 'put the call below: if __name__ == "__main__":' in result.stderr
     assert "rank 0 died with exit code 1; what it wrote" in result.stderr
+
+
+def test_a_rank_whose_launcher_is_gone_before_it_has_started(tmp_path: Path) -> None:
+    """Its folder is gone too, which the store would wait for."""
+    gone = str(tmp_path / "gone")
+    arguments = (say, 0, 2, gone, (), None, time.monotonic() + 60.0)
+    rank = multiprocessing.get_context("spawn").Process(target=run_rank, args=arguments)
+    rank.start()
+    rank.join(60.0)
+    assert rank.exitcode == 1
