@@ -153,6 +153,7 @@ class LocalStages:
             "overlapped": self.overlapped.function is not None,
             "offer": self.offer,
             "are sharded": self.mirrors is not None and self.mirrors.are_sharded,
+            "has shards": bool(self.fully_sharded),
             "stages": described if self.mirrors is not None else {},
             "warnings": self._warnings_for_all(),
         }

@@ -14,7 +14,7 @@ from dualpipe_ext import _C
 from dualpipe_ext._buffers import assign_means, wide_copies
 from dualpipe_ext._copies import digest
 from dualpipe_ext._sharded import as_sharded, describe_sharding, is_sharded, local_part
-from dualpipe_ext.gradients import main_grads
+from dualpipe_ext.gradients import main_grads, settle_placements
 
 __all__ = ["MirroredStages", "check_memory", "describe_stage", "shared_parameters"]
 
@@ -66,6 +66,7 @@ class MirroredStages:
     @contextmanager
     def lending_shards(self) -> Iterator[None]:
         """Makes sums work on this rank's parts of sharded gradients."""
+        settle_placements(parameter for parameter, _ in self._shards)
         for parameter, stand_in in self._shards:
             stand_in.grad = None if parameter.grad is None else local_part(parameter.grad)
         try:
@@ -127,7 +128,7 @@ class MirroredStages:
     def num_changes(self) -> int:
         """Returns a number that grows whenever a trainable parameter is changed in place."""
         return sum(
-            local_part(parameter)._version
+            parameter._version
             for _, module in self._modules
             for parameter in module.parameters()
             if parameter.requires_grad and not parameter.is_inference()
@@ -137,7 +138,9 @@ class MirroredStages:
         """Returns, for each gradient, a pair that differs once it is replaced or changed."""
         parameters = [p for _, module in self._modules for p in module.parameters()]
         grads = [p.grad for p in parameters if p.grad is not None] + main_grads(parameters)
-        return [(id(grad), local_part(grad)._version) for grad in grads if not grad.is_inference()]
+        if any(is_sharded(grad) for grad in grads):  # whose parts change without a trace
+            return []
+        return [(id(grad), grad._version) for grad in grads if not grad.is_inference()]
 
     def counted_parameters(self) -> list[Tensor]:
         """Returns the parameters that this rank adds to a norm: each on only one rank."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dualpipe_ext._sharded import ShardGroups, local_part, shard_groups
+from dualpipe_ext._sharded import ShardGroups, is_sharded, local_part, shard_groups
 
 __all__ = [
     "MainGrads",
@@ -17,6 +18,7 @@ __all__ = [
     "gradients_of",
     "main_grads",
     "parameters_with_main_grad",
+    "settle_placements",
     "total_norm",
 ]
 
@@ -24,9 +26,26 @@ MainGrads = list[tuple[int, list[tuple[Tensor, Tensor]]]]  # (stage, (parameter,
 GatherNumbers = Callable[[Callable[[], float]], list[float]]  # what each rank computes, by rank
 
 
+def settle_placements(parameters: Iterable[Tensor]) -> None:
+    """Gives sharded gradients the placements of their parameters, on all ranks that hold parts.
+
+    Tensor parallelism may leave partial sums, or whole gradients of sharded parameters.
+    """
+    for parameter in parameters:
+        grad: Any = parameter.grad
+        if is_sharded(parameter) and grad is not None and grad.placements != parameter.placements:
+            parameter.grad = grad.redistribute(placements=parameter.placements)
+
+
 def total_norm(parameters: Iterable[Tensor], norm_type: float, gather: GatherNumbers) -> Tensor:
     """Returns the norm over all ranks, in float64; each passes the parameters that it counts."""
-    by_rank = gather(lambda: _power_sum(gradients_of(parameters), norm_type))
+    counted = list(parameters)
+
+    def power_sum() -> float:
+        settle_placements(counted)
+        return _power_sum(gradients_of(counted), norm_type)
+
+    by_rank = gather(power_sum)
     if math.isinf(norm_type):
         return torch.tensor(max(by_rank), dtype=torch.float64)
     return torch.tensor(math.fsum(by_rank) ** (1.0 / norm_type), dtype=torch.float64)
@@ -65,8 +84,15 @@ def parameters_with_main_grad(
         pairs = [(p, getattr(p, "main_grad", None)) for p in module.parameters()]
         having: list[tuple[Tensor, Tensor]] = [(p, main) for p, main in pairs if main is not None]
         for parameter, main in having:
+            if is_sharded(parameter):
+                name = _name_of(parameter, module)
+                raise ValueError(
+                    f"{name} of stage {stage} is sharded and has a main_grad, to which torch's shards "
+                    f"add nothing: leave it out; FSDP's MixedPrecisionPolicy(reduce_dtype="
+                    f"torch.float32) keeps gradients in float32"
+                )
             if parameter.grad is not None and not _is_same(parameter.grad, main):
-                name = next(name for name, p in module.named_parameters() if p is parameter)
+                name = _name_of(parameter, module)
                 raise ValueError(
                     f"{name} of stage {stage} has both a main_grad, to which a step adds its "
                     f"gradient, and a .grad from before it or from a step that failed: set .grad to "
@@ -75,6 +101,10 @@ def parameters_with_main_grad(
         if having:
             found.append((stage, having))
     return found
+
+
+def _name_of(parameter: Tensor, module: nn.Module) -> str:
+    return next(name for name, p in module.named_parameters() if p is parameter)
 
 
 def _is_same(grad: Tensor | None, main: Tensor) -> bool:

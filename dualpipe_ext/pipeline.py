@@ -89,6 +89,8 @@ class Pipeline(nn.Module):
             lambda: self._adopt(list(modules), schedule or self.config.schedule),
         )
         self._settle([each["offer"] for each in facts])
+        is_any_sharded = any(each["has shards"] for each in facts)
+        self._local.fully_sharded.connect(self.group if is_any_sharded else None)
         # Sharded gradients exist only after the step.
         self._can_sum_within = self.config.overlap_strategy == "full" and not any(
             each["are sharded"] for each in facts
@@ -222,7 +224,7 @@ class Pipeline(nn.Module):
         with self._local.fully_sharded.step(training=training):
             try:
                 check_num_chunks(num_chunks)
-                self._local.fully_sharded.check()
+                self._local.fully_sharded.begin()
                 if training:
                     self._unsummed.warn_if_used(self.rank)
                     self._unsummed.begin_step()

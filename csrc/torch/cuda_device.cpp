@@ -152,6 +152,7 @@ class LastingStreams {
         free.pop_back();
         return stream;
       }
+      free.reserve(++num_made_[device]);  // that giving one back allocates nothing
     }
     return make_stream(device, Priority::kLowest);
   }
@@ -163,6 +164,7 @@ class LastingStreams {
  private:
   std::mutex mutex_;
   std::map<int, std::vector<cudaStream_t>> free_;
+  std::map<int, std::size_t> num_made_;
 };
 
 class CudaAllocator final : public Allocator {

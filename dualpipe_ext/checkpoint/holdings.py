@@ -81,11 +81,6 @@ class Holding:
                 f"a {type(model).__name__} cannot be saved or loaded by itself; give the pipeline, "
                 f"or the model in one piece"
             )
-        check_whole(
-            model,
-            "checkpoints of dualpipe_ext hold whole parameters",
-            "save and load shards with torch.distributed.checkpoint",
-        )
         if not isinstance(model, Pipeline):
             whole = Piece(0, model, "", is_saved=True)
             return cls(type(model).__name__, (whole,), Ranks(alone(), timeout), None)
@@ -97,6 +92,19 @@ class Holding:
             for stage, module in stages
         )
         return cls(_architecture(stages[0][1]), pieces, Ranks(model.group, timeout), model)
+
+    def check_whole(self) -> None:
+        """Raises if this rank holds parts of parameters.
+
+        Raises:
+            ValueError: it does.
+        """
+        for piece in self.pieces:
+            check_whole(
+                piece.module,
+                "checkpoints of dualpipe_ext hold whole parameters",
+                "save and load shards with torch.distributed.checkpoint",
+            )
 
     @property
     def device(self) -> torch.device:

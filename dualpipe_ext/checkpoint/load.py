@@ -106,6 +106,7 @@ def _open(place: Path, holding: Holding) -> Saved:
     found: list[Saved] = []
 
     def describe() -> dict[int, Shapes]:
+        holding.check_whole()
         if ranks.is_first:
             check_files(place, read_manifest(place)["files"])
         found.append(Saved.at(place))

@@ -89,7 +89,8 @@ def save_checkpoint(
         PipelineError: another rank could not save, with its reason.
     """
     holding = Holding.of(model, timeout)
-    on_all_replicas(replicas, lambda: _settle(holding, step, keep), FAILURE)
+    on_all_replicas(replicas, lambda: _check_all(holding, step, keep), FAILURE)
+    on_all_replicas(replicas, lambda: _settle(holding), FAILURE)
     average_over(replicas, model.buffers())
     if optimizer is not None:
         gather_shards(optimizer)
@@ -134,13 +135,8 @@ def _own_checksums(ranks: Ranks, draft: Path, own: list[Record]) -> dict[Record,
     return checksums_of(draft, own)
 
 
-def _settle(holding: Holding, step: int, keep: int | None) -> None:
-    """Checks the arguments, makes buffers of both copies equal, and waits for late messages.
-
-    Raises what is wrong with the arguments before anything is changed; then, what a message failed
-    with.
-    """
-    holding.ranks.share_here(lambda: _check(step, keep), FAILURE)
+def _settle(holding: Holding) -> None:
+    """Makes the buffers of both copies equal, and raises what late messages failed with."""
     if holding.pipeline is not None:
         holding.pipeline.sync_buffers()
         holding.pipeline.synchronize()
@@ -157,6 +153,16 @@ def _warn_of_copies(pipeline: Pipeline) -> None:
                 f"the copies of stages were not found equal; those on the ranks of the stages' own numbers are saved: "
                 f"{error}"
             )
+
+
+def _check_all(holding: Holding, step: int, keep: int | None) -> None:
+    """Checks what each rank was given, before anything is changed."""
+
+    def check() -> None:
+        _check(step, keep)
+        holding.check_whole()
+
+    holding.ranks.share_here(check, FAILURE)
 
 
 def _check(step: int, keep: int | None) -> None:

@@ -6,33 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from buffers import KINDS, Buffers, over_replicas
+from torch import Tensor
 
 from dualpipe_ext import DualPipe, DualPipeConfig
-from dualpipe_ext._buffers import average_over
 from dualpipe_ext.checkpoint import save_checkpoint
 from dualpipe_ext.testing import run_ranks
-
-KINDS = [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.int64, torch.bool]
-
-
-class Buffers(nn.Module):
-    """One of each kind, of which a rank has its own values."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        for number, kind in enumerate(KINDS):
-            value = torch.arange(3) + 2.0 * rank
-            turned = torch.complex(value, -value) if kind.is_complex else value
-            self.register_buffer(f"buffer{number}", turned.to(kind))
-
-
-def over_replicas(rank: int, num_ranks: int) -> list[Tensor]:
-    buffers = list(Buffers(rank).buffers())
-    average_over(dist.group.WORLD, buffers)
-    average_over(None, buffers)
-    return buffers
 
 
 def over_mirrors(rank: int, num_ranks: int) -> list[Tensor]:
