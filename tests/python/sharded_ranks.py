@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from outcomes import Outcome, attempt
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -22,11 +23,12 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleOutput,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
@@ -49,7 +51,7 @@ NAMES = ("dp", "pp")
 # What FSDP calls, under the names that torch has for it from 2.13 on, or those before.
 REDUCE = next(n for n in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, n))
 GATHER = next(n for n in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, n))
-Shard = Callable[[nn.Module, DeviceMesh], object]
+Sharding = Callable[[nn.Module, DeviceMesh], object]
 
 
 class Block(nn.Module):
@@ -130,7 +132,7 @@ class Rank:
         self.whole = whole_stages()
         self.stages = [self.place, PLACES - 1 - self.place][: 2 if schedule == "dualpipe" else 1]
 
-    def pipeline(self, shard: Shard, stages: Sequence[nn.Module] | None = None) -> Pipeline:
+    def pipeline(self, shard: Sharding, stages: Sequence[nn.Module] | None = None) -> Pipeline:
         own = stages or [copy.deepcopy(self.whole[stage]) for stage in self.stages]
         for module in own:
             shard(module, self.mesh["dp"])
@@ -166,7 +168,7 @@ def counting(name: str) -> AbstractContextManager[Mock]:
     return patch.object(dist, name, wraps=getattr(dist, name))
 
 
-def one_step(shard: Shard, replicas: bool, **options: Any) -> dict[str, Any]:
+def one_step(shard: Sharding, replicas: bool, **options: Any) -> dict[str, Any]:
     """A step, its sum, and the norm."""
     within = options.pop("within", False)
     rank = Rank(**options)
@@ -216,7 +218,7 @@ def accumulated() -> dict[str, Any]:
     return {"grads": rank.gradients(pipeline)}
 
 
-def trained(shard: Shard, replicas: bool) -> dict[str, Any]:
+def trained(shard: Sharding, replicas: bool) -> dict[str, Any]:
     """Some steps of AdamW with clipped gradients, evaluated now and then."""
     rank = Rank()
     pipeline = rank.pipeline(shard)
@@ -273,19 +275,124 @@ def after_failures() -> dict[str, Any]:
     rank = Rank()
     pipeline = rank.pipeline(fsdp)
     failures = []
+    if rank.beside == 0:  # before FSDP has seen a forward
+        pipeline.abandon_step(ValueError("no batch"))
+    else:
+        failures.append(attempt(run_step, pipeline, rank.place, batch(1, 1)))
     for place, replicas, call, backward in FAILURES:
         is_here = place == rank.place and rank.beside in replicas
         with failing(pipeline.module[0][1], call if is_here else 0, backward):  # type: ignore[index]
             failures.append(attempt(run_step, pipeline, rank.place, batch(1, rank.beside)))
         pipeline.zero_grad()
     if rank.beside == 0:  # an error of the caller's, before anything runs
-        failures.append(attempt(pipeline.step, None, num_chunks=CHUNKS + 1))
-        pipeline.abandon_step(ValueError("no batch"))
+        failures.insert(0, attempt(pipeline.step, None, num_chunks=CHUNKS + 1))
     else:
-        failures.append(attempt(run_step, pipeline, rank.place, batch(1, 1)))
-        failures.append(attempt(run_step, pipeline, rank.place, batch(1, 1)))
+        failures.insert(0, attempt(run_step, pipeline, rank.place, batch(1, 1)))
     run_step(pipeline, rank.place, batch(0, rank.beside), sync_gradients=True)
     return {"failures": failures, "grads": rank.gradients(pipeline)}
+
+
+def failure_where_one_place_is_sharded() -> dict[str, Any]:
+    """The place that is not sharded fails, on one replica."""
+    rank = Rank(schedule="1f1b")
+
+    def shard(module: nn.Module, mesh: DeviceMesh) -> None:
+        if rank.place == 1:
+            fsdp(module, mesh)
+
+    pipeline = rank.pipeline(shard)
+    is_here = rank.place == 0 and rank.beside == 1
+    with failing(pipeline.module[0][1], 2 if is_here else 0, backward=False):  # type: ignore[index]
+        failure = attempt(run_step, pipeline, rank.place, batch(1, rank.beside))
+    pipeline.zero_grad()
+    run_step(pipeline, rank.place, batch(0, rank.beside))
+    return {"failure": failure, "grads": rank.gradients(pipeline) if rank.place == 1 else {}}
+
+
+def current_weights() -> dict[str, Any]:
+    """Weights change after a step without a backward, and after a call outside of steps."""
+    rank = Rank()
+    rank.whole = [TrainedAlone(stage) for stage in rank.whole]
+    pipeline = rank.pipeline(fsdp)
+    parameters = list(pipeline.parameters())  # as an optimizer holds them
+    found = []
+    for outside in (False, True):
+        with torch.no_grad():
+            if outside:
+                pipeline.module[0](batch(0, 0)[:ROWS])
+            else:
+                pipeline.eval()
+                run_step(pipeline, rank.place, batch(0, 0))
+                pipeline.train()
+            for parameter in parameters:
+                parameter.mul_(0.5)
+                parameter.grad = None
+        run_step(pipeline, rank.place, batch(0, rank.beside), sync_gradients=True)
+        found.append(rank.gradients(pipeline))
+    return {"halved": found[0], "quartered": found[1]}
+
+
+class TrainedAlone(nn.Sequential):
+    """Its second part does not run in evaluation."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__(*stage.children())
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self[0](x)
+        return self[1](output) if self.training else output
+
+
+class InSequence(nn.Module):
+    """A block whose rows are sharded along their time, with a norm for what is large alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.extra = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+        return self.extra(output) if float(x.detach().max()) > 50.0 else output
+
+
+def in_sequence_stages() -> list[nn.Module]:
+    torch.manual_seed(4)
+    return [nn.Sequential(InSequence()) for _ in range(PLACES)]
+
+
+def in_sequence_rows() -> Tensor:
+    rows = torch.randn(2 * HALF, BESIDE, WIDTH, generator=torch.Generator().manual_seed(2))
+    rows[:HALF] += 100.0
+    return rows
+
+
+def sum_of_squares(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.mse_loss(output, target, reduction="sum") / CHUNKS
+
+
+def partial_sums() -> dict[str, Any]:
+    """Norms whose gradients torch leaves as partial sums; one of them on one copy alone."""
+    rank = Rank()
+    rank.whole = in_sequence_stages()
+    plan = {
+        "norm": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(output_layouts=Shard(1)),
+        "extra": SequenceParallel(use_local_output=True),
+    }
+
+    def shard(module: nn.Module, mesh: DeviceMesh) -> None:
+        for block in module.children():
+            parallelize_module(block, mesh, plan)
+
+    pipeline = rank.pipeline(shard)
+    halves = in_sequence_rows().chunk(BESIDE, 1)[rank.beside].split(HALF)
+    own, other = halves[rank.place], halves[1 - rank.place]
+    pipeline.step(own, num_chunks=CHUNKS, criterion=sum_of_squares, labels=(other.sin(),))
+    pipeline.sync_gradients()
+    grads = {name: grad for name, grad in rank.gradients(pipeline).items() if grad is not None}
+    return {"grads": grads, "norm": float(pipeline.clip_grad_norm_(float("inf")))}
 
 
 class SometimesUsed(nn.Module):
@@ -365,12 +472,20 @@ def refused(folder: Path) -> dict[str, Outcome]:
 
     returning = rank.pipeline(sharded_output)
     late = rank.pipeline(whole_only)
+    with_main_grad = rank.pipeline(fsdp)
+    for parameter in with_main_grad.parameters():
+        parameter.main_grad = torch.zeros(1)  # type: ignore[attr-defined]
     fsdp_in_one(late.module[0], rank.mesh["dp"])
     group, beside = rank.mesh.get_group("pp"), rank.mesh.get_group("dp")
     return {
         "save": attempt(save_checkpoint, folder, pipeline, step=1),
         "late": attempt(run_step, late, rank.place, batch(0, 0)),
         "ddp": attempt(rank.pipeline, whole_only, [in_ddp(stage) for stage in whole_stages()]),
+        "replicate": attempt(
+            rank.pipeline,
+            lambda module, mesh: replicate(module, process_group=mesh.get_group()),
+        ),
+        "main_grad": attempt(run_step, with_main_grad, rank.place, batch(0, 0)),
         "fsdp1": attempt(rank.pipeline, whole_only, [in_fsdp1(stage) for stage in whole_stages()]),
         "wrapper": attempt(TrainingWrapper, stages, process_group=group),
         "output": attempt(run_step, returning, rank.place, batch(0, 0)),
@@ -439,6 +554,9 @@ def everything(number: int, size: int, folder: Path) -> dict[str, Any]:
         "tp trained": trained(tensor_parallel, replicas=False),
         "bf16": bf16(),
         "after failures": after_failures(),
+        "one place fails": failure_where_one_place_is_sharded(),
+        "current": current_weights(),
+        "partial": partial_sums(),
         "unused": unused_by_one_copy(),
         "copies": copies_that_differ(),
         "one place": sharded_on_one_place(),

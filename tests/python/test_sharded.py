@@ -20,6 +20,9 @@ from sharded_ranks import (
     batch,
     criterion,
     everything,
+    in_sequence_rows,
+    in_sequence_stages,
+    sum_of_squares,
     whole_stages,
 )
 from torch import Tensor, nn
@@ -195,15 +198,50 @@ def test_a_step_after_failed_ones(found: Found) -> None:
     model = nn.Sequential(*whole_stages())
     unsplit_loss(model, 0, BESIDE).backward()
     for rank in found:
-        failures = rank["after failures"]["failures"]
-        for (_, replicas, _, _), failure in zip(FAILURES, failures, strict=False):
+        mistaken, *failures = rank["after failures"]["failures"]
+        told = "failed on another replica" if rank["beside"] else "num_microbatches is 9"
+        assert told in mistaken.text
+        if rank["beside"]:  # the other one has abandoned a step
+            assert "failed on another replica" in failures.pop(0).text
+        for (_, replicas, _, _), failure in zip(FAILURES, failures, strict=True):
             assert failure.error == "PipelineError"
             ours = rank["beside"] in replicas
             assert ("no more" if ours else "failed on another replica") in failure.text
-        for failure in failures[len(FAILURES) :]:
-            told = "failed on another replica" if rank["beside"] else "num_microbatches is 9"
-            assert told in failure.text
         assert_close(rank["after failures"]["grads"], gradients(model))
+
+
+def test_a_failure_where_some_ranks_hold_whole_stages(found: Found) -> None:
+    model = nn.Sequential(*whole_stages())
+    unsplit_loss(model, 0, BESIDE).backward()
+    for rank in found:
+        result = rank["one place fails"]
+        assert result["failure"].error == "PipelineError"
+        told = "no more" if rank["beside"] else "failed on another replica"
+        assert told in result["failure"].text
+        if result["grads"]:
+            assert_close(result["grads"], gradients(model))
+
+
+@pytest.mark.parametrize(("name", "factor"), [("halved", 0.5), ("quartered", 0.25)])
+def test_a_step_has_the_weights_of_its_beginning(found: Found, name: str, factor: float) -> None:
+    model = nn.Sequential(*whole_stages())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(factor)
+    unsplit_loss(model, 0, BESIDE).backward()
+    for rank in found:
+        assert_close(rank["current"][name], gradients(model))
+
+
+def test_partial_sums_are_added_first(found: Found) -> None:
+    model = nn.Sequential(*in_sequence_stages())
+    for rows in in_sequence_rows().split(ROWS):
+        sum_of_squares(model(rows), rows.sin()).backward()
+    expected = gradients(model)
+    for rank in found:
+        assert rank["partial"]["grads"].keys() == expected.keys()
+        assert_close(rank["partial"]["grads"], expected, rtol=1e-3, atol=1e-3)
+        assert math.isclose(rank["partial"]["norm"], norm_of(expected), rel_tol=1e-4)
 
 
 def test_a_gradient_of_one_copy_alone(found: Found) -> None:
@@ -247,6 +285,8 @@ def test_copies_that_are_held_in_other_ways(found: Found) -> None:
         ("output", r"to_local()"),
         ("late", "call fully_shard() on stages first"),
         ("ddp", "is wrapped in DistributedDataParallel"),
+        ("replicate", "was given to replicate()"),
+        ("main_grad", "is sharded and has a main_grad"),
         ("fsdp1", "is wrapped in FullyShardedDataParallel"),
     ],
 )
