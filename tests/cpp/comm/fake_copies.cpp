@@ -42,15 +42,30 @@ std::atomic<std::uint32_t>& flag_at(std::uint32_t* at) {
 struct FakeCopyWorld::State {
   // Throws if a fault was set for this call or the device is broken.
   void meet_fault(const std::string& call) {
-    ++num_calls;
-    const std::lock_guard lock(mutex);
+    const std::unique_lock lock = enter();
     const auto found = faults.find(call);
     const bool failing = found != faults.end() && found->second-- <= 0;
     if (failing) faults.erase(found);
     if (failing || broken) throw PipelineError("the device says no to " + call);
   }
 
-  std::atomic<int> num_calls{0};
+  // Takes the lock; a thread that has to wait for it is in `blocked` meanwhile.
+  std::unique_lock<std::mutex> enter() {
+    std::unique_lock lock(mutex, std::try_to_lock);
+    if (lock) return lock;
+    const auto thread = std::this_thread::get_id();
+    {
+      const std::lock_guard blocked_lock(blocked_mutex);
+      blocked.insert(thread);
+    }
+    lock.lock();
+    const std::lock_guard blocked_lock(blocked_mutex);
+    blocked.erase(thread);
+    return lock;
+  }
+
+  std::mutex blocked_mutex;
+  std::set<std::thread::id> blocked;
   std::mutex mutex;
   std::map<std::string, int> faults;  // how many calls succeed before it
   std::map<std::byte*, Handle> blocks;
@@ -192,7 +207,10 @@ void FakeCopyWorld::mend_device() {
 
 std::unique_lock<std::mutex> FakeCopyWorld::hold_calls() { return std::unique_lock(state_->mutex); }
 
-int FakeCopyWorld::num_calls() const { return state_->num_calls; }
+bool FakeCopyWorld::is_blocked(std::thread::id thread) const {
+  const std::lock_guard lock(state_->blocked_mutex);
+  return state_->blocked.contains(thread);
+}
 
 int FakeCopyWorld::num_blocks() const {
   const std::lock_guard lock(state_->mutex);

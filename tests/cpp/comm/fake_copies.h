@@ -3,6 +3,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 
 #include "comm/copy_calls.h"
 
@@ -26,7 +27,7 @@ class FakeCopyWorld {
   // While this lock is held, all calls of all threads block, as they do beside one that waits for
   // the device with the driver's lock.
   [[nodiscard]] std::unique_lock<std::mutex> hold_calls();
-  [[nodiscard]] int num_calls() const;  // begun, including those that are blocked
+  [[nodiscard]] bool is_blocked(std::thread::id thread) const;  // in such a call
 
   [[nodiscard]] int num_blocks() const;      // allocated and not freed
   [[nodiscard]] int num_open() const;        // blocks opened and not closed

@@ -79,6 +79,7 @@ TEST(CopyFaults, AnAbortFreesStreamsThatAreStuck) {
 
 // A copy to pageable memory may wait for the very stream that an abort is to free.
 TEST(CopyFaults, AnAbortFreesStreamsWhereNoCallGetsThrough) {
+  std::vector<std::byte> answer(8);  // first: the copy goes on until the links are gone
   CopyPair pair;
   pair.connect();
   EventPtr never_sent = pair.receive({8}).end;
@@ -87,13 +88,11 @@ TEST(CopyFaults, AnAbortFreesStreamsWhereNoCallGetsThrough) {
   const EventPtr stuck = compute.record();
   auto* const place = static_cast<std::byte*>(pair.links[0]->allocator()->allocate(8));
   (void)pair.links[0]->transfer(kDown, {{place, 8}}, nullptr);
-  std::vector<std::byte> answer(8);
   auto held = pair.world.hold_calls();
-  const int before = pair.world.num_calls();
   std::thread sender([&] {  // holds the link's lock, and blocks
     (void)pair.links[1]->transfer(kDown, {{answer.data(), 8}}, nullptr);
   });
-  while (pair.world.num_calls() == before) std::this_thread::sleep_for(1ms);
+  while (!pair.world.is_blocked(sender.get_id())) std::this_thread::sleep_for(1ms);
   EXPECT_EQ(pair.links[1]->error(kUp, true), std::nullopt);
   std::thread watchdog([&] { pair.links[1]->abort(); });
   stuck->synchronize();
