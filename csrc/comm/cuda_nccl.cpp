@@ -81,8 +81,8 @@ class RealNccl final : public NcclCalls {
     return result_of(std::max(worst, ncclGroupEnd()));
   }
 
-  std::string describe(NcclResult result, NcclHandle comm) override {
-    const char* const last = ncclGetLastError(comm_of(comm));
+  std::string describe(NcclResult result) override {
+    const char* const last = ncclGetLastError(nullptr);
     const std::string text = ncclGetErrorString(static_cast<ncclResult_t>(result));
     const bool has_more = last != nullptr && *last != '\0';
     return has_more ? cat("NCCL: ", text, " (", last, ")")

@@ -49,10 +49,11 @@ class NcclCalls {
   virtual NcclResult receive(void* data, std::size_t num_bytes, int peer, NcclHandle comm,
                              Stream& stream) = 0;
   virtual NcclResult async_error(NcclHandle comm, NcclResult* state) = 0;
-  // Ends whatever is running on all of them and frees them.
+  // Ends whatever is running on all of them and frees them, also where a thread is issuing a
+  // message on one and waits for the device.
   virtual NcclResult abort(const std::vector<NcclHandle>& comms) = 0;
   // "ncclRemoteError: remote process exited or there was a network error", with NCCL's last error.
-  virtual std::string describe(NcclResult result, NcclHandle comm) = 0;
+  virtual std::string describe(NcclResult result) = 0;
 };
 
 }  // namespace dualpipe

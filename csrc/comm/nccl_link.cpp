@@ -13,6 +13,7 @@ namespace {
 
 constexpr std::chrono::microseconds kPoll{50};
 constexpr std::chrono::milliseconds kPatience{100};  // for the connecting thread
+constexpr std::chrono::seconds kIssuePatience{1};    // for a thread that issues a message
 constexpr std::size_t kScratchBytes = 512;           // a byte per way, each on its own cache lines
 
 // A group is closed on every path: one that stays open swallows all later calls of its thread.
@@ -71,7 +72,8 @@ class NcclLink::State {
   void adopt(const std::vector<NcclHandle>& made);
   void carry_a_byte();
   void await_first_bytes(Clock::time_point deadline);
-  void issue(const Connection& connection, const Piece& piece);
+  void issue(const Connection& connection, NcclHandle comm, const Piece& piece);
+  [[nodiscard]] NcclHandle use(const Connection& connection);
   void abort_all() noexcept;
   void check(NcclResult result, const char* what, const Connection* connection) const;
   void require_alive() const;
@@ -83,7 +85,9 @@ class NcclLink::State {
   const NcclOptions options_;
   std::shared_ptr<std::byte> scratch_;  // for first bytes; kept while a device may write there
 
-  std::mutex mutex_;  // one thread may abort a communicator that another one uses
+  // Held while a message is issued, which may wait for the device where its queue is full.
+  std::mutex issuing_;
+  std::mutex mutex_;  // guards what follows; its holders wait for nothing
   std::condition_variable changed_;
   std::vector<Connection> connections_;
   std::exception_ptr error_;  // of bring_up()
@@ -122,12 +126,14 @@ void NcclLink::State::bring_up(const std::vector<Invitation>& invitations) noexc
   } catch (...) {
     error = std::current_exception();
   }
+  bool aborted = false;
   {
     const std::lock_guard lock(mutex_);
     error_ = std::move(error);
     is_up_ = true;
-    if (aborted_) abort_all();
+    aborted = aborted_;
   }
+  if (aborted) abort_all();
   changed_.notify_all();
 }
 
@@ -161,7 +167,7 @@ void NcclLink::State::carry_a_byte() {
   Group group(*calls_);
   check(group.start(), "cannot open a group", nullptr);
   for (const Connection& connection : connections_) {
-    issue(connection, {place, 1});
+    issue(connection, connection.comm, {place, 1});
     place += kScratchBytes;
   }
   check(group.close(), "cannot carry a byte", nullptr);
@@ -201,22 +207,29 @@ void NcclLink::State::await_first_bytes(Clock::time_point deadline) {
 EventPtr NcclLink::State::transfer(Index way, const std::vector<Piece>& pieces,
                                    const EventPtr& ready) {
   const Connection& connection = connections_.at(way);
-  const std::lock_guard lock(mutex_);
-  require_alive();
+  const std::lock_guard lock(issuing_);
+  const NcclHandle comm = use(connection);
   connection.stream->wait(ready);
   Group group(*calls_);
   check(group.start(), "cannot open a group", &connection);
-  for (const Piece& piece : pieces) issue(connection, piece);
+  for (const Piece& piece : pieces) issue(connection, comm, piece);
   check(group.close(), "cannot issue a message", &connection);
   return connection.stream->record();
 }
 
-void NcclLink::State::issue(const Connection& connection, const Piece& piece) {
+// The caller holds issuing_, so that the communicator stays.
+NcclHandle NcclLink::State::use(const Connection& connection) {
+  const std::lock_guard lock(mutex_);
+  require_alive();
+  return connection.comm;
+}
+
+void NcclLink::State::issue(const Connection& connection, NcclHandle comm, const Piece& piece) {
   const int peer = index_of(connection.way.peer, rank_);
   const NcclResult result =
       connection.way.outgoing
-          ? calls_->send(piece.data, piece.num_bytes, peer, connection.comm, *connection.stream)
-          : calls_->receive(piece.data, piece.num_bytes, peer, connection.comm, *connection.stream);
+          ? calls_->send(piece.data, piece.num_bytes, peer, comm, *connection.stream)
+          : calls_->receive(piece.data, piece.num_bytes, peer, comm, *connection.stream);
   check(result, connection.way.outgoing ? "cannot send" : "cannot receive", &connection);
 }
 
@@ -229,27 +242,35 @@ std::optional<std::string> NcclLink::State::error(Index way) {
   const NcclResult asked = calls_->async_error(connection.comm, &state);
   const NcclResult worse = asked == NcclResult::kSuccess ? state : asked;
   if (worse == NcclResult::kSuccess || worse == NcclResult::kInProgress) return std::nullopt;
-  return cat("rank ", rank_, ": ", connection.way.name, ": ",
-             calls_->describe(worse, connection.comm));
+  return cat("rank ", rank_, ": ", connection.way.name, ": ", calls_->describe(worse));
 }
 
 // While the connecting thread is inside NCCL with these communicators, bring_up() is left to abort
 // them afterwards.
 void NcclLink::State::abort() noexcept {
+  bool is_up = false;
   {
     const std::lock_guard lock(mutex_);
     aborted_ = true;
-    if (is_up_) abort_all();
+    is_up = is_up_;
   }
   changed_.notify_all();
+  if (is_up) abort_all();
 }
 
-// The caller holds the lock. Aborts all at once: the end of one may wait for the device, where
-// kernels of the others wait for their peers.
+// Aborts all at once: the end of one may wait for the device, where kernels of the others wait for
+// their peers. A thread that has been issuing a message for so long waits for these kernels itself,
+// so nothing else can free it.
 void NcclLink::State::abort_all() noexcept {
+  std::unique_lock issuing(issuing_, std::defer_lock);
+  const auto deadline = Clock::now() + kIssuePatience;
+  while (!issuing.try_lock() && Clock::now() < deadline) std::this_thread::sleep_for(kPoll);
   std::vector<NcclHandle> comms;
-  for (Connection& connection : connections_) {
-    if (connection.comm != nullptr) comms.push_back(std::exchange(connection.comm, nullptr));
+  {
+    const std::lock_guard lock(mutex_);
+    for (Connection& connection : connections_) {
+      if (connection.comm != nullptr) comms.push_back(std::exchange(connection.comm, nullptr));
+    }
   }
   if (!comms.empty()) (void)calls_->abort(comms);
 }
@@ -262,9 +283,7 @@ void NcclLink::State::check(NcclResult result, const char* what,
                             const Connection* connection) const {
   if (result == NcclResult::kSuccess) return;
   const std::string place = connection == nullptr ? "" : cat(connection->way.name, ": ");
-  throw PipelineError(
-      cat("rank ", rank_, ": ", place, what, ": ",
-          calls_->describe(result, connection == nullptr ? nullptr : connection->comm)));
+  throw PipelineError(cat("rank ", rank_, ": ", place, what, ": ", calls_->describe(result)));
 }
 
 void NcclLink::State::require_alive() const {

@@ -42,7 +42,8 @@ using CommunicatorPtr = std::shared_ptr<Communicator>;
 
 struct Issue {
   CommunicatorPtr comm;
-  std::function<void()> launch;  // null: makes the communicator
+  std::shared_ptr<Transfer> transfer;  // null: makes the communicator
+  std::function<void()> launch;
 };
 
 thread_local int open_groups_of_thread = 0;
@@ -60,7 +61,9 @@ struct FakeNcclWorld::State {
   int num_open_groups = 0;
   int num_communicators = 0;
   int num_messages = 0;
-  int num_stuck = 0;  // threads in NCCL, waiting for a peer
+  int num_stuck = 0;                  // threads in NCCL, waiting for a peer
+  std::set<std::thread::id> blocked;  // in a full queue
+  bool queues_are_full = false;
   bool broken = false;
   bool is_over = false;
 
@@ -71,6 +74,14 @@ struct FakeNcclWorld::State {
     --num_stuck;
     cv.notify_all();
     return !is_over;
+  }
+
+  // The caller holds the lock.
+  void wait_for_room(std::unique_lock<std::mutex>& lock, const Communicator& comm,
+                     const Transfer& transfer) {
+    blocked.insert(std::this_thread::get_id());
+    cv.wait(lock, [&] { return transfer.done || comm.pair->aborted[comm.side]; });
+    blocked.erase(std::this_thread::get_id());
   }
 
   // The caller holds the lock. The fault that was set for this call, or success.
@@ -133,7 +144,7 @@ class FakeNccl final : public NcclCalls {
     *comm = new CommunicatorPtr(made);
     open_.insert(made);
     ++state_->num_communicators;
-    grouped.push_back({made, nullptr});
+    grouped.push_back({made, nullptr, nullptr});
     return NcclResult::kSuccess;
   }
 
@@ -170,6 +181,7 @@ class FakeNccl final : public NcclCalls {
       if (!issue.launch) continue;
       ++state_->num_messages;
       issue.launch();
+      if (state_->queues_are_full) state_->wait_for_room(lock, *issue.comm, *issue.transfer);
     }
     return NcclResult::kSuccess;
   }
@@ -209,7 +221,7 @@ class FakeNccl final : public NcclCalls {
     return NcclResult::kSuccess;
   }
 
-  std::string describe(NcclResult result, NcclHandle) override {
+  std::string describe(NcclResult result) override {
     return result == NcclResult::kRemoteError ? "the peer is gone" : "NCCL says no";
   }
 
@@ -229,7 +241,7 @@ class FakeNccl final : public NcclCalls {
     auto launch = [state = state_, own, sender, transfer, &fake] {
       fake.launch([=] { state->run(own, sender, transfer); });
     };
-    grouped.push_back({own, std::move(launch)});
+    grouped.push_back({own, transfer, std::move(launch)});
     return NcclResult::kSuccess;
   }
 
@@ -264,6 +276,16 @@ void FakeNcclWorld::break_network() {
 void FakeNcclWorld::mend_network() {
   const std::lock_guard lock(state_->mutex);
   state_->broken = false;
+}
+
+void FakeNcclWorld::fill_queues() {
+  const std::lock_guard lock(state_->mutex);
+  state_->queues_are_full = true;
+}
+
+bool FakeNcclWorld::is_blocked(std::thread::id thread) const {
+  const std::lock_guard lock(state_->mutex);
+  return state_->blocked.contains(thread);
 }
 
 void FakeNcclWorld::wait_until_groups_are_closed() const {

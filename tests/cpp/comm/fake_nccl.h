@@ -3,6 +3,7 @@
 #include <atomic>
 #include <memory>
 #include <string>
+#include <thread>
 
 #include "comm/nccl_calls.h"
 
@@ -25,6 +26,11 @@ class FakeNcclWorld {
   // From now on the communicators of all ranks report this.
   void break_network();
   void mend_network();
+
+  // From now on a thread that issues a message waits for it to run, as it does where the device's
+  // queue is full.
+  void fill_queues();
+  [[nodiscard]] bool is_blocked(std::thread::id thread) const;  // there
 
   void wait_until_groups_are_closed() const;
   [[nodiscard]] int num_communicators() const;  // made and not aborted

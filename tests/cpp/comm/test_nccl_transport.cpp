@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <thread>
 
 #include "comm/device_steps.h"
 #include "comm/harness.h"
@@ -84,6 +85,26 @@ TEST(NcclFaults, AnAsynchronousErrorIsFoundWithoutACall) {
   const auto fault = ranks.transports[0]->fault();
   ASSERT_TRUE(fault.has_value());
   EXPECT_NE(fault->find("the peer is gone"), std::string::npos) << *fault;
+}
+
+TEST(NcclFaults, AnAbortFreesARankThatWaitsToIssueAMessage) {
+  DeviceRanks ranks(LinkKind::kNccl, 2);
+  ranks.connect();
+  Transport& stuck = *ranks.transports[0];
+  std::thread other([&] { ranks.transports[1]->begin_step(shaped_step(1, 1, 1)); });
+  stuck.begin_step(shaped_step(1, 0, 1));
+  other.join();
+  ranks.world.nccl.fill_queues();
+  std::thread sender(
+      [&] { stuck.send(Rank(1), activation(0), make_message({bytes_spec(8)}, 0), nullptr); });
+  while (!ranks.world.nccl.is_blocked(sender.get_id())) std::this_thread::sleep_for(1ms);
+  EXPECT_EQ(stuck.fault(), std::nullopt);  // the watchdog asks this and must not be blocked as well
+  stuck.abort({Rank(1), 1, "the other one"});
+  sender.join();
+  EXPECT_EQ(text_of<PipelineError>([&] {
+              stuck.send(Rank(1), activation(1), make_message({bytes_spec(8)}, 0), nullptr);
+            }),
+            "the other one");
 }
 
 }  // namespace
