@@ -1,10 +1,11 @@
 #include "engine/program.h"
 
 #include <map>
+#include <optional>
 #include <set>
-#include <tuple>
 
 #include "common/error.h"
+#include "schedule/channel.h"
 #include "schedule/verify/verify.h"
 
 namespace dualpipe {
@@ -48,62 +49,53 @@ class Resolver {
   [[nodiscard]] int num_slots() const { return num_slots_; }
 
  private:
-  // Data is identified by its consumer: an activation or a gradient for (stage, micro-batch).
-  using Key = std::tuple<MessageKind, Stage, Microbatch>;
-
-  static bool is_forward(const Action& action) {
-    return action.op() == Op::kForward || action.op() == Op::kSendForward ||
-           action.op() == Op::kRecvForward;
-  }
-  static Stage neighbour(Stage stage, int offset) { return Stage(stage.value() + offset); }
-  [[nodiscard]] bool exists(Stage stage) const {
-    return stage.valid() && stage <= placement_.last_stage();
-  }
+  using Indices = std::map<std::size_t, int>;  // by message_index()
 
   Computation computation(const Action& action) {
-    const bool forward = is_forward(action);
-    const auto kind = forward ? MessageKind::kActivation : MessageKind::kGradient;
-    const Stage from = neighbour(action.stage(), forward ? -1 : 1);
-    const Stage to = neighbour(action.stage(), forward ? 1 : -1);
     Computation result{.action = action};
-    if (exists(from)) {
-      const Key key{kind, action.stage(), action.microbatch()};
-      const bool local = placement_.rank_of(from, action.microbatch()) == rank_;
+    if (const auto input = input_of(placement_, action)) {
+      const bool local = channel_of(placement_, *input).source == rank_;
       result.source = local ? Source::kSlot : Source::kReceive;
-      result.index = take(local ? slots_ : receives_, key, action);
+      result.index = take(local ? slots_ : receives_, *input, action);
     }
-    if (exists(to)) {
+    if (const auto output = output_of(placement_, action)) {
       result.result_slot = num_slots_++;
-      slots_[{kind, to, action.microbatch()}] = result.result_slot;
+      slots_[message_index(placement_, *output)] = result.result_slot;
     }
     return result;
   }
 
   void resolve_send(Instruction& instruction) {
-    const Action& action = instruction.action;
-    const bool forward = is_forward(action);
-    const Stage to = neighbour(action.stage(), forward ? 1 : -1);
-    instruction.message = {.kind = forward ? MessageKind::kActivation : MessageKind::kGradient,
-                           .stage = to,
-                           .microbatch = action.microbatch()};
-    instruction.peer = placement_.rank_of(to, action.microbatch());
-    instruction.index = take(slots_, {instruction.message.kind, to, action.microbatch()}, action);
+    const Transfer sent = at_boundary(output_of(placement_, instruction.action), instruction);
+    instruction.message = id_of(sent);
+    instruction.peer = channel_of(placement_, sent).destination;
+    instruction.index = take(slots_, sent, instruction.action);
   }
 
   void resolve_receive(Instruction& instruction) {
-    const Action& action = instruction.action;
-    const bool forward = is_forward(action);
-    instruction.message = {.kind = forward ? MessageKind::kActivation : MessageKind::kGradient,
-                           .stage = action.stage(),
-                           .microbatch = action.microbatch()};
-    const Stage from = neighbour(action.stage(), forward ? -1 : 1);
-    instruction.peer = placement_.rank_of(from, action.microbatch());
+    const Transfer received = at_boundary(input_of(placement_, instruction.action), instruction);
+    instruction.message = id_of(received);
+    instruction.peer = channel_of(placement_, received).source;
     instruction.index = num_receives_++;
-    receives_[{instruction.message.kind, action.stage(), action.microbatch()}] = instruction.index;
+    receives_[message_index(placement_, received)] = instruction.index;
   }
 
-  static int take(std::map<Key, int>& from, const Key& key, const Action& action) {
-    const auto found = from.find(key);
+  static Transfer at_boundary(const std::optional<Transfer>& message,
+                              const Instruction& instruction) {
+    DUALPIPE_CHECK(message, to_string(instruction.action), " crosses no boundary between stages");
+    return *message;
+  }
+
+  // Messages are named by the stage that consumes them.
+  static MessageId id_of(const Transfer& message) {
+    return {.kind = message.kind == TransferKind::kActivation ? MessageKind::kActivation
+                                                              : MessageKind::kGradient,
+            .stage = recv_action(message).stage(),
+            .microbatch = message.microbatch};
+  }
+
+  int take(Indices& from, const Transfer& message, const Action& action) {
+    const auto found = from.find(message_index(placement_, message));
     DUALPIPE_CHECK(found != from.end(), to_string(action), " uses data that nobody made before it");
     const int index = found->second;
     from.erase(found);
@@ -112,8 +104,8 @@ class Resolver {
 
   const Placement& placement_;
   Rank rank_;
-  std::map<Key, int> receives_;
-  std::map<Key, int> slots_;
+  Indices receives_;
+  Indices slots_;
   int num_receives_ = 0;
   int num_slots_ = 0;
 };
