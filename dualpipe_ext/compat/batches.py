@@ -8,24 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualpipe_ext._handshake import agree
 from dualpipe_ext._replicas import gather_from_replicas
-from dualpipe_ext.adapters import Cost
 from dualpipe_ext.compat.ranks import TrainerRanks, both_ends
 from dualpipe_ext.config import DualPipeConfig
-from dualpipe_ext.pipeline import Pipeline
 from dualpipe_ext.training.batches import Batch, BatchReader
-from dualpipe_ext.training.cutting import measured_costs, own_part
+from dualpipe_ext.training.building import build_pipeline
+from dualpipe_ext.training.cutting import OwnPart
 from dualpipe_ext.training.losses import BatchLoss
 from dualpipe_ext.training.parts import Part
 from dualpipe_ext.training.reports import Report
 from dualpipe_ext.training.rows import even_part
-from dualpipe_ext.training.setup import (
-    input_names,
-    seeded,
-    warn_of_other_models,
-    weights_digest,
-)
+from dualpipe_ext.training.setup import input_names
 from dualpipe_ext.training.side_by_side import StepsSideBySide
 from dualpipe_ext.training.steps import BatchSteps
 
@@ -69,39 +62,31 @@ class BatchPipeline:
         sample_inputs: Sequence[Tensor | None] | None = None,
     ) -> None:
         self.ranks = ranks
-        self._config = config
-        group, replicas = ranks.group, ranks.replicas
-        # Before all copies of a stage are made equal.
-        weights = replicas.together(lambda: weights_digest(model))
-        costs = measured_costs(model, config, sample_inputs, group, replicas.group)
-        with replicas.telling_failures():
-            agree(group, config.timeout, lambda: self._adopt(model, costs, device))
-            warn_of_other_models(weights, group, config.timeout)
-            own = seeded(config, group, replicas.index)
-            self.pipeline = Pipeline(self._stages, config.schedule, 0, group, config=own)
-        replicas.begin(self.pipeline)
+        replicas = ranks.replicas
+        self.pipeline = build_pipeline(
+            model,
+            config,
+            ranks.group,
+            replicas,
+            check=lambda: _check_schedule(config),
+            adopt=lambda part: self._adopt(part, device, tuple(label_names)),
+            sample_inputs=sample_inputs,
+        )
         self.local_module = self.pipeline.module
         self.num_labels = 1
-        self._reader = BatchReader(input_names(self._stages), tuple(label_names))
         share = replicas.index, replicas.size
         self._steps = BatchSteps(self.pipeline, self.rows, 0, config.timeout, share)
         self._side_by_side = StepsSideBySide(self.pipeline, replicas)
         self._has_drifted = False  # whether buffers may differ since they were last averaged
 
     def _adopt(
-        self, model: nn.Module, costs: list[Cost] | None, device: torch.device
-    ) -> dict[str, Any]:
-        """Cuts the model; if one rank cannot, the others raise as well."""
-        if self._config.schedule != "dualpipe":
-            raise ValueError(
-                f"schedule={self._config.schedule!r}: trainers of other libraries run 'dualpipe'; "
-                f"others are run by dualpipe_ext.TrainingWrapper"
-            )
-        is_first = self.ranks.replicas.index == 0
-        part = own_part(model, self._config, costs, self.ranks.group, show=is_first)
+        self, part: OwnPart, device: torch.device, label_names: tuple[str, ...]
+    ) -> tuple[list[nn.Module], dict[str, Any]]:
+        """Takes this rank's stages and rows; if one rank cannot, the others raise as well."""
         self.rows = part.rows
-        self._stages = [stage.to(device) for stage in part.stages]
-        return {"stages": {}}
+        stages = [stage.to(device) for stage in part.stages]
+        self._reader = BatchReader(input_names(stages), label_names)
+        return stages, {"stages": {}}
 
     def step(
         self,
@@ -214,3 +199,11 @@ class BatchPipeline:
             )
         self.num_labels = len(batch.labels)
         return batch
+
+
+def _check_schedule(config: DualPipeConfig) -> None:
+    if config.schedule != "dualpipe":
+        raise ValueError(
+            f"schedule={config.schedule!r}: trainers of other libraries run 'dualpipe'; others are "
+            f"run by dualpipe_ext.TrainingWrapper"
+        )

@@ -19,14 +19,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dualpipe_ext._handshake import act_together, agree
 from dualpipe_ext._sharded import check_whole
-from dualpipe_ext.adapters import Cost
 from dualpipe_ext.checkpoint import Resumed, load_checkpoint, save_checkpoint
 from dualpipe_ext.config import DualPipeConfig
 from dualpipe_ext.groups import PipelineGroup, resolve_group
-from dualpipe_ext.pipeline import Pipeline
 from dualpipe_ext.training.accumulation import Accumulation
 from dualpipe_ext.training.batches import Batch, BatchReader, in_step, is_batch
-from dualpipe_ext.training.cutting import measured_costs, own_part
+from dualpipe_ext.training.building import build_pipeline
+from dualpipe_ext.training.cutting import OwnPart
 from dualpipe_ext.training.losses import IGNORED, LossFunction, Reduction, choose_loss
 from dualpipe_ext.training.modes import evaluating
 from dualpipe_ext.training.optimizers import (
@@ -40,14 +39,7 @@ from dualpipe_ext.training.outputs import Outputs, first_rows, join_ends
 from dualpipe_ext.training.parts import Part
 from dualpipe_ext.training.replicas import Replicas, split_mesh
 from dualpipe_ext.training.reports import Report
-from dualpipe_ext.training.setup import (
-    input_names,
-    place_stages,
-    predicts_next_token,
-    seeded,
-    warn_of_other_models,
-    weights_digest,
-)
+from dualpipe_ext.training.setup import input_names, place_stages, predicts_next_token
 from dualpipe_ext.training.side_by_side import StepsSideBySide
 from dualpipe_ext.training.steps import BatchSteps
 from dualpipe_ext.training.updates import Updater, make_updater
@@ -161,18 +153,16 @@ class TrainingWrapper:
             batch_dim=batch_dim,
         )
         self._replicas = Replicas(replica_group)
-        self._replicas.together(lambda: self._agree(lambda: self._check(model)))
-        # Before a model without values is given memory, with arbitrary content.
-        weights = self._replicas.together(lambda: weights_digest(model))
-        costs = measured_costs(model, self.config, sample_inputs, self._group, self._replicas.group)
-        with self._replicas.telling_failures():
-            self._agree(lambda: self._adopt(model, device, costs))
-            warn_of_other_models(weights, self._group, self.config.timeout)
-            config = seeded(self.config, self._group, self._replicas.index)
-            self.pipeline = Pipeline(
-                self._stages, config.schedule, batch_dim, self._group, config=config
-            )
-        self._replicas.begin(self.pipeline)
+        self.pipeline = build_pipeline(
+            model,
+            self.config,
+            self._group,
+            self._replicas,
+            check=lambda: self._check(model),
+            adopt=lambda part: self._adopt(part, device),
+            sample_inputs=sample_inputs,
+            batch_dim=batch_dim,
+        )
         self._steps = BatchSteps(self.pipeline, self._rows, batch_dim, self.config.timeout)
         self._side_by_side = StepsSideBySide(self.pipeline, self._replicas)
         self._updater: Updater | None = None
@@ -397,8 +387,7 @@ class TrainingWrapper:
     def _agree(self, describe: Callable[[], dict[str, Any]]) -> None:
         agree(self._group, self.config.timeout, describe)
 
-    def _check(self, model: nn.Module | Sequence[nn.Module]) -> dict[str, Any]:
-        """Checks what can be wrong before the model is cut; there is nothing to compare yet."""
+    def _check(self, model: nn.Module | Sequence[nn.Module]) -> None:
         self._options.check()
         given = model if isinstance(model, Sequence) else [model]
         for module in (each for each in given if isinstance(each, nn.Module)):
@@ -407,17 +396,12 @@ class TrainingWrapper:
                 "TrainingWrapper, which sums gradients over replicas by itself, trains whole models",
                 "train its stages over a Pipeline with a loop of your own, or do not shard it",
             )
-        return {"stages": {}}
 
     def _adopt(
-        self,
-        model: nn.Module | Sequence[nn.Module],
-        device: torch.device | str | None,
-        costs: list[Cost] | None,
-    ) -> dict[str, Any]:
-        """Cuts the model and does what else may fail on one rank; returns what ranks compare."""
+        self, part: OwnPart, device: torch.device | str | None
+    ) -> tuple[Sequence[nn.Module], dict[str, Any]]:
+        """Does what else may fail on one rank; returns its stages and what ranks compare."""
         options = self._options
-        part = own_part(model, self.config, costs, self._group, show=self._replicas.index == 0)
         self._rows, stages = part.rows, part.stages
         self._loss = choose_loss(
             predicts_next_token(stages),
@@ -431,7 +415,7 @@ class TrainingWrapper:
         )
         self._stages = place_stages(stages, device)
         self._reader = BatchReader(options.input_names or input_names(stages), options.label_names)
-        return options.to_compare()
+        return self._stages, options.to_compare()
 
     def _equip(
         self, optimizer: Recipe, scheduler: Recipe, scaler: GradScaler | None
