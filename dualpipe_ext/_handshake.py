@@ -49,11 +49,11 @@ def collect(group: PipelineGroup, timeout: float, describe: Describe, failure: s
             do), or a rank did not join.
     """
     try:
-        own: dict[str, Any] = {"facts": describe()}
+        own = json.dumps({"facts": describe()})
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         group.all_gather(json.dumps({"error": f"{type(error).__name__}: {error}"}), timeout)
         raise
-    answers = [json.loads(text) for text in group.all_gather(json.dumps(own), timeout)]
+    answers = [json.loads(text) for text in group.all_gather(own, timeout)]
     for rank, answer in enumerate(answers):
         if "error" in answer:
             raise PipelineError(f"rank {rank} {failure}: {answer['error']}")

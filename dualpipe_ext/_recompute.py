@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor, nn
 
-__all__ = ["Contexts", "buffers_once"]
+__all__ = ["Contexts", "buffers_once", "buffers_put_back"]
 
 Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 
@@ -24,7 +24,7 @@ def buffers_once(module: nn.Module) -> Callable[[], Contexts]:
         if next(module.buffers(), None) is None:
             return nullcontext(), nullcontext()
         changed: list[nn.Module] = []
-        return _noting_changes(module, changed), _putting_back(changed)
+        return _noting_changes(module, changed), buffers_put_back(changed)
 
     return contexts
 
@@ -37,7 +37,8 @@ def _noting_changes(module: nn.Module, changed: list[nn.Module]) -> Iterator[Non
 
 
 @contextmanager
-def _putting_back(modules: list[nn.Module]) -> Iterator[None]:
+def buffers_put_back(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Leaves the modules' own buffers unchanged by what runs within."""
     kept = [
         (module, name, buffer, buffer.detach().clone())
         for module in modules

@@ -185,7 +185,8 @@ class DualPipeConfig:
         except yaml.YAMLError as error:
             raise ValueError(f"{os.fspath(path)} is no YAML: {error}") from error
         except (ValueError, TypeError) as error:
-            raise type(error)(f"{os.fspath(path)}: {error}") from error
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{os.fspath(path)}: {error}") from error
 
 
 def _of_type(name: str, value: object, wanted: type) -> None:

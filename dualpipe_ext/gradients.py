@@ -47,12 +47,17 @@ def total_norm(parameters: Iterable[Tensor], norm_type: float, gather: GatherNum
 
     by_rank = gather(power_sum)
     if math.isinf(norm_type):
-        return torch.tensor(max(by_rank), dtype=torch.float64)
+        return torch.tensor(_largest(by_rank), dtype=torch.float64)
     return torch.tensor(math.fsum(by_rank) ** (1.0 / norm_type), dtype=torch.float64)
 
 
 def clip_local_gradients(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scales gradients in place by ``min(1, max_norm / (norm + 1e-6))``, as torch does."""
+    """Scales gradients in place by ``min(1, max_norm / (norm + 1e-6))``, as torch does.
+
+    An infinite ``max_norm`` changes nothing, whatever the norm.
+    """
+    if math.isinf(max_norm):
+        return
     scale = max_norm / (float(norm) + 1e-6)
     grads = [local_part(grad) for grad in gradients_of(parameters)]
     if not scale >= 1.0 and grads:  # also if the norm is NaN, which spreads
@@ -126,7 +131,7 @@ def _power_sum(grads: Sequence[Tensor], norm_type: float) -> float:
         _sum_over(groups, _local_power_sum(parts, norm_type), is_max)
         for groups, parts in by_sharding.items()
     ]
-    return max(powers, default=0.0) if is_max else math.fsum(powers)
+    return _largest(powers) if is_max else math.fsum(powers)
 
 
 def _local_power_sum(grads: Sequence[Tensor], norm_type: float) -> Tensor:
@@ -140,6 +145,17 @@ def _local_power_sum(grads: Sequence[Tensor], norm_type: float) -> Tensor:
 
 def _sum_over(groups: ShardGroups, power: Tensor, is_max: bool) -> float:
     """Reduces ``power`` over all shards; each rank of the groups holds one."""
+    if not is_max:
+        for group in groups:
+            dist.all_reduce(power, dist.ReduceOp.SUM, group=group)
+        return float(power)
+    # The largest of numbers and a NaN may be a number, depending on their order.
+    largest = torch.stack([power.nan_to_num(nan=0.0, posinf=math.inf), power.isnan().double()])
     for group in groups:
-        dist.all_reduce(power, dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=group)
-    return float(power)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return math.nan if largest[1] else float(largest[0])
+
+
+def _largest(values: Sequence[float]) -> float:
+    """Returns the largest value, 0 if there is none; NaN if any is, unlike ``max``."""
+    return math.nan if any(math.isnan(value) for value in values) else max(values, default=0.0)

@@ -79,6 +79,11 @@ class Pipeline(nn.Module):
     ) -> None:
         super().__init__()
         self.batch_dim = batch_dim
+        if not isinstance(config, DualPipeConfig | None):
+            raise TypeError(
+                f"config={config!r}: it must be a DualPipeConfig, such as "
+                f"DualPipeConfig.from_dict({{...}})"
+            )
         self.config = (config or DualPipeConfig()).resolved()
         self.group = resolve_group(process_group, rank_mapping)
         self.rank = self.group.rank
@@ -230,6 +235,8 @@ class Pipeline(nn.Module):
                     self._unsummed.begin_step()
                 if training and sum_within:
                     self._unsummed.warn_if_accumulated(self.rank)
+                if labels is not None and not isinstance(labels, Tensor):
+                    labels = tuple(labels)
                 plan = self._planner.plan(num_chunks, training, sum_within)
                 step = self._make_step(plan, inputs, labels, criterion, training, return_outputs)
                 reducer = self._gradient_sum() if sum_within and training else None
@@ -465,6 +472,11 @@ class Pipeline(nn.Module):
 
     def _adopt(self, modules: list[nn.Module], schedule: str | Schedule) -> dict[str, Any]:
         """Checks and adopts the modules; returns what the other ranks must know."""
+        if not isinstance(self.batch_dim, int) or isinstance(self.batch_dim, bool):
+            raise TypeError(
+                f"batch_dim={self.batch_dim!r}: it must be an int (a configuration is given by "
+                f"name, config=)"
+            )
         self._local = LocalStages(modules, schedule, self.group, self.config)
         self.module = nn.ModuleList(self._local.modules)
         return self._local.describe() | {"batch_dim": self.batch_dim}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from dualpipe_ext._recompute import buffers_put_back
 from dualpipe_ext.adapters.cost import Cost, parameter_cost
 from dualpipe_ext.adapters.plan import Stage
 from dualpipe_ext.adapters.trace import tracing_lock
@@ -24,7 +25,7 @@ def measure(
 ) -> list[Cost]:
     """Runs the pieces one after the other and measures each ``repeats`` times; the least counts.
 
-    Gradients of parameters and torch's random number generator are left as they are.
+    Gradients of parameters, buffers and torch's random number generators are left as they are.
 
     Args:
         pieces: the stages that an adapter cut, in order.
@@ -42,11 +43,18 @@ def measure(
     costs = []
     values: Tensors = list(inputs)
     # Other ranks that are threads of this process would disturb the times; tracing, the runs.
-    with tracing_lock, torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with tracing_lock, torch.random.fork_rng(_gpus(pieces)), torch.enable_grad():
         for piece in pieces:
-            cost, values = _measure_piece(piece, values, repeats)
+            # Only one rank measures: its copies of the stages would differ from the others'.
+            with buffers_put_back(piece.module.modules()):
+                cost, values = _measure_piece(piece, values, repeats)
             costs.append(cost)
     return costs
+
+
+def _gpus(pieces: Sequence[Stage]) -> list[torch.device]:
+    devices = {p.device for piece in pieces for p in piece.module.parameters()}
+    return [device for device in devices if device.type == "cuda"]
 
 
 def _measure_piece(piece: Stage, inputs: Tensors, repeats: int) -> tuple[Cost, Tensors]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dualpipe_ext._buffers import average_over
 from dualpipe_ext._ranks import Ranks
 from dualpipe_ext._replicas import on_first_replica
 from dualpipe_ext.checkpoint.folders import find_checkpoint
@@ -74,6 +75,8 @@ def export_pretrained(
             save_checkpoint(weights, pipeline, step=0, timeout=timeout)
             ranks.from_first(lambda: write(weights), _FAILURE)
 
+    pipeline.sync_buffers()
+    average_over(replicas, pipeline.buffers())
     on_first_replica(replicas, export, _FAILURE)
 
 

@@ -58,6 +58,7 @@ def read_state(saved: Saved, run: Run) -> State:
         ValueError: something is not in the checkpoint, or does not fit the run.
     """
     _check_optimizer(saved, run.optimizer)
+    _check_scheduler(saved, run.scheduler)
     scheduler = None if run.scheduler is None else saved.read_one("scheduler")
     _check_groups(scheduler, run.optimizer)
     return State(
@@ -122,6 +123,18 @@ def _check_optimizer(saved: Saved, optimizer: Optimizer | None) -> None:
             f"{saved.place} was saved {f'with the optimizer {there}' if there else 'without one'}, "
             f"and the optimizer here is {here}; make the same one, or load without optimizer= and "
             f"scheduler= to begin with a new one"
+        )
+
+
+def _check_scheduler(saved: Saved, scheduler: LRScheduler | None) -> None:
+    there = saved.manifest.get("scheduler")  # checkpoints did not always say
+    if scheduler is None or there is None:
+        return
+    here = type(scheduler).__name__
+    if there != here:
+        raise ValueError(
+            f"{saved.place} was saved with the scheduler {there}, and the scheduler here is {here}; "
+            f"make the same one, or load without scheduler= to begin with a new one"
         )
 
 

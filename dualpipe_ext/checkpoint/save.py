@@ -109,7 +109,7 @@ def save_checkpoint(
 
         def finish(by_rank: list[dict[Record, int]]) -> Path:
             checksums = Checksums(dict(ChainMap(*by_rank)))
-            facts = {**_facts(holding, optimizer), "seeds": seeds}
+            facts = {**_facts(holding, optimizer, scheduler), "seeds": seeds}
             place = folders.commit(draft, step, {**facts, "checksums": checksums.write(draft)})
             folders.remove_old(place, keep)
             return place
@@ -150,8 +150,8 @@ def _warn_of_copies(pipeline: Pipeline) -> None:
     except Exception as error:  # noqa: BLE001 - also what cannot be compared, or not in time
         if pipeline.rank == 0:
             warn_caller(
-                f"the copies of stages were not found equal; those on the ranks of the stages' own numbers are saved: "
-                f"{error}"
+                f"the copies of stages were not found equal; those on the ranks of the stages' own "
+                f"numbers are saved: {error}"
             )
 
 
@@ -198,11 +198,14 @@ def _states(
     return found
 
 
-def _facts(holding: Holding, optimizer: Optimizer | None) -> dict[str, Any]:
+def _facts(
+    holding: Holding, optimizer: Optimizer | None, scheduler: LRScheduler | None
+) -> dict[str, Any]:
     return {
         "architecture": holding.architecture,
         "num_ranks": holding.ranks.group.size,
         "num_pipeline_steps": holding.pipeline.num_steps if holding.pipeline else 0,
         "optimizer": None if optimizer is None else kind_of(optimizer),
+        "scheduler": None if scheduler is None else type(scheduler).__name__,
         "torch": torch.__version__,
     }

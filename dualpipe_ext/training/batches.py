@@ -91,7 +91,7 @@ class BatchReader:
             TypeError: anything else.
         """
         if isinstance(given, Mapping):
-            batch = self._read_names(given)
+            batch = self._read_names(given, partly)
         elif isinstance(given, Tensor):
             batch = Batch((given,), ())
         elif isinstance(given, (tuple, list)):
@@ -104,7 +104,7 @@ class BatchReader:
         _check_tensors(batch, partly)
         return batch
 
-    def _read_names(self, given: Mapping[str, Any]) -> Batch:
+    def _read_names(self, given: Mapping[str, Any], partly: bool) -> Batch:
         if self.inputs is None:
             raise ValueError(
                 "a batch by name needs the names of the inputs, and stages of your own do not tell "
@@ -119,7 +119,15 @@ class BatchReader:
                     f"{f' (did you mean {close[0]!r}?)' if close else ''}; inputs are "
                     f"{', '.join(self.inputs)}, labels {', '.join(self.labels)} (label_names=)"
                 )
-        labels = tuple(given[name] for name in self.labels if given.get(name) is not None)
+        labels = tuple(given.get(name) for name in self.labels)
+        missing = [name for name, label in zip(self.labels, labels, strict=True) if label is None]
+        if len(missing) == len(labels):
+            labels = ()
+        elif missing and not partly:
+            raise ValueError(
+                f"the batch has no {' and no '.join(missing)}, but other labels; give all labels, or "
+                f"name only those that there are (label_names=)"
+            )
         return Batch(tuple(given.get(name) for name in self.inputs), labels)
 
 

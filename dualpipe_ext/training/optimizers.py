@@ -44,6 +44,21 @@ class Recipe:
         """Calls ``given`` with ``argument`` first, if it is callable; otherwise returns it."""
         return self.given(argument, **(self.options or {})) if callable(self.given) else self.given
 
+    def ready_made(self, kind: type) -> Any:
+        """Returns ``given`` if it is of this kind, otherwise ``None``.
+
+        Raises:
+            ValueError: it is, and there are options for it.
+        """
+        if not isinstance(self.given, kind):
+            return None
+        if self.options:
+            raise ValueError(
+                f"options {', '.join(self.options)} were given for a {type(self.given).__name__} that "
+                f"is already made; give its class, or make it with them"
+            )
+        return self.given
+
 
 def make_optimizer(
     recipe: Recipe,
@@ -67,8 +82,7 @@ def make_optimizer(
     placeholder = None if trained else nn.Parameter(torch.zeros(1, device=device))
     if placeholder is not None:
         trained = [placeholder]
-    is_made = isinstance(recipe.given, Optimizer)
-    optimizer = recipe.given if is_made else recipe.make(trained)
+    optimizer = recipe.ready_made(Optimizer) or recipe.make(trained)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer= must be a class of torch.optim, a function that makes one of a list of "
@@ -94,8 +108,7 @@ def make_scheduler(recipe: Recipe, optimizer: Optimizer) -> LRScheduler | None:
     """
     if recipe.given is None:
         return None
-    is_made = isinstance(recipe.given, LRScheduler)
-    scheduler = recipe.given if is_made else recipe.make(optimizer)
+    scheduler = recipe.ready_made(LRScheduler) or recipe.make(optimizer)
     if not isinstance(scheduler, LRScheduler):
         raise TypeError(
             f"scheduler= must be a class of torch.optim.lr_scheduler, a function that makes one of "
@@ -169,7 +182,8 @@ def _narrow(
         optimizer.param_groups[0]["params"].append(placeholder)
     elif not found:
         raise ValueError(
-            "the optimizer holds none of this rank's parameters; make it over those of the very "
-            "model that TrainingWrapper is given, or pass a function, such as "
+            "the optimizer holds none of this rank's parameters; make it over all those of the very "
+            "model that TrainingWrapper is given (freeze what it must not train, by "
+            "requires_grad_(False)), or pass a function, such as "
             "optimizer=lambda parameters: AdamW(parameters, lr=1e-3)"
         )

@@ -37,9 +37,14 @@ class LoopOptions:
                 raise ValueError(f"{name}={value}: it must be at least {least}")
         if self.shifts_labels not in (None, True, False):
             raise TypeError(f"shifts_labels={self.shifts_labels!r}: it must be True, False or None")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+        norm = self.max_grad_norm
+        if isinstance(norm, bool) or not isinstance(norm, (int, float, type(None))):
+            raise TypeError(
+                f"max_grad_norm={norm!r}: it must be a number, not {type(norm).__name__}"
+            )
+        if norm is not None and not norm > 0:
             raise ValueError(
-                f"max_grad_norm={self.max_grad_norm}: it must be above 0; use float('inf') to "
+                f"max_grad_norm={norm}: it must be above 0; use float('inf') to "
                 f"measure without clipping, and None to do neither"
             )
         if self.autocast not in (None, torch.bfloat16, torch.float16):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-__all__ = ["RankScaler", "are_finite"]
+__all__ = ["RankScaler", "are_finite", "refuse_main_grads"]
 
 
 class RankScaler:
@@ -39,8 +39,12 @@ class RankScaler:
             optimizer: the optimizer whose gradients to unscale.
             are_finite: whether the gradients of all ranks are finite. If not, one of this
                 optimizer's is made infinite, so that the scaler finds the same on every rank.
+
+        Raises:
+            ValueError: a gradient is in a ``main_grad``.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        refuse_main_grads(parameters)
         grads = [p.grad for p in parameters if p.grad is not None]
         if not grads:  # everything here is frozen, but the scaler requires a gradient
             parameters[0].grad = torch.zeros_like(parameters[0])
@@ -57,6 +61,15 @@ class RankScaler:
         """Steps the optimizer unless a gradient is not finite; updates the scale in either case."""
         self.scaler.step(optimizer)
         self.scaler.update()
+
+
+def refuse_main_grads(parameters: Iterable[Tensor]) -> None:
+    """Raises ValueError if a gradient is in a ``main_grad``, where a GradScaler never looks."""
+    if any(getattr(parameter, "main_grad", None) is not None for parameter in parameters):
+        raise ValueError(
+            "a GradScaler does not unscale main_grad: train without scaler=, in bfloat16, or without "
+            "main_grad"
+        )
 
 
 def are_finite(grads: Sequence[Tensor]) -> bool:

@@ -19,7 +19,7 @@ from dualpipe_ext.training.optimizers import (
     make_scheduler,
     step_scheduler,
 )
-from dualpipe_ext.training.scaling import RankScaler, are_finite
+from dualpipe_ext.training.scaling import RankScaler, are_finite, refuse_main_grads
 
 __all__ = ["Updater", "make_updater"]
 
@@ -114,7 +114,7 @@ def make_updater(
         device: the device of the rank's stages.
         optimizer: as for :func:`make_optimizer`.
         scheduler: as for :func:`make_scheduler`.
-        scaler: the loss scaler, which is used if it is enabled.
+        scaler: the loss scaler, which is used if it is enabled; not for a ``main_grad``.
         max_grad_norm: the norm to which gradients of the whole model are clipped.
 
     Raises:
@@ -123,5 +123,6 @@ def make_updater(
     made = make_optimizer(optimizer, list(pipeline.parameters()), device)
     scaling = RankScaler(scaler, device) if scaler and scaler.is_enabled() else None
     if scaling is not None:
+        refuse_main_grads(pipeline.parameters())
         pipeline.register_before_backward_hook(scaling.scale)
     return Updater(pipeline, made, make_scheduler(scheduler, made), scaling, max_grad_norm)

@@ -167,9 +167,8 @@ class TrainingWrapper:
         self._side_by_side = StepsSideBySide(self.pipeline, self._replicas)
         self._updater: Updater | None = None
         self._is_torn = False  # True during an update, and after one that failed
-        if optimizer is not None:
-            made = Recipe(optimizer, optimizer_options), Recipe(scheduler, scheduler_options)
-            self._replicas.together(lambda: self._agree(lambda: self._equip(*made, scaler)))
+        recipes = Recipe(optimizer, optimizer_options), Recipe(scheduler, scheduler_options)
+        self._replicas.together(lambda: self._agree(lambda: self._equip(*recipes, scaler)))
 
     @property
     def optimizer(self) -> Optimizer:
@@ -254,7 +253,8 @@ class TrainingWrapper:
         have fewer rows than micro-batches: rows that do not count are added.
 
         Args:
-            data: a batch, or an iterable of batches, the same on every rank.
+            data: a batch, or an iterable of batches, the same on every rank. A list is a batch if
+                it holds tensors; of lists or tuples, it is an iterable of batches.
             halves: as for :meth:`train_step`; no rows are added then.
 
         Returns:
@@ -420,7 +420,14 @@ class TrainingWrapper:
     def _equip(
         self, optimizer: Recipe, scheduler: Recipe, scaler: GradScaler | None
     ) -> dict[str, Any]:
-        """Makes optimizer and scheduler; returns what ranks compare."""
+        """Makes optimizer and scheduler, if there are any; returns what ranks compare."""
+        if optimizer.given is None:
+            if optimizer.options or scheduler.given or scheduler.options or scaler:
+                raise ValueError(
+                    "optimizer=None, and options, a scheduler or a scaler for one: give an optimizer "
+                    "as well, or none of them"
+                )
+            return {"scaler": False, "optimizer": None, "stages": {}}
         self._updater = make_updater(
             self.pipeline,
             self._steps.device,

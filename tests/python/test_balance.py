@@ -207,6 +207,15 @@ def test_leaves_gradients_and_random_numbers_alone() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_leaves_buffers_alone() -> None:
+    layers = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(4)]
+    model = nn.Sequential(*layers)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    get_model_adapter(model).measure([torch.randn(8, 4)])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_ranks_take_what_the_first_one_measured() -> None:
     def sizes(rank: int, size: int) -> tuple[object, ...]:
         model = slow_model([1, 1, 1, 1] if rank == 0 else [1, 1, 1, 20])

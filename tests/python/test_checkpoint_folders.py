@@ -145,6 +145,10 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     scheduler = torch.optim.lr_scheduler.ConstantLR(sgd)
     with pytest.raises(ValueError, match="saved without scheduler"):
         load_checkpoint(tmp_path, model, sgd, scheduler)
+    save_checkpoint(tmp_path, model, sgd, scheduler, step=1)
+    other = torch.optim.lr_scheduler.ExponentialLR(sgd, 0.9)
+    with pytest.raises(ValueError, match="scheduler ConstantLR, and the scheduler here is Expo"):
+        load_checkpoint(tmp_path, model, sgd, other)
     frozen = torch.optim.SGD([model.weight], lr=0.1)
     save_checkpoint(tmp_path, model, frozen, step=1)
     with pytest.raises(ValueError, match="trains bias, which that of the checkpoint did not"):

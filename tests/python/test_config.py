@@ -94,6 +94,13 @@ def test_files_that_are_no_settings(tmp_path: Path, text: str) -> None:
         DualPipeConfig.from_yaml(path)
 
 
+def test_files_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"wrong\.yaml: .*0xff"):
+        DualPipeConfig.from_yaml(path)
+
+
 def test_no_overlap_means_none() -> None:
     resolved = DualPipeConfig(overlap_strategy="none", lookahead=3).resolved()
     assert (resolved.lookahead, resolved.split_weight_gradients, resolved.use_overlapped) == (

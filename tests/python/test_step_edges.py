@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import squared_error
+from outcomes import outcomes
 from torch import Tensor, nn
 
 from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline, PipelineError, microbatch_seed
@@ -209,3 +212,32 @@ def test_all_ranks_synchronize_or_none() -> None:
 
     for text in run_ranks(rank_fn, 2, timeout=20):
         assert "num_microbatches is 1" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"batch_dim": DualPipeConfig()}, "batch_dim=DualPipeConfig.*by name, config="),
+        ({"batch_dim": "0"}, "batch_dim='0': it must be an int"),
+        ({"config": {"timeout": 3.0}}, "config={'timeout': 3.0}: .*from_dict"),
+    ],
+)
+def test_arguments_of_the_wrong_type(options: dict[str, Any], text: str) -> None:
+    def make(rank: int, size: int) -> None:
+        DualPipe([nn.Linear(2, 2), nn.Linear(2, 2)], **options)
+
+    for outcome in outcomes(make, 2):
+        assert outcome.is_a("TypeError") and re.search(text, outcome.text), outcome
+
+
+def test_labels_may_come_from_a_generator() -> None:
+    def train(rank: int, size: int) -> float:
+        torch.manual_seed(0)
+        model = DualPipe([nn.Linear(2, 2), nn.Linear(2, 2)])
+        x, y = torch.randn(4, 2), torch.randn(4, 2)
+        labels = (label for label in [y])
+        loss, _ = model.step(x, num_chunks=4, criterion=F.mse_loss, labels=labels)  # type: ignore[arg-type]
+        assert loss is not None
+        return float(loss.sum())
+
+    assert all(loss > 0 for loss in run_ranks(train, 2))

@@ -22,6 +22,7 @@ from dualpipe_ext.compat.batches import BatchPipeline
 from dualpipe_ext.compat.ranks import TrainerRanks
 from dualpipe_ext.groups import resolve_group
 from dualpipe_ext.testing import run_ranks
+from dualpipe_ext.training.batches import BatchReader
 from dualpipe_ext.training.replicas import Replicas
 
 pytestmark = pytest.mark.measures  # failures are told within seconds
@@ -68,6 +69,12 @@ def make(**options: Any) -> TrainingWrapper:
         },
     }
     return TrainingWrapper(**given)
+
+
+def with_main_grads(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+    return model
 
 
 CONSTRUCTION = {
@@ -123,6 +130,27 @@ CONSTRUCTION = {
         ("accumulation_steps=0.5", "an int"), {"accumulation_steps": 0.5}, error="TypeError"
     ),
     "no norm": Wrong(("max_grad_norm=0", "above 0", "None"), {"max_grad_norm": 0}),
+    "a norm that is no number": Wrong(
+        ("max_grad_norm='1'", "a number"), {"max_grad_norm": "1"}, error="TypeError"
+    ),
+    "options for an optimizer that is made": Wrong(
+        ("options lr", "a SGD that is already made"),
+        {"optimizer": SGD(make_gpt().parameters(), lr=0.1), "optimizer_options": {"lr": 1.0}},
+    ),
+    "a scaler without an optimizer": Wrong(
+        ("optimizer=None", "a scaler for one"),
+        {"optimizer": None, "scaler": torch.amp.GradScaler("cpu")},
+    ),
+    "an optimizer on one rank alone": Wrong(
+        ("ranks differ in optimizer", "None on rank 1"),
+        {"optimizer": None},
+        culprits=(1,),
+        error="both",
+    ),
+    "a scaler of gradients that it does not find": Wrong(
+        ("does not unscale main_grad", "bfloat16"),
+        {"model": lambda: with_main_grads(make_gpt()), "scaler": torch.amp.GradScaler("cpu")},
+    ),
     "no type for autocast": Wrong(
         ("autocast=torch.float32", "bfloat16"), {"autocast": torch.float32}
     ),
@@ -325,6 +353,14 @@ def with_other_values(module: nn.Module, *, device: str, recurse: bool = True) -
     """Memory as it may be: with what nobody else has there."""
     made: nn.Module = module._apply(lambda t: torch.rand(t.shape, dtype=t.dtype, device=device))
     return made
+
+
+def test_labels_keep_their_places() -> None:
+    reader = BatchReader(("text",), ("first", "second"))
+    with pytest.raises(ValueError, match="has no first, but other labels; give all labels"):
+        reader.read({"text": TEXT, "second": LABELS})
+    assert reader.read({"text": TEXT, "second": LABELS}, partly=True).labels == (None, LABELS)
+    assert reader.read({"text": TEXT}).labels == ()
 
 
 def test_training_without_an_optimizer() -> None:
