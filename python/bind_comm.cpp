@@ -4,12 +4,14 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <tuple>
 
 #include "bindings.h"
 #include "comm/loopback.h"
 #include "common/error.h"
+#include "delete_unlocked.h"
 #include "interrupts.h"
 #include "torch/process_group_transport.h"
 
@@ -19,6 +21,7 @@ namespace dualpipe {
 namespace {
 
 using Unlocked = py::call_guard<py::gil_scoped_release>;
+using ExchangeHolder = std::unique_ptr<StoreExchange, DeleteUnlocked>;
 
 // (dtype code, whether a gradient is required, shape, bytes).
 using RawTensor = std::tuple<int, bool, std::vector<std::int64_t>, py::bytes>;
@@ -230,10 +233,13 @@ void bind_process_group(py::module_& module) {
       py::arg("group"), py::arg("values"), py::arg("timeout"),
       "Every rank's numbers, by rank of the group. All ranks give equally many.");
 
-  py::class_<StoreExchange>(module, "StoreExchange", "Exchanges texts between processes.")
+  py::class_<StoreExchange, ExchangeHolder>(module, "StoreExchange",
+                                            "Exchanges texts between processes.")
       .def(py::init([](const py::object& group, int rank) {
-             return process_group_exchange(process_group(group), Rank(rank),
-                                           &InterruptScope::interrupted);
+             c10d::ProcessGroup& ranks = process_group(group);
+             const py::gil_scoped_release unlocked;
+             return ExchangeHolder(
+                 process_group_exchange(ranks, Rank(rank), &InterruptScope::interrupted).release());
            }),
            py::arg("group"), py::arg("rank"))
       .def(

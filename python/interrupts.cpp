@@ -41,7 +41,10 @@ void install() {
 }  // namespace
 
 InterruptScope::InterruptScope() : is_main_thread_(gettid() == getpid()) {
-  if (is_main_thread_ && depth++ == 0 && raises_keyboard_interrupt()) install();
+  if (!is_main_thread_) return;
+  const bool wanted = depth == 0 && raises_keyboard_interrupt();  // may raise: it runs Python
+  ++depth;
+  if (wanted) install();
 }
 
 InterruptScope::~InterruptScope() {

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <new>
 #include <utility>
 
@@ -11,6 +12,7 @@ namespace dualpipe {
 
 namespace {
 
+constexpr std::chrono::hours kForever{1};
 constexpr std::size_t kPage = 4096;
 constexpr std::size_t kLine = 128;  // bytes that processors and devices fetch together
 constexpr std::uint32_t kFarAhead = std::uint32_t{1} << 30;
@@ -81,7 +83,8 @@ CopyMailbox::CopyMailbox(std::shared_ptr<CopyCalls> calls, std::shared_ptr<Share
 CopyMailbox::~CopyMailbox() {
   for (const EventPtr& event : held_back_) {
     try {
-      event->synchronize();
+      while (!done_within(*event, kForever)) {
+      }
     } catch (const std::exception&) {
       // The device is broken: none of its streams waits here any more.
     }

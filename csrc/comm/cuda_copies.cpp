@@ -129,7 +129,9 @@ class CudaCopies final : public CopyCalls {
     check(cudaHostRegister(memory, num_bytes, cudaHostRegisterPortable | cudaHostRegisterMapped),
           "use flags in host memory");
     void* there = nullptr;
-    check(cudaHostGetDevicePointer(&there, memory, 0), "find flags in host memory");
+    const cudaError_t found = cudaHostGetDevicePointer(&there, memory, 0);
+    if (found != cudaSuccess) (void)cudaHostUnregister(memory);
+    check(found, "find flags in host memory");
     return static_cast<std::byte*>(there);
   }
   void unregister_memory(std::byte* memory) noexcept override {

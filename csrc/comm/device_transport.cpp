@@ -24,7 +24,9 @@ constexpr std::uint64_t kMeeting = ~std::uint64_t{0};
 
 constexpr std::chrono::milliseconds kPoll{1};
 constexpr std::chrono::milliseconds kPatience{100};
-constexpr std::chrono::seconds kExitPatience{30};  // for a device that finishes nothing
+// For a device that finishes nothing: at exit, and before an abort.
+constexpr std::chrono::seconds kExitPatience{30};
+constexpr std::chrono::seconds kAbortPatience{3};
 
 // A stuck device must not fill its queues, of some 1000 entries: a thread that issues work would
 // then wait in the driver, where no abort reaches it. A message takes about five entries.
@@ -104,6 +106,7 @@ class DeviceTransport final : public Transport {
 
  private:
   void wait_for_device() noexcept;
+  void wait_for_earlier_steps(DeviceLink& link) const noexcept;
   void meet(std::int64_t step);
   [[nodiscard]] std::shared_ptr<DeviceLink> link();
   [[nodiscard]] std::optional<std::size_t> find_way(Rank peer, MessageKind kind,
@@ -272,7 +275,7 @@ void DeviceTransport::describe(std::size_t way, Rank to, const MessageId& id,
   const Layout* const known = is_mirror(id.kind) ? nullptr : layouts_of_way(way).next();
   if (known == nullptr) {
     (void)host_->send(to, id, layout_message(layout), nullptr);
-    layouts_of_way(way).write_down(layout);
+    if (!is_mirror(id.kind)) layouts_of_way(way).write_down(layout);
     return;
   }
   DUALPIPE_USER_CHECK(
@@ -308,7 +311,7 @@ Arrival DeviceTransport::take(std::size_t way, const IncomingPtr& incoming) {
       unknown_[way].pop_front();
       next->layout = layout_of(next->description->wait().message);
       next->description.reset();
-      layouts_of_way(way).write_down(next->layout);
+      if (!is_mirror(next->id.kind)) layouts_of_way(way).write_down(next->layout);
       issue(way, *next);
     }
     return std::move(incoming->arrival);
@@ -344,6 +347,7 @@ void DeviceTransport::end_step() {
   unless_failed([&] {
     DUALPIPE_CHECK(layouts_ != nullptr, "end_step outside of a step");
     host_->end_step();
+    in_flight_->commit();
     for (WayLayouts& way : layouts_->ways) way.commit();
     layouts_ = nullptr;
     finish_issuing();
@@ -363,7 +367,35 @@ void DeviceTransport::finish_issuing() {
 void DeviceTransport::abort(const Failure& failure) noexcept {
   if (!failure_.set(FailureFlag::Kind::kPipeline, failure.text)) return;
   host_->abort(failure);
-  if (const std::shared_ptr<DeviceLink> live = link()) live->abort();
+  if (const std::shared_ptr<DeviceLink> live = link()) {
+    wait_for_earlier_steps(*live);
+    live->abort();
+  }
+}
+
+// Earlier steps have returned, and the caller may have issued an update by their gradients, of
+// which a device may still be waiting for the last ones. All ranks have issued these messages, so
+// they arrive by themselves, unless a rank is gone.
+void DeviceTransport::wait_for_earlier_steps(DeviceLink& link) const noexcept {
+  const auto is_lost = [&] {
+    for (std::size_t way = 0; way < ways_.size(); ++way) {
+      if (link.error(way, in_flight_->any_of(way))) return true;
+    }
+    return false;
+  };
+  try {
+    std::size_t num_left = in_flight_->num_committed();
+    auto deadline = Clock::now() + kAbortPatience;
+    while (num_left > 0 && !is_lost() && Clock::now() < deadline) {
+      std::this_thread::sleep_for(kPoll);
+      if (const std::size_t left = in_flight_->num_committed(); left != num_left) {
+        num_left = left;
+        deadline = Clock::now() + kAbortPatience;
+      }
+    }
+  } catch (const std::exception&) {
+    // The device is broken.
+  }
 }
 
 void DeviceTransport::recover() {

@@ -73,8 +73,8 @@ class FrameSender {
   std::mutex small_mutex_;
   std::vector<Sent> small_;
 
-  HostStream courier_{"dp_courier"};  // last: their threads use the members above
-  HostStream reaper_{"dp_reaper"};
+  HostStream reaper_{"dp_reaper"};  // last: their threads use the members above
+  HostStream courier_{"dp_courier"};
 };
 
 }  // namespace dualpipe

@@ -7,7 +7,7 @@ namespace dualpipe {
 void InFlight::add(std::size_t way, const MessageId& id, EventPtr end,
                    std::shared_ptr<void> owner) {
   const std::lock_guard lock(mutex_);
-  ways_[way].push_back({id, std::move(end), std::move(owner), Clock::now()});
+  ways_[way].push_back({id, std::move(end), std::move(owner), Clock::now(), false});
 }
 
 std::size_t InFlight::num_of(std::size_t way) {
@@ -38,6 +38,24 @@ void InFlight::clear() {
     const std::lock_guard lock(mutex_);
     operations.swap(forgotten);
   }
+}
+
+void InFlight::commit() {
+  const std::lock_guard lock(mutex_);
+  for (std::deque<Operation>& operations : ways_) {
+    for (Operation& operation : operations) operation.committed = true;
+  }
+}
+
+std::size_t InFlight::num_committed() const {
+  std::size_t count = 0;
+  const std::lock_guard lock(mutex_);
+  for (const std::deque<Operation>& operations : ways_) {
+    for (const Operation& operation : operations) {
+      if (operation.committed && !operation.end->done()) ++count;
+    }
+  }
+  return count;
 }
 
 bool InFlight::any() const {

@@ -22,6 +22,7 @@ class InFlight {
     EventPtr end;
     std::shared_ptr<void> owner;  // of what is sent; null for a receive
     Clock::time_point since;
+    bool committed = false;
   };
   struct Overdue {
     std::size_t way;
@@ -36,6 +37,11 @@ class InFlight {
   // Forgets operations that are done; returns how many are left.
   std::size_t forget_done();
   void clear();
+
+  // The step is done: what was issued so far belongs to it.
+  void commit();
+  // How many operations of steps that are done have yet to finish. Frees nothing.
+  [[nodiscard]] std::size_t num_committed() const;
 
   [[nodiscard]] bool any() const;
   [[nodiscard]] bool any_of(std::size_t way) const;

@@ -31,8 +31,8 @@ struct NcclOptions {
 };
 
 // All communicators are blocking: connecting, and the first message, wait for the peer; later
-// messages are issued at once. Thread-safe for different communicators; a group belongs to the
-// thread that opened it.
+// messages are issued at once. Thread-safe for different communicators, async_error() for any; a
+// group belongs to the thread that opened it.
 class NcclCalls {
  public:
   virtual ~NcclCalls() = default;
@@ -49,8 +49,8 @@ class NcclCalls {
   virtual NcclResult receive(void* data, std::size_t num_bytes, int peer, NcclHandle comm,
                              Stream& stream) = 0;
   virtual NcclResult async_error(NcclHandle comm, NcclResult* state) = 0;
-  // Ends whatever is running on all of them and frees them, also where a thread is issuing a
-  // message on one and waits for the device.
+  // Ends whatever is running on all of them and frees them. NCCL promises nothing for one on which
+  // another thread is issuing a message.
   virtual NcclResult abort(const std::vector<NcclHandle>& comms) = 0;
   // "ncclRemoteError: remote process exited or there was a network error", with NCCL's last error.
   virtual std::string describe(NcclResult result) = 0;

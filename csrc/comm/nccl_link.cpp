@@ -14,7 +14,8 @@ namespace {
 constexpr std::chrono::microseconds kPoll{50};
 constexpr std::chrono::milliseconds kPatience{100};  // for the connecting thread
 constexpr std::chrono::seconds kIssuePatience{1};    // for a thread that issues a message
-constexpr std::size_t kScratchBytes = 512;           // a byte per way, each on its own cache lines
+constexpr std::chrono::seconds kDrainPatience{60};
+constexpr std::size_t kScratchBytes = 512;  // a byte per way, each on its own cache lines
 
 // A group is closed on every path: one that stays open swallows all later calls of its thread.
 class Group {
@@ -73,7 +74,7 @@ class NcclLink::State {
   void carry_a_byte();
   void await_first_bytes(Clock::time_point deadline);
   void issue(const Connection& connection, NcclHandle comm, const Piece& piece);
-  [[nodiscard]] NcclHandle use(const Connection& connection);
+  [[nodiscard]] NcclHandle live_comm(const Connection& connection);
   void abort_all() noexcept;
   void check(NcclResult result, const char* what, const Connection* connection) const;
   void require_alive() const;
@@ -87,7 +88,9 @@ class NcclLink::State {
 
   // Held while a message is issued, which may wait for the device where its queue is full.
   std::mutex issuing_;
-  std::mutex mutex_;  // guards what follows; its holders wait for nothing
+  // Guards the communicators and flags; its holders wait for nothing. The list of connections
+  // itself is made once, before they are up.
+  std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<Connection> connections_;
   std::exception_ptr error_;  // of bring_up()
@@ -105,17 +108,19 @@ Invitation NcclLink::State::invite() {
 // Runs on the caller's thread: memory belongs to the current stream; the connecting thread has
 // none.
 void NcclLink::State::prepare(std::vector<DeviceWay> ways) {
-  const std::lock_guard lock(mutex_);
   DUALPIPE_CHECK(connections_.empty(), "connected twice");
   const std::shared_ptr<Allocator> allocator = device_->allocator();
   scratch_ = std::shared_ptr<std::byte>(
       static_cast<std::byte*>(allocator->allocate(ways.size() * kScratchBytes)),
       [allocator](std::byte* data) { allocator->free(data); });
   const EventPtr free = device_->compute().record();
+  std::vector<Connection> connections;
   for (DeviceWay& way : ways) {
-    connections_.push_back({std::move(way), nullptr, device_->new_stream()});
-    connections_.back().stream->wait(free);
+    connections.push_back({std::move(way), nullptr, device_->new_stream()});
+    connections.back().stream->wait(free);
   }
+  const std::lock_guard lock(mutex_);
+  connections_ = std::move(connections);
 }
 
 void NcclLink::State::bring_up(const std::vector<Invitation>& invitations) noexcept {
@@ -208,7 +213,7 @@ EventPtr NcclLink::State::transfer(Index way, const std::vector<Piece>& pieces,
                                    const EventPtr& ready) {
   const Connection& connection = connections_.at(way);
   const std::lock_guard lock(issuing_);
-  const NcclHandle comm = use(connection);
+  const NcclHandle comm = live_comm(connection);
   connection.stream->wait(ready);
   Group group(*calls_);
   check(group.start(), "cannot open a group", &connection);
@@ -218,7 +223,7 @@ EventPtr NcclLink::State::transfer(Index way, const std::vector<Piece>& pieces,
 }
 
 // The caller holds issuing_, so that the communicator stays.
-NcclHandle NcclLink::State::use(const Connection& connection) {
+NcclHandle NcclLink::State::live_comm(const Connection& connection) {
   const std::lock_guard lock(mutex_);
   require_alive();
   return connection.comm;
@@ -260,7 +265,8 @@ void NcclLink::State::abort() noexcept {
 
 // Aborts all at once: the end of one may wait for the device, where kernels of the others wait for
 // their peers. A thread that has been issuing a message for so long waits for these kernels itself,
-// so nothing else can free it.
+// so nothing else can free it; NCCL does not promise that such an abort works, as it frees what
+// that thread uses, but without it the rank would hang.
 void NcclLink::State::abort_all() noexcept {
   std::unique_lock issuing(issuing_, std::defer_lock);
   const auto deadline = Clock::now() + kIssuePatience;
@@ -272,11 +278,17 @@ void NcclLink::State::abort_all() noexcept {
       if (connection.comm != nullptr) comms.push_back(std::exchange(connection.comm, nullptr));
     }
   }
+  if (issuing) issuing.unlock();  // others find no communicator any more, and need not wait
   if (!comms.empty()) (void)calls_->abort(comms);
 }
 
 void NcclLink::State::drain() {
-  for (const Connection& connection : connections_) connection.stream->record()->synchronize();
+  for (const Connection& connection : connections_) {
+    if (done_within(*connection.stream->record(), kDrainPatience)) continue;
+    throw PipelineError(cat("rank ", rank_, ": ", connection.way.name,
+                            ": its GPU has not come to an end ", kDrainPatience.count(),
+                            " s after the communicators were aborted"));
+  }
 }
 
 void NcclLink::State::check(NcclResult result, const char* what,

@@ -28,7 +28,8 @@ class SharedSegment {
   // From now on this process is that side, 0 or 1.
   void join(int side);
   // Whether a living process is that side. One that has died does not count, however it ended and
-  // whether or not its parent knows: the kernel releases its lock.
+  // whether or not its parent knows: the kernel releases its lock, once no forked child of it
+  // lives.
   [[nodiscard]] bool is_joined(int side);
 
   // Returns what the first call in this process makes; it lasts as long as the mapping.

@@ -1,5 +1,7 @@
 #include "device/device.h"
 
+#include <thread>
+
 namespace dualpipe {
 namespace {
 
@@ -23,6 +25,15 @@ class HostDevice final : public Device {
 };
 
 }  // namespace
+
+bool done_within(const Event& event, std::chrono::milliseconds limit) {
+  const auto deadline = std::chrono::steady_clock::now() + limit;
+  while (!event.done()) {
+    if (std::chrono::steady_clock::now() > deadline) return false;
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
+  return true;
+}
 
 std::shared_ptr<Device> host_device() { return std::make_shared<HostDevice>(); }
 

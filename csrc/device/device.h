@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -21,6 +22,10 @@ class Event {
   virtual void hold_back(Stream& stream) const = 0;
 };
 using EventPtr = std::shared_ptr<Event>;  // null: already done
+
+// Waits for an event, but not for ever; returns whether it is done. Unlike synchronize(), also
+// where torch.cuda.set_sync_debug_mode() makes waits errors.
+[[nodiscard]] bool done_within(const Event& event, std::chrono::milliseconds limit);
 
 // A queue of work that a device executes in order, concurrently with other streams. Usable from any
 // thread.

@@ -3,6 +3,7 @@
 #include <exception>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -19,12 +20,16 @@ struct DevicePool::State {
 
   Returned take(std::size_t num_bytes) {
     const std::size_t capacity = BufferPool::capacity_for(num_bytes);
+    if (auto oldest = take_returned(capacity)) return *std::move(oldest);
+    // Without the lock: the allocator may need the interpreter's, whose holder may give back.
+    return {memory.acquire(capacity), reader.record()};
+  }
+
+  // The one released first: its reads are the most likely to have finished.
+  std::optional<Returned> take_returned(std::size_t capacity) {
     const std::lock_guard lock(mutex);
     std::vector<Returned>& waiting = returned[capacity];
-    if (waiting.empty()) {
-      return {memory.acquire(capacity), reader.record()};
-    }
-    // The one released first: its reads are the most likely to have finished.
+    if (waiting.empty()) return std::nullopt;
     Returned oldest = std::move(waiting.front());
     waiting.erase(waiting.begin());
     return oldest;

@@ -26,6 +26,7 @@ void WeightQueue::end_backward() { deferring_ = false; }
 void WeightQueue::put(Task task, WeightTargets targets) {
   DUALPIPE_CHECK(deferring_,
                  "a weight gradient was deferred outside of a backward pass for inputs");
+  const std::lock_guard lock(putting_);
   tasks_[current_].push_back({std::move(task), std::move(targets)});
 }
 

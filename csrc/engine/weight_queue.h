@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <functional>
 #include <map>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -28,8 +29,8 @@ class PendingWeights {
 using WeightsAdvanced = std::function<void(const PendingWeights&)>;
 
 // Deferred weight gradients of one engine, first in, first out within a (stage, micro-batch).
-// Autograd may call put() from its own threads while the engine's thread waits for it; otherwise
-// one thread at a time.
+// Autograd may call put() from its own threads, one for each device of a stage, while the engine's
+// thread waits for it; otherwise one thread at a time.
 class WeightQueue {
  public:
   using Task = std::function<void()>;
@@ -57,6 +58,7 @@ class WeightQueue {
     Task task;
     WeightTargets targets;
   };
+  std::mutex putting_;
   std::map<Key, std::vector<Deferred>> tasks_;
   Key current_;
   bool deferring_ = false;

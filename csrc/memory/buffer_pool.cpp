@@ -63,6 +63,7 @@ struct BufferPool::State {
   ~State() { trim(); }
 
   Block* take(std::size_t capacity);
+  Block* take_free(std::size_t capacity);
   void give_back(Block* block) noexcept;
   void trim() noexcept;
 
@@ -73,15 +74,23 @@ struct BufferPool::State {
   Statistics statistics;
 };
 
-BufferPool::Block* BufferPool::State::take(std::size_t capacity) {
+BufferPool::Block* BufferPool::State::take_free(std::size_t capacity) {
   const std::lock_guard lock(mutex);
   Block*& head = free_lists[class_index(capacity)];
-  Block* block = head;
-  if (block != nullptr) {
-    head = block->next;
-  } else {
-    auto* data = static_cast<std::byte*>(allocator->allocate(capacity));
-    block = new Block(data, capacity);
+  Block* const block = head;
+  if (block != nullptr) head = block->next;
+  return block;
+}
+
+BufferPool::Block* BufferPool::State::take(std::size_t capacity) {
+  Block* block = take_free(capacity);
+  const bool is_new = block == nullptr;
+  if (is_new) {  // without the lock: the allocator may need the interpreter's, whose holder may
+                 // free
+    block = new Block(static_cast<std::byte*>(allocator->allocate(capacity)), capacity);
+  }
+  const std::lock_guard lock(mutex);
+  if (is_new) {
     ++statistics.num_allocations;
     statistics.bytes_allocated += capacity;
   }

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstring>
 #include <latch>
+#include <optional>
 #include <thread>
 #include <tuple>
 
@@ -291,6 +292,62 @@ TEST_P(DeviceTransport, OneThatIsNobodysEndsBetweenTheStepsOfAnother) {
 }
 
 // What is put off until the end of a step must not be kept forever.
+// The step has returned, and an update by what is still under way may have been issued.
+TEST_P(DeviceTransport, AFailureLetsEarlierStepsFinish) {
+  DeviceRanks ranks(GetParam(), 2);
+  ranks.connect();
+  std::latch may_send(1);
+  std::optional<Message> got;
+  run_ranks(2, [&](int rank) {
+    Transport& transport = *ranks.transports[static_cast<std::size_t>(rank)];
+    FakeDevice& device = *ranks.devices[static_cast<std::size_t>(rank)];
+    transport.begin_step(shaped_step(1, rank, 1));
+    if (rank == 0) {
+      device.compute().launch([&] { may_send.wait(); });
+      transport.send(Rank(1), activation(0), make_message({bytes_spec(64)}, 1),
+                     device.compute().record());
+    } else {
+      got = take(*transport.receive(Rank(0), activation(0)), device);
+    }
+    transport.end_step();
+  });
+  std::thread late([&] {
+    std::this_thread::sleep_for(50ms);
+    may_send.count_down();
+  });
+  run_ranks(2, [&](int rank) {
+    ranks.transports[static_cast<std::size_t>(rank)]->abort({Rank(1), 2, "step 2 failed"});
+  });
+  late.join();
+  ranks.devices[1]->compute().record()->synchronize();
+  EXPECT_TRUE(has_pattern(*got, {bytes_spec(64)}, 1));
+}
+
+// A rank that is gone takes its messages along; an abort does not wait for them for long.
+TEST_P(DeviceTransport, AFailureDoesNotWaitForEarlierStepsForEver) {
+  DeviceRanks ranks(GetParam(), 2);
+  ranks.connect();
+  std::latch may_send(1);
+  run_ranks(2, [&](int rank) {
+    Transport& transport = *ranks.transports[static_cast<std::size_t>(rank)];
+    FakeDevice& device = *ranks.devices[static_cast<std::size_t>(rank)];
+    transport.begin_step(shaped_step(1, rank, 1));
+    if (rank == 0) {
+      device.compute().launch([&] { may_send.wait(); });
+      transport.send(Rank(1), activation(0), make_message({bytes_spec(64)}, 1),
+                     device.compute().record());
+    } else {
+      (void)take(*transport.receive(Rank(0), activation(0)), device);
+    }
+    transport.end_step();
+  });
+  const auto start = std::chrono::steady_clock::now();
+  ranks.transports[1]->abort({Rank(0), 2, "rank 0 is stuck"});
+  EXPECT_LT(std::chrono::steady_clock::now() - start, 10s);
+  ranks.devices[1]->compute().record()->synchronize();
+  may_send.count_down();
+}
+
 TEST_P(DeviceTransport, AStepThatHasFailedIsOver) {
   DeviceRanks ranks(GetParam(), 2);
   run_ranks(2, [&](int rank) {
