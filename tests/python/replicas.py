@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import dualpipe_ext.training.replicas
 from dualpipe_ext import DualPipeConfig, TrainingWrapper, setup_dual_pipe
 from dualpipe_ext.adapters import Partition
+from dualpipe_ext.checkpoint import export_pretrained
 from dualpipe_ext.training import ReplicaBatchSampler, collate_rows
 from dualpipe_ext.training.replicas import split_mesh
 
@@ -97,6 +98,7 @@ def train(rank: int, size: int, folder: Path) -> dict[str, Any]:
     found["failures"].append(attempt(wrapper.predict, [] if rank == 1 else make_batch(8, seed=2)))
     found["num_steps"] = wrapper.pipeline.num_steps
     found["predicted"] = predict_with_norms(mesh, share["replica"])
+    found["exported"] = export_norms(mesh, share["replica"], folder)
     wrong = {"reduction": "median"} if rank == 1 else {}
     found["failures"].append(attempt(make, mesh=mesh, **wrong))
     with torch.no_grad():
@@ -116,16 +118,46 @@ def train(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def predict_with_norms(mesh: DeviceMesh, replica: int) -> Tensor | None:
-    """Outputs for the same rows on all replicas, whose batch norms have seen different ones."""
+class Norms(nn.Sequential):
+    """A model with batch norms that saves itself as those of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__(*(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(4)))
+
+    def save_pretrained(self, folder: Path, state_dict: State) -> None:
+        folder.mkdir()
+        torch.save(state_dict, folder / "weights")
+
+
+def train_norms(mesh: DeviceMesh, replica: int) -> tuple[TrainingWrapper, Norms]:
+    """Each replica's batch norms see other rows."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(4)))
+    model = Norms()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that each copy has its own statistics
         wrapper = TrainingWrapper(model, loss_fn=nn.functional.mse_loss, mesh=mesh)
     generator = torch.Generator().manual_seed(replica)
     x = torch.randn(16, 4, generator=generator)
     wrapper.train_step((x, x.sin()))
+    return wrapper, model
+
+
+def export_norms(mesh: DeviceMesh, replica: int, folder: Path) -> tuple[list[Tensor], Tensor]:
+    """The mean that a norm of the first stage has seen, where that is; and what is exported."""
+    wrapper, model = train_norms(mesh, replica)
+    own = [
+        buffer.clone()
+        for stage, module in zip(wrapper.pipeline.stages, wrapper.pipeline.module, strict=True)
+        for name, buffer in module.named_buffers()
+        if stage == 0 and name.endswith("running_mean")
+    ]
+    export_pretrained(folder / "norms", wrapper.pipeline, model, replicas=mesh.get_group("dp"))
+    return own, torch.load(folder / "norms" / "weights")["0.1.running_mean"]
+
+
+def predict_with_norms(mesh: DeviceMesh, replica: int) -> Tensor | None:
+    """Outputs for the same rows on all replicas, whose batch norms have seen different ones."""
+    wrapper, _ = train_norms(mesh, replica)
     found = wrapper.predict(torch.ones(16, 4))
     assert found is None or isinstance(found, Tensor)
     return found

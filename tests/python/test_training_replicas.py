@@ -119,6 +119,13 @@ def test_predictions_do_not_depend_on_the_replica(found: list[dict[str, Any]]) -
             assert torch.equal(result["predicted"], found[0]["predicted"])
 
 
+def test_exported_statistics_are_those_of_all_replicas(found: list[dict[str, Any]]) -> None:
+    means = [mean for result in found for mean in result["exported"][0]]
+    assert len(means) == 4 and not torch.allclose(means[0], means[-1])
+    for result in found:
+        torch.testing.assert_close(result["exported"][1], torch.stack(means).mean(0))
+
+
 def test_replicas_are_cut_alike(found: list[dict[str, Any]]) -> None:
     """By what the first one has measured; those of other models are refused."""
     assert all(rank["cut"] == found[0]["cut"] for rank in found)
