@@ -99,6 +99,7 @@ void Endpoint::fail(FailureFlag::Kind kind, const std::string& text) {
 }
 
 void Endpoint::recover() {
+  const auto no_refusal = hub_->hold_refusals();  // of the failed epoch may come into the next one
   ++epoch_;
   num_steps_ = 0;
   num_meetings_ = 0;

@@ -40,6 +40,8 @@ class Hub final : public LoopbackHub {
   void leave(Rank rank);
   void wake(Rank rank);  // whatever the rank is blocked in
   void refuse_step(std::uint64_t epoch, const std::string& why);
+  // While it is held, no rank refuses a step.
+  [[nodiscard]] std::unique_lock<std::mutex> hold_refusals() { return std::unique_lock(mutex_); }
   void check_rank(Rank rank) const;
   [[nodiscard]] int num_ranks() const { return num_ranks_; }
 

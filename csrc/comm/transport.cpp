@@ -36,11 +36,15 @@ std::string describe_mismatch(Rank rank, const StepInfo& info, Rank other_rank,
     return cat("rank ", of, " runs \"", step.description, "\" (run ", step.step, ", program ",
                std::hex, step.program_digest, ")");
   };
+  const bool same_run = info.step == other_info.step;
   return cat(
       "the ranks do not agree on what to run: ", describe(rank, info), ", ",
       describe(other_rank, other_info),
       "; all ranks must make the same calls in the same order, steps with the same schedule, "
-      "number of micro-batches and mode");
+      "number of micro-batches and mode",
+      same_run ? ""
+               : "; if a rank failed at the very end of a step, others have finished it: make the "
+                 "pipeline anew on all ranks");
 }
 
 }  // namespace dualpipe

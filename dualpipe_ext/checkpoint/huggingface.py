@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dualpipe_ext._buffers import average_over
 from dualpipe_ext._ranks import Ranks
-from dualpipe_ext._replicas import on_first_replica
+from dualpipe_ext._replicas import on_all_replicas, on_first_replica
 from dualpipe_ext.checkpoint.folders import find_checkpoint
 from dualpipe_ext.checkpoint.holdings import Holding
 from dualpipe_ext.checkpoint.load import load_checkpoint
@@ -75,7 +75,7 @@ def export_pretrained(
             save_checkpoint(weights, pipeline, step=0, timeout=timeout)
             ranks.from_first(lambda: write(weights), _FAILURE)
 
-    pipeline.sync_buffers()
+    on_all_replicas(replicas, pipeline.sync_buffers, _FAILURE)
     average_over(replicas, pipeline.buffers())
     on_first_replica(replicas, export, _FAILURE)
 
