@@ -6,7 +6,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import TypeVar, final
 
 import torch.distributed as dist
 
@@ -26,6 +26,8 @@ __all__ = [
 
 FaultInjector = Callable[[int, int, _C.MessageKind, int, int], _C.Fault]
 
+T = TypeVar("T")
+
 _current = threading.local()
 
 
@@ -36,11 +38,14 @@ class PipelineGroup(ABC):
         rank: this rank's position in the pipeline, from 0.
         size: the number of ranks.
         are_threads: whether several ranks share this process, and with it torch's generator.
+        rank_mapping: the position in the pipeline of each rank of the process group; must be the
+            same on all ranks. Empty for threads.
     """
 
     rank: int
     size: int
     are_threads: bool = False
+    rank_mapping: Sequence[int] = ()
 
     @abstractmethod
     def connect(self, timeout: float) -> None:
@@ -151,8 +156,10 @@ class _ProcessGroup(PipelineGroup):
                 f"entry i is the place in the pipeline of the group's rank i"
             )
         self.rank = mapping[group.rank()]
+        self.rank_mapping = mapping
         self._group_ranks = [mapping.index(rank) for rank in range(self.size)]
-        self._texts = _C.StoreExchange(group, self.rank)
+        # By the group's ranks: positions may be wrong until the ranks have compared their mappings.
+        self._texts = _C.StoreExchange(group, group.rank())
 
     def connect(self, timeout: float) -> None:
         host_group(self._group, timeout)
@@ -173,11 +180,14 @@ class _ProcessGroup(PipelineGroup):
         )
 
     def all_gather(self, text: str, timeout: float) -> list[str]:
-        return self._texts.all_gather(text, timeout)
+        return self._by_position(self._texts.all_gather(text, timeout))
 
     def all_gather_floats(self, values: Sequence[float], timeout: float) -> list[list[float]]:
         gathered = _C.process_group_all_gather(host_group(self._group), values, timeout)
-        return [gathered[self._group_ranks[rank]] for rank in range(self.size)]
+        return self._by_position(gathered)
+
+    def _by_position(self, values: list[T]) -> list[T]:
+        return [values[self._group_ranks[rank]] for rank in range(self.size)]
 
 
 def has_group(process_group: dist.ProcessGroup | PipelineGroup | None) -> bool:

@@ -479,7 +479,8 @@ class Pipeline(nn.Module):
             )
         self._local = LocalStages(modules, schedule, self.group, self.config)
         self.module = nn.ModuleList(self._local.modules)
-        return self._local.describe() | {"batch_dim": self.batch_dim}
+        told = {"rank_mapping": list(self.group.rank_mapping), "batch_dim": self.batch_dim}
+        return told | self._local.describe()
 
     def _settle(self, offers: Sequence[Offer]) -> None:
         """Chooses the transport, the same on all ranks, and connects the ranks."""

@@ -11,7 +11,7 @@ from dualpipe_ext._handshake import agree
 from dualpipe_ext.config import DualPipeConfig
 from dualpipe_ext.groups import PipelineGroup
 from dualpipe_ext.pipeline import Pipeline
-from dualpipe_ext.training.cutting import OwnPart, measured_costs, own_part
+from dualpipe_ext.training.cutting import OwnPart, compare_settings, measured_costs, own_part
 from dualpipe_ext.training.replicas import Replicas
 from dualpipe_ext.training.setup import seeded, warn_of_other_models, weights_digest
 
@@ -55,6 +55,7 @@ def build_pipeline(
         check()
         return {"stages": {}}
 
+    compare_settings(model, config, group, replicas.group)
     replicas.together(lambda: agree(group, config.timeout, checked))
     # Before copies of a stage are made equal, and before a model without values is given memory,
     # with arbitrary content.

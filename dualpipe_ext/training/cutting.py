@@ -23,7 +23,7 @@ from dualpipe_ext.groups import PipelineGroup
 from dualpipe_ext.schedule import PlannerInfo, ScheduleError, schedules
 from dualpipe_ext.training.rows import RowPlan
 
-__all__ = ["OwnPart", "measured_costs", "own_part", "planner_of"]
+__all__ = ["OwnPart", "compare_settings", "measured_costs", "own_part", "planner_of"]
 
 
 def planner_of(schedule: str) -> PlannerInfo:
@@ -52,6 +52,29 @@ def _source(config: DualPipeConfig, num_ranks: int) -> ScheduleSource:
     return source
 
 
+def compare_settings(
+    model: nn.Module | Sequence[nn.Module],
+    config: DualPipeConfig,
+    group: PipelineGroup,
+    replicas: dist.ProcessGroup | None = None,
+) -> None:
+    """Compares what models are cut by; all ranks of all replicas call it.
+
+    Raises:
+        ValueError: ranks or replicas differ in their settings, or in whether they are given a whole
+            model; raised on all of them.
+        PipelineError: another rank or replica cannot be reached.
+    """
+    settings = {name: value for name, value in config.to_dict().items() if name != "seed"}
+    told = {**settings, "model to be cut": isinstance(model, nn.Module)}
+    on_all_replicas(
+        replicas,
+        lambda: agree(group, config.timeout, lambda: {**told, "stages": {}}),
+        "could not compare its settings",
+    )
+    _check_replicas(gather_from_replicas(replicas, told))
+
+
 def measured_costs(
     model: nn.Module | Sequence[nn.Module],
     config: DualPipeConfig,
@@ -65,27 +88,18 @@ def measured_costs(
 
     Args:
         model: as for :func:`own_part`.
-        config: the same on every rank.
+        config: the same on every rank and replica.
         sample_inputs: one micro-batch of the model's inputs, to measure its layers with.
         group: the ranks.
         replicas: the ranks at the same position of other pipelines.
 
     Raises:
-        ValueError: ranks or replicas differ in their settings, or in whether they are given a whole
-            model; raised on all of them.
         Exception: what went wrong, on the first rank.
         PipelineError: the same, on the others.
     """
-    failure = "could not measure its layers"
-    is_whole = isinstance(model, nn.Module)
-    settings = {name: value for name, value in config.to_dict().items() if name != "seed"}
-    told = {**settings, "model to be cut": is_whole}
-    on_all_replicas(
-        replicas, lambda: agree(group, config.timeout, lambda: {**told, "stages": {}}), failure
-    )
-    _check_replicas(gather_from_replicas(replicas, told))
     if config.balance not in ("time", "memory") or not isinstance(model, nn.Module):
         return None
+    failure = "could not measure its layers"
     ranks = Ranks(group, config.timeout)
     adapted = model
 

@@ -208,6 +208,8 @@ def everything(rank: int, num_ranks: int) -> dict[str, Any]:
     found["group of GPUs"] = over_group_of_gpus(rank, first, Job("bias", "dualpipev", num_ranks, 8))
     found["fails before it connects"] = attempt(fail_before_connecting, rank, second)
     found["random numbers"] = draw_around_a_step(rank, num_ranks)
+    mapping = [1, 0, 2, 3] if rank == 0 else None
+    found["other mapping"] = attempt(DualPipe, [nn.Tanh(), nn.ReLU()], rank_mapping=mapping)
     found["wrong mapping"] = attempt(DualPipe, [nn.Tanh(), nn.ReLU()], rank_mapping=[0, 0, 1, 2])
     return found
 

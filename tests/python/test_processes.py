@@ -159,6 +159,14 @@ def test_a_rank_that_fails_before_ranks_connect(found: list[dict[str, Any]]) -> 
         assert "out of luck" in outcome.text and outcome.seconds < 10
 
 
+def test_a_mapping_of_one_rank_alone(found: list[dict[str, Any]]) -> None:
+    for result in found:
+        outcome = result["other mapping"]
+        assert outcome.is_a("ValueError") and outcome.seconds < 10
+        assert "ranks differ in rank_mapping" in outcome.text
+        assert "[1, 0, 2, 3]" in outcome.text and "[0, 1, 2, 3]" in outcome.text
+
+
 def test_a_wrong_mapping(found: list[dict[str, Any]]) -> None:
     for result in found:
         outcome = result["wrong mapping"]
