@@ -291,12 +291,11 @@ TEST_P(DeviceTransport, OneThatIsNobodysEndsBetweenTheStepsOfAnother) {
   EXPECT_TRUE(device.expired());
 }
 
-// What is put off until the end of a step must not be kept forever.
 // The step has returned, and an update by what is still under way may have been issued.
 TEST_P(DeviceTransport, AFailureLetsEarlierStepsFinish) {
+  std::latch may_send(1);  // first: a stream waits for it
   DeviceRanks ranks(GetParam(), 2);
   ranks.connect();
-  std::latch may_send(1);
   std::optional<Message> got;
   run_ranks(2, [&](int rank) {
     Transport& transport = *ranks.transports[static_cast<std::size_t>(rank)];
@@ -325,9 +324,9 @@ TEST_P(DeviceTransport, AFailureLetsEarlierStepsFinish) {
 
 // A rank that is gone takes its messages along; an abort does not wait for them for long.
 TEST_P(DeviceTransport, AFailureDoesNotWaitForEarlierStepsForEver) {
+  std::latch may_send(1);  // first: a stream waits for it
   DeviceRanks ranks(GetParam(), 2);
   ranks.connect();
-  std::latch may_send(1);
   run_ranks(2, [&](int rank) {
     Transport& transport = *ranks.transports[static_cast<std::size_t>(rank)];
     FakeDevice& device = *ranks.devices[static_cast<std::size_t>(rank)];
@@ -348,6 +347,7 @@ TEST_P(DeviceTransport, AFailureDoesNotWaitForEarlierStepsForEver) {
   may_send.count_down();
 }
 
+// What is put off until the end of a step must not be kept forever.
 TEST_P(DeviceTransport, AStepThatHasFailedIsOver) {
   DeviceRanks ranks(GetParam(), 2);
   run_ranks(2, [&](int rank) {
