@@ -6,6 +6,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import TypeVar, final
 
 import torch.distributed as dist
@@ -149,7 +150,7 @@ class _ProcessGroup(PipelineGroup):
     def __init__(self, group: dist.ProcessGroup, rank_mapping: Sequence[int] | None) -> None:
         self.size = group.size()
         self._group = group
-        mapping = list(range(self.size)) if rank_mapping is None else list(rank_mapping)
+        mapping = [index(r) for r in (range(self.size) if rank_mapping is None else rank_mapping)]
         if sorted(mapping) != list(range(self.size)):
             raise ValueError(
                 f"rank_mapping={mapping}: it must name every rank from 0 to {self.size - 1} once: "

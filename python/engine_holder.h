@@ -1,8 +1,5 @@
 #pragma once
 
-#include <pybind11/pybind11.h>
-#include <unistd.h>
-
 #include <chrono>
 #include <memory>
 

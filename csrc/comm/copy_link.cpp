@@ -204,8 +204,10 @@ EventPtr CopyLink::transfer(Index index, const std::vector<Piece>& pieces, const
   const Lock lock(mutex_);
   require_alive();
   CopyWay& way = *ways_.at(index);
+  if (way.ended() || way.peer_ended()) {  // the end of this way alone
+    throw PipelineError(cat("rank ", rank_, ": ", way.name(), ": ", way.peer_end()));
+  }
   return noting_failures(way.name(), [&] {
-    if (way.ended() || way.peer_ended()) throw PipelineError(way.peer_end());
     EventPtr end = way.transfer(pieces, ready);
     if (way.has_work() && std::exchange(idle_, false)) wake_.notify_all();
     return end;

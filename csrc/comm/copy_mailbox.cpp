@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <new>
+#include <thread>
 #include <utility>
 
 #include "common/error.h"
@@ -12,7 +13,7 @@ namespace dualpipe {
 
 namespace {
 
-constexpr std::chrono::hours kForever{1};
+constexpr std::chrono::microseconds kPoll{50};
 constexpr std::size_t kPage = 4096;
 constexpr std::size_t kLine = 128;  // bytes that processors and devices fetch together
 constexpr std::uint32_t kFarAhead = std::uint32_t{1} << 30;
@@ -83,8 +84,7 @@ CopyMailbox::CopyMailbox(std::shared_ptr<CopyCalls> calls, std::shared_ptr<Share
 CopyMailbox::~CopyMailbox() {
   for (const EventPtr& event : held_back_) {
     try {
-      while (!done_within(*event, kForever)) {
-      }
+      while (!event->done()) std::this_thread::sleep_for(kPoll);  // synchronize() may be refused
     } catch (const std::exception&) {
       // The device is broken: none of its streams waits here any more.
     }

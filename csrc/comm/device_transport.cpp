@@ -41,6 +41,20 @@ std::vector<Piece> pieces_of(const Message& message) {
   return pieces;
 }
 
+// Waits until nothing is left, or until no less has been left for so long.
+template <typename CountLeft>
+void wait_while_fewer(Clock::duration patience, const CountLeft& count_left) {
+  std::size_t num_left = count_left();
+  auto deadline = Clock::now() + patience;
+  while (num_left > 0 && Clock::now() < deadline) {
+    std::this_thread::sleep_for(kPoll);
+    if (const std::size_t left = count_left(); left != num_left) {
+      num_left = left;
+      deadline = Clock::now() + patience;
+    }
+  }
+}
+
 // A receive, issued as soon as its layout is known.
 struct Incoming {
   MessageId id;
@@ -62,6 +76,7 @@ struct Remains {
   ~Remains();
   Remains(const Remains&) = delete;
   Remains& operator=(const Remains&) = delete;
+  void keep_for_ever();
 
   std::shared_ptr<DeviceLink> link;
   std::shared_ptr<InFlight> in_flight;
@@ -73,8 +88,16 @@ Remains::~Remains() {
     link->abort();
     link->drain();  // before what is being sent is freed
   } catch (const std::exception&) {
-    // The device is broken.
+    keep_for_ever();
   }
+}
+
+// The device is broken, or it is stuck and may still use this memory.
+void Remains::keep_for_ever() {
+  static std::mutex mutex;
+  static auto* const kept = new std::vector<std::pair<std::shared_ptr<InFlight>, Pools>>;
+  const std::lock_guard lock(mutex);
+  if (pools) kept->emplace_back(std::move(in_flight), *std::move(pools));
 }
 
 class DeviceTransport final : public Transport {
@@ -106,7 +129,7 @@ class DeviceTransport final : public Transport {
 
  private:
   void wait_for_device() noexcept;
-  void wait_for_earlier_steps(DeviceLink& link) const noexcept;
+  void wait_for_earlier_steps() const noexcept;
   void meet(std::int64_t step);
   [[nodiscard]] std::shared_ptr<DeviceLink> link();
   [[nodiscard]] std::optional<std::size_t> find_way(Rank peer, MessageKind kind,
@@ -172,15 +195,9 @@ DeviceTransport::~DeviceTransport() {
 // working on it. Waits for them as long as anything makes progress.
 void DeviceTransport::wait_for_device() noexcept {
   try {
-    std::size_t num_left = in_flight_->forget_done();
-    auto deadline = Clock::now() + kExitPatience;
-    while (busy() && !fault() && Clock::now() < deadline) {
-      std::this_thread::sleep_for(kPoll);
-      if (const std::size_t left = in_flight_->forget_done(); left != num_left) {
-        num_left = left;
-        deadline = Clock::now() + kExitPatience;
-      }
-    }
+    wait_while_fewer(kExitPatience, [this]() -> std::size_t {
+      return busy() && !fault() ? in_flight_->forget_done() : 0;
+    });
   } catch (const std::exception&) {
     // The device is broken.
   }
@@ -368,31 +385,18 @@ void DeviceTransport::abort(const Failure& failure) noexcept {
   if (!failure_.set(FailureFlag::Kind::kPipeline, failure.text)) return;
   host_->abort(failure);
   if (const std::shared_ptr<DeviceLink> live = link()) {
-    wait_for_earlier_steps(*live);
+    wait_for_earlier_steps();
     live->abort();
   }
 }
 
 // Earlier steps have returned, and the caller may have issued an update by their gradients, of
 // which a device may still be waiting for the last ones. All ranks have issued these messages, so
-// they arrive by themselves, unless a rank is gone.
-void DeviceTransport::wait_for_earlier_steps(DeviceLink& link) const noexcept {
-  const auto is_lost = [&] {
-    for (std::size_t way = 0; way < ways_.size(); ++way) {
-      if (link.error(way, in_flight_->any_of(way))) return true;
-    }
-    return false;
-  };
+// they arrive by themselves, unless a rank is gone. Links do not tell such a rank from one that has
+// only aborted, so the end of one says nothing of the messages of others.
+void DeviceTransport::wait_for_earlier_steps() const noexcept {
   try {
-    std::size_t num_left = in_flight_->num_committed();
-    auto deadline = Clock::now() + kAbortPatience;
-    while (num_left > 0 && !is_lost() && Clock::now() < deadline) {
-      std::this_thread::sleep_for(kPoll);
-      if (const std::size_t left = in_flight_->num_committed(); left != num_left) {
-        num_left = left;
-        deadline = Clock::now() + kAbortPatience;
-      }
-    }
+    wait_while_fewer(kAbortPatience, [this] { return in_flight_->num_committed(); });
   } catch (const std::exception&) {
     // The device is broken.
   }

@@ -7,7 +7,7 @@ namespace dualpipe {
 void InFlight::add(std::size_t way, const MessageId& id, EventPtr end,
                    std::shared_ptr<void> owner) {
   const std::lock_guard lock(mutex_);
-  ways_[way].push_back({id, std::move(end), std::move(owner), Clock::now(), false});
+  ways_[way].push_back({id, std::move(end), std::move(owner), Clock::now()});
 }
 
 std::size_t InFlight::num_of(std::size_t way) {

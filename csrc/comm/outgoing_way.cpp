@@ -16,10 +16,12 @@ class Departure final : public Event {
   Departure(std::shared_ptr<CopyMailbox> mailbox, std::uint32_t number)
       : mailbox_(std::move(mailbox)), number_(number) {}
 
-  // Avoids device calls, which might block, as long as the flags still mean something.
+  // Avoids device calls, which might block: for what has arrived, and as long as the flags still
+  // mean something.
   [[nodiscard]] bool done() const override {
     const bool arrived = mailbox_->has_reached(CopyMailbox::kArrived, number_);
     if (!mailbox_->is_over()) return arrived;
+    if (mailbox_->has_arrived(number_)) return true;
     const std::lock_guard lock(mutex_);
     return settled_ && (!end_ || end_->done());
   }

@@ -117,6 +117,7 @@ class Transport {
 
   // Ends the step: every blocked or later call of this rank throws PipelineError(failure.text)
   // until recover(). The first failure counts.
+  // May wait for some seconds for messages of earlier steps.
   virtual void abort(const Failure& failure) noexcept = 0;
 
   // Forgets the failed step: what was in flight reaches nobody. All ranks must call it.

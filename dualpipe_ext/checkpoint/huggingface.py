@@ -44,6 +44,8 @@ def export_pretrained(
 ) -> None:
     """Writes the weights of a pipeline as the model's ``save_pretrained`` does; all ranks call it.
 
+    As for :func:`save_checkpoint`, buffers with a mean are set to their mean over all copies first.
+
     Args:
         folder: the folder to write.
         pipeline: a pipeline of a model's partitions.
@@ -60,10 +62,13 @@ def export_pretrained(
         Exception: what went wrong on this rank.
         PipelineError: another rank failed.
     """
-    ranks = Holding.of(pipeline, timeout).ranks
-    ranks.share(lambda: _check(model, "save_pretrained"), _FAILURE)
-
     source: Any = model
+
+    def prepare() -> Ranks:
+        ranks = Holding.of(pipeline, timeout).ranks
+        ranks.share(lambda: _check(model, "save_pretrained"), _FAILURE)
+        pipeline.sync_buffers()
+        return ranks
 
     def write(weights: Path) -> None:
         saved = Saved.at(find_checkpoint(weights))
@@ -75,7 +80,7 @@ def export_pretrained(
             save_checkpoint(weights, pipeline, step=0, timeout=timeout)
             ranks.from_first(lambda: write(weights), _FAILURE)
 
-    on_all_replicas(replicas, pipeline.sync_buffers, _FAILURE)
+    ranks = on_all_replicas(replicas, prepare, _FAILURE)
     average_over(replicas, pipeline.buffers())
     on_first_replica(replicas, export, _FAILURE)
 

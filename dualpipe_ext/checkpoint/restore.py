@@ -134,7 +134,8 @@ def _check_scheduler(saved: Saved, scheduler: LRScheduler | None) -> None:
     if there != here:
         raise ValueError(
             f"{saved.place} was saved with the scheduler {there}, and the scheduler here is {here}; "
-            f"make the same one, or load without scheduler= to begin with a new one"
+            f"make the same one, or begin with a new one: dualpipe_ext.checkpoint.load_checkpoint() "
+            f"without scheduler="
         )
 
 

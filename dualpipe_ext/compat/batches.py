@@ -145,7 +145,7 @@ class BatchPipeline:
         """
         self._before(trains=False)
         part, _ = self._side_by_side.ready(
-            lambda: self._steps.of_inputs(lambda: self._reader.read(given)),
+            lambda: self._steps.of_inputs(lambda: self._reader.read_inputs(given)),
             self._check,
         )
         outputs = self.ranks.replicas.together(lambda: self._steps.infer(part, autocast))

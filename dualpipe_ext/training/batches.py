@@ -104,6 +104,12 @@ class BatchReader:
         _check_tensors(batch, partly)
         return batch
 
+    def read_inputs(self, given: Any) -> Batch:
+        """Returns the batch as :meth:`read` does; of labels by name, any may be missing."""
+        if isinstance(given, Mapping):
+            given = {name: value for name, value in given.items() if name not in self.labels}
+        return self.read(given)
+
     def _read_names(self, given: Mapping[str, Any], partly: bool) -> Batch:
         if self.inputs is None:
             raise ValueError(

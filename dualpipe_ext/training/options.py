@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class LoopOptions:
         if self.shifts_labels not in (None, True, False):
             raise TypeError(f"shifts_labels={self.shifts_labels!r}: it must be True, False or None")
         norm = self.max_grad_norm
-        if isinstance(norm, bool) or not isinstance(norm, (int, float, type(None))):
+        if isinstance(norm, bool) or not isinstance(norm, Real | None):
             raise TypeError(
                 f"max_grad_norm={norm!r}: it must be a number, not {type(norm).__name__}"
             )

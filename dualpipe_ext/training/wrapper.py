@@ -422,7 +422,8 @@ class TrainingWrapper:
     ) -> dict[str, Any]:
         """Makes optimizer and scheduler, if there are any; returns what ranks compare."""
         if optimizer.given is None:
-            if optimizer.options or scheduler.given or scheduler.options or scaler:
+            scales = scaler is not None and scaler.is_enabled()
+            if optimizer.options or scheduler.given or scheduler.options or scales:
                 raise ValueError(
                     "optimizer=None, and options, a scheduler or a scaler for one: give an optimizer "
                     "as well, or none of them"
@@ -478,7 +479,7 @@ class TrainingWrapper:
 
     def _infer(self, batch: Any) -> tuple[Part, Any]:
         """Returns this rank's part of a batch, and the outputs of the rows that leave here."""
-        part = self._steps.of_inputs(lambda: self._reader.read(batch))
+        part = self._steps.of_inputs(lambda: self._reader.read_inputs(batch))
         return part, self._steps.infer(part, self._options.autocast)
 
     def _run(self, part: Part, total: int, sync_gradients: bool = False) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg  # names the backend "fake"
@@ -76,7 +77,8 @@ def run_in_place(place: int, job: Job, **group: Any) -> tuple[Pipeline, torch.Te
 def mapped(rank: int, num_ranks: int, job: Job) -> tuple[int, torch.Tensor | None]:
     """The job with the ranks of the group the other way round."""
     mapping = [num_ranks - 1 - r for r in range(num_ranks)]
-    pipeline, loss = run_in_place(num_ranks - 1 - rank, job, rank_mapping=mapping)
+    place = num_ranks - 1 - rank
+    pipeline, loss = run_in_place(place, job, rank_mapping=np.array(mapping))
     return pipeline.rank, loss
 
 

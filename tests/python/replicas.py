@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -142,8 +143,13 @@ def train_norms(mesh: DeviceMesh, replica: int) -> tuple[TrainingWrapper, Norms]
     return wrapper, model
 
 
-def export_norms(mesh: DeviceMesh, replica: int, folder: Path) -> tuple[list[Tensor], Tensor]:
-    """The mean that a norm of the first stage has seen, where that is; and what is exported."""
+def export_norms(
+    mesh: DeviceMesh, replica: int, folder: Path
+) -> tuple[list[Tensor], Tensor, Outcome]:
+    """The mean that a norm of the first stage has seen, where that is, and what is exported.
+
+    Then, how an export fails for which the second replica gives another model.
+    """
     wrapper, model = train_norms(mesh, replica)
     own = [
         buffer.clone()
@@ -151,8 +157,10 @@ def export_norms(mesh: DeviceMesh, replica: int, folder: Path) -> tuple[list[Ten
         for name, buffer in module.named_buffers()
         if stage == 0 and name.endswith("running_mean")
     ]
-    export_pretrained(folder / "norms", wrapper.pipeline, model, replicas=mesh.get_group("dp"))
-    return own, torch.load(folder / "norms" / "weights")["0.1.running_mean"]
+    export = partial(export_pretrained, pipeline=wrapper.pipeline, replicas=mesh.get_group("dp"))
+    export(folder / "norms", model=model)
+    failed = attempt(export, folder / "none", model=nn.Linear(2, 2) if replica else model)
+    return own, torch.load(folder / "norms" / "weights")["0.1.running_mean"], failed
 
 
 def predict_with_norms(mesh: DeviceMesh, replica: int) -> Tensor | None:

@@ -361,11 +361,12 @@ def test_labels_keep_their_places() -> None:
         reader.read({"text": TEXT, "second": LABELS})
     assert reader.read({"text": TEXT, "second": LABELS}, partly=True).labels == (None, LABELS)
     assert reader.read({"text": TEXT}).labels == ()
+    assert reader.read_inputs({"text": TEXT, "second": LABELS}).labels == ()
 
 
 def test_training_without_an_optimizer() -> None:
     def train(rank: int, size: int) -> object:
-        wrapper = make(optimizer=None)
+        wrapper = make(optimizer=None, scaler=torch.amp.GradScaler("cpu", enabled=False))
         assert wrapper.evaluate((TEXT, LABELS)) > 0
         return wrapper.train_step((TEXT, LABELS))
 

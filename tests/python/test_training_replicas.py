@@ -126,6 +126,13 @@ def test_exported_statistics_are_those_of_all_replicas(found: list[dict[str, Any
         torch.testing.assert_close(result["exported"][1], torch.stack(means).mean(0))
 
 
+def test_an_export_that_one_replica_cannot_make(found: list[dict[str, Any]]) -> None:
+    for rank, result in enumerate(found):
+        outcome = result["exported"][2]
+        assert outcome.is_a("PipelineError" if rank < PIPELINE else "TypeError"), outcome
+        assert "a Linear has no save_pretrained()" in outcome.text and outcome.seconds < 10
+
+
 def test_replicas_are_cut_alike(found: list[dict[str, Any]]) -> None:
     """By what the first one has measured; those of other models are refused."""
     assert all(rank["cut"] == found[0]["cut"] for rank in found)

@@ -4,7 +4,6 @@
 #include <chrono>
 #include <cstring>
 #include <latch>
-#include <optional>
 #include <thread>
 #include <tuple>
 
@@ -291,13 +290,10 @@ TEST_P(DeviceTransport, OneThatIsNobodysEndsBetweenTheStepsOfAnother) {
   EXPECT_TRUE(device.expired());
 }
 
-// The step has returned, and an update by what is still under way may have been issued.
-TEST_P(DeviceTransport, AFailureLetsEarlierStepsFinish) {
-  std::latch may_send(1);  // first: a stream waits for it
-  DeviceRanks ranks(GetParam(), 2);
-  ranks.connect();
-  std::optional<Message> got;
-  run_ranks(2, [&](int rank) {
+// Step 1, in which the device of rank 0 sends to rank 1 once it may. Returns what rank 1 receives.
+Message step_of_a_late_message(DeviceRanks& ranks, std::latch& may_send) {
+  Message got;
+  run_ranks(static_cast<int>(ranks.transports.size()), [&](int rank) {
     Transport& transport = *ranks.transports[static_cast<std::size_t>(rank)];
     FakeDevice& device = *ranks.devices[static_cast<std::size_t>(rank)];
     transport.begin_step(shaped_step(1, rank, 1));
@@ -305,21 +301,43 @@ TEST_P(DeviceTransport, AFailureLetsEarlierStepsFinish) {
       device.compute().launch([&] { may_send.wait(); });
       transport.send(Rank(1), activation(0), make_message({bytes_spec(64)}, 1),
                      device.compute().record());
-    } else {
+    } else if (rank == 1) {
       got = take(*transport.receive(Rank(0), activation(0)), device);
     }
     transport.end_step();
   });
+  return got;
+}
+
+// The step has returned, and an update by what is still under way may have been issued.
+TEST_P(DeviceTransport, AFailureLetsEarlierStepsFinish) {
+  std::latch may_send(1);  // first: a stream waits for it
+  DeviceRanks ranks(GetParam(), 3);
+  ranks.connect();
+  const Message got = step_of_a_late_message(ranks, may_send);
+  run_ranks(3, [&](int rank) {
+    Transport& transport = *ranks.transports[static_cast<std::size_t>(rank)];
+    transport.begin_step(shaped_step(2, rank, 1));
+    if (rank == 1) (void)transport.receive(Rank(2), activation(1));
+  });
+  const Failure failure{Rank(2), 2, "step 2 failed"};
+  ranks.transports[2]->abort(failure);  // nothing of an earlier step holds it up
+  bool is_told = false;
+  try {
+    ranks.transports[1]->send(Rank(2), activation(2), make_message({bytes_spec(8)}, 0), nullptr);
+    is_told = ranks.transports[1]->fault().has_value();
+  } catch (const PipelineError&) {
+    is_told = true;
+  }
+  EXPECT_TRUE(is_told);
   std::thread late([&] {
     std::this_thread::sleep_for(50ms);
     may_send.count_down();
   });
-  run_ranks(2, [&](int rank) {
-    ranks.transports[static_cast<std::size_t>(rank)]->abort({Rank(1), 2, "step 2 failed"});
-  });
+  run_ranks(2, [&](int rank) { ranks.transports[static_cast<std::size_t>(rank)]->abort(failure); });
   late.join();
   ranks.devices[1]->compute().record()->synchronize();
-  EXPECT_TRUE(has_pattern(*got, {bytes_spec(64)}, 1));
+  EXPECT_TRUE(has_pattern(got, {bytes_spec(64)}, 1));
 }
 
 // A rank that is gone takes its messages along; an abort does not wait for them for long.
@@ -327,19 +345,7 @@ TEST_P(DeviceTransport, AFailureDoesNotWaitForEarlierStepsForEver) {
   std::latch may_send(1);  // first: a stream waits for it
   DeviceRanks ranks(GetParam(), 2);
   ranks.connect();
-  run_ranks(2, [&](int rank) {
-    Transport& transport = *ranks.transports[static_cast<std::size_t>(rank)];
-    FakeDevice& device = *ranks.devices[static_cast<std::size_t>(rank)];
-    transport.begin_step(shaped_step(1, rank, 1));
-    if (rank == 0) {
-      device.compute().launch([&] { may_send.wait(); });
-      transport.send(Rank(1), activation(0), make_message({bytes_spec(64)}, 1),
-                     device.compute().record());
-    } else {
-      (void)take(*transport.receive(Rank(0), activation(0)), device);
-    }
-    transport.end_step();
-  });
+  (void)step_of_a_late_message(ranks, may_send);
   const auto start = std::chrono::steady_clock::now();
   ranks.transports[1]->abort({Rank(0), 2, "rank 0 is stuck"});
   EXPECT_LT(std::chrono::steady_clock::now() - start, 10s);
