@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -230,5 +231,6 @@ def test_the_check_goes_on_after_a_step_that_fails(tmp_path: Path) -> None:
     text = (tmp_path / "gpu_check.md").read_text()
     steps = json.loads((tmp_path / "gpu_check.json").read_text())["steps"]
     assert len(steps) >= 10 and {step["status"] for step in steps} == {"124"}
-    assert "| bench_p2p | over its time limit | 0 |" in text
+    # The shell counts whole seconds, so a step of no time may go from one to the next.
+    assert re.search(r"\| bench_p2p \| over its time limit \| [01] \|", text)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".log", ".md"]
