@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from dualpipe_ext.adapters.first_call import FirstCall
 from dualpipe_ext.adapters.parts import single_layers
 from dualpipe_ext.adapters.plan import Outputs, Stage
+from dualpipe_ext.adapters.torch_stacks import is_causal_mask
 from dualpipe_ext.adapters.trace import trace_layers
 
 __all__ = ["TracedModel"]
@@ -115,7 +116,8 @@ class TracedModel:
         """Nodes that are numbers or describe tensors; each stage computes those that it needs."""
         found: set[fx.Node] = set()
         for node in self._graph.nodes:
-            of_tensor = node.op == "call_method" and node.target in ("size", "dim", "numel")
+            method = node.op == "call_method" and node.target in ("size", "dim", "numel")
+            of_tensor = method or node.target is is_causal_mask
             attribute = node.target is getattr and node.args[1] in _DESCRIPTIONS
             arguments = node.all_input_nodes
             of_sizes = bool(arguments) and all(a in found for a in arguments)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dualpipe_ext.adapters.own_calls import check_call
+from dualpipe_ext.adapters.torch_stacks import traceable_stacks
 
 __all__ = ["Trace", "trace_layers", "tracing_lock"]
 
@@ -54,7 +55,7 @@ def trace_layers(model: nn.Module, layers: Sequence[str], inputs: Sequence[str])
     """
     for name in ("", *sorted(_containers(layers))):
         check_call(model.get_submodule(name), name)
-    with tracing_lock, _traced_makers():
+    with tracing_lock, _traced_makers(), traceable_stacks():
         trace, other = (_trace(model, layers, inputs, mode) for mode in (False, True))
     if _steps(trace.graph) != _steps(other.graph):
         raise ValueError(
@@ -106,6 +107,7 @@ def _trace(model: nn.Module, layers: Sequence[str], inputs: Sequence[str], train
 
 
 _ASSERTION = re.compile(r"assert\b[\s(]*(?P<negation>not\b)?")
+_CHECKS = ("if ", "elif ")
 _STORES = ("_parameters", "_buffers", "_modules")
 
 
@@ -221,7 +223,7 @@ def _outcome_of_check() -> bool | None:
             )
             if found := _ASSERTION.match(line):
                 return found["negation"] is None
-            return False if line.startswith("if ") and following.startswith("raise ") else None
+            return False if line.startswith(_CHECKS) and following.startswith("raise ") else None
     return None
 
 

@@ -34,6 +34,7 @@ from plain_models import (
     surrounded,
 )
 from torch import Tensor, nn
+from torch_models import LanguageModel, Translator
 
 from dualpipe_ext.adapters import (
     ModelAdapterBase,
@@ -43,6 +44,7 @@ from dualpipe_ext.adapters import (
     get_model_adapter,
     register_adapter,
 )
+from dualpipe_ext.adapters.torch_stacks import is_causal_mask
 
 
 def perceptron() -> nn.Module:
@@ -67,6 +69,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, .
     "constants": (WithConstants, lambda rows: (text(rows),)),
     "resnet": (ResNet, lambda rows: (pictures(rows),)),
     "vision transformer": (VisionTransformer, lambda rows: (pictures(rows),)),
+    "torch's encoder": (LanguageModel, lambda rows: (text(rows),)),
+    "torch's decoder": (Translator, lambda rows: (text(rows), text(rows), padding(rows))),
     "perceptron": (perceptron, lambda rows: (torch.ones(rows, 6),)),
 }
 
@@ -89,16 +93,17 @@ def classify(*outputs: Tensor) -> Tensor:
     return F.cross_entropy(outputs[0], outputs[-1])
 
 
-def next_token(logits: Tensor, _: None, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+def next_token(*outputs: Tensor) -> Tensor:
+    return F.cross_entropy(outputs[0].flatten(0, 1), outputs[-1].flatten())
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "constants"])
 def test_trains_as_in_one_piece(name: str) -> None:
     make, inputs = MODELS[name]
-    labels = text(2) if name == "gpt" else torch.tensor([1, 2])
+    of_text = name in ("gpt", "torch's encoder")
+    labels = text(2) if of_text else torch.tensor([1, 2])
     microbatches = [Microbatch(inputs(2), (labels,))] * NUM_CHUNKS
-    criterion = next_token if name == "gpt" else classify
+    criterion = next_token if of_text else classify
     check_training(Training(seeded(make), microbatches, criterion))
 
 
@@ -163,6 +168,20 @@ def test_evens_out_parameters() -> None:
     model = nn.Sequential(*(nn.Linear(width, 6) for width in (6, 6, 6, 6, 6, 6)), nn.Linear(6, 60))
     sizes = [len(p.plan.layers) for p in get_model_adapter(model).partition(2)]
     assert sizes == [6, 1]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_causal_masks_are_recognized(dtype: torch.dtype, batch_first: bool) -> None:
+    hides = torch.ones(TIME, TIME, dtype=torch.bool).triu(1)
+    added = torch.zeros(TIME, TIME).masked_fill(hides, float("-inf"))
+    mask = hides if dtype == torch.bool else added
+    x = torch.zeros((2, TIME, WIDTH) if batch_first else (TIME, 2, WIDTH))
+    assert is_causal_mask(mask, x, batch_first)
+    assert is_causal_mask(mask, torch.zeros(TIME, WIDTH), batch_first)  # no batch
+    assert not is_causal_mask(mask.T.contiguous(), x, batch_first)
+    assert not is_causal_mask(mask[:-1, :-1], x, batch_first)
+    assert not is_causal_mask(mask.expand(2, TIME, TIME), x, batch_first)
 
 
 def test_optional_inputs_can_be_taken() -> None:
