@@ -12,7 +12,7 @@ if not runs_as_command():
     from dualpipe_ext import schedule, testing
     from dualpipe_ext._C import InternalError, PipelineError, ScheduleError
     from dualpipe_ext._cuda import reserve_queues
-    from dualpipe_ext._step import microbatch_seed
+    from dualpipe_ext._random import microbatch_seed
     from dualpipe_ext.config import DualPipeConfig
     from dualpipe_ext.dualpipe import DualPipe, DualPipeV
     from dualpipe_ext.p2p import set_p2p_tensor_dtype, set_p2p_tensor_shapes

@@ -102,7 +102,8 @@ def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
     if tensor.device.type == HOST or isinstance(owner, nn.Parameter):
         return tensor.device, tensor.detach()
     kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-    return tensor.device, kept.copy_(tensor, non_blocking=True)  # it is read on the same stream
+    # Pinned memory is read on the same stream; other memory, by the host, as soon as this returns.
+    return tensor.device, kept.copy_(tensor, non_blocking=kept.is_pinned())
 
 
 def _from_host(kept: tuple[torch.device, Tensor]) -> Tensor:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dualpipe_ext import _C
-from dualpipe_ext._buffers import assign_means, wide_copies
 from dualpipe_ext._copies import digest
 from dualpipe_ext._sharded import as_sharded, describe_sharding, is_sharded, local_part
 from dualpipe_ext.gradients import main_grads, settle_placements
 
 __all__ = ["MirroredStages", "check_memory", "describe_stage", "shared_parameters"]
+
+T = TypeVar("T")
 
 
 class MirroredStages:
@@ -88,33 +89,24 @@ class MirroredStages:
         return self._exchange(engine, tensors, bucket_bytes, copy=True)
 
     def swap(
-        self,
-        engine: _C.Engine,
-        bucket_bytes: int,
-        stages: Sequence[int],
-        own: Sequence[Tensor],
-        like: Sequence[Tensor],
-    ) -> list[Tensor]:
-        """Sends tensors to the mirror, and returns those that it has sent."""
-        # Summing gives a gradient that only one copy of a stage has to the other copy, bit for bit.
+        self, engine: _C.Engine, own: Sequence[Tensor], taken: Sequence[Tensor], bucket_bytes: int
+    ) -> _C.MirrorExchange:
+        """Returns the exchange that sends tensors, and puts the mirror's into ``.grad``."""
         given = [_bearer(tensor) for tensor in own]
-        taken = [tensor.detach() for tensor in like]
-        by_stage = {self._rank: given, self._num_ranks - 1 - self._rank: taken}
+        by_stage = {self._rank: given, self._num_ranks - 1 - self._rank: list(taken)}
         tensors = [(stage, by_stage[stage]) for stage, _ in self._modules]
-        exchange = self._exchange(engine, tensors, bucket_bytes, copy=False)
-        engine.exchange(exchange, sorted(stages), "swap_with_mirror()")
-        return [tensor.grad for tensor in taken if tensor.grad is not None]
+        return self._exchange(engine, tensors, bucket_bytes, copy=False)
 
-    def average_buffers(self, engine: _C.Engine, bucket_bytes: int, stages: Sequence[int]) -> None:
-        """Sets both copies of each floating-point or complex buffer to the same mean."""
-        wide = [(stage, wide_copies(module.buffers())) for stage, module in self._modules]
-        sums = [(stage, [_bearer(total) for _, total in own]) for stage, own in wide]
-        exchange = self._exchange(engine, sums, bucket_bytes, copy=False)
-        engine.exchange(
-            exchange, sorted(stages), "sync_buffers(), which saving and evaluating call as well"
-        )
-        for _, own in wide:
-            assign_means(own, 2)
+    def sum_of(
+        self, engine: _C.Engine, totals: list[tuple[int, list[Tensor]]], bucket_bytes: int
+    ) -> _C.MirrorExchange:
+        """Returns the exchange that adds the mirror's tensors to those given for each stage."""
+        tensors = [(stage, [_bearer(total) for total in own]) for stage, own in totals]
+        return self._exchange(engine, tensors, bucket_bytes, copy=False)
+
+    def by_stage(self, of: Callable[[nn.Module], T]) -> list[tuple[int, T]]:
+        """Returns what a function returns for each stage's module."""
+        return [(stage, of(module)) for stage, module in self._modules]
 
     def drifting_buffers(self) -> list[str]:
         """Returns statistics of batch norms, which each copy takes of its own half of the batch."""

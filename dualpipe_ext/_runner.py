@@ -125,7 +125,7 @@ class StepRunner:
 
     def _own_random_numbers(self, step: Step) -> AbstractContextManager[Any]:
         """Protects the caller's generators from a step that reseeds: equal ones stay equal."""
-        if step.seed is None or self._group.are_threads:  # which share one generator
+        if step.reseed is None or self._group.are_threads:  # which share one generator
             return nullcontext()
         device = self._local.device
         return torch.random.fork_rng([device] if device.type == "cuda" else [])

@@ -14,29 +14,13 @@ from torch import Tensor, nn
 from dualpipe_ext.gradients import MainGrads
 from dualpipe_ext.microbatches import Chunk, Joined, gather
 
-__all__ = ["LossHooks", "Step", "microbatch_seed"]
+__all__ = ["LossHooks", "Step"]
 
 Outputs = list[Tensor | None]
 Criterion = Callable[..., Tensor]
 Method = TypeVar("Method", bound=Callable[..., Any])
 BeforeBackward = Callable[[Tensor, int], "Tensor | None"]
 AfterForward = Callable[[Tensor, "Sequence[Tensor | None]", int], None]
-
-
-def microbatch_seed(seed: int, step: int, stage: int, microbatch: int) -> int:
-    """Returns the seed of a stage's forward of a micro-batch, under ``DualPipeConfig(seed=...)``.
-
-    The arguments are mixed so that similar ones give unrelated streams (SplitMix64's finalizer;
-    Steele, Lea and Flood, 2014). ``step`` counts the calls of ``step()``, from 1.
-    """
-    mask = (1 << 64) - 1
-    value = seed & mask
-    for number in (step, stage, microbatch):
-        value = (value + 0x9E3779B97F4A7C15 + number) & mask
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
-        value ^= value >> 31
-    return value >> 1
 
 
 @dataclass
@@ -77,7 +61,7 @@ class Step:
     batch_dim: int
     training: bool
     keep_outputs: bool
-    seed: Callable[[int, int], int] | None = None  # (stage, micro-batch) -> seed
+    reseed: Callable[[int, int], None] | None = None  # before a forward of (stage, micro-batch)
     overlapped_function: Callable[..., Any] | None = None
 
     losses: dict[int, Tensor] = field(default_factory=dict)
@@ -91,8 +75,8 @@ class Step:
     ) -> tuple[Outputs, Tensor | None]:
         """Runs a stage; returns (what to send to the next stage, the loss to differentiate)."""
         stage_inputs = self.inputs[microbatch] if stage == 0 else inputs
-        if self.seed is not None:
-            torch.manual_seed(self.seed(stage, microbatch))
+        if self.reseed is not None:
+            self.reseed(stage, microbatch)
         outputs = _as_list(self._user(self.modules[stage], *stage_inputs), stage)
         if stage != self.last_stage:
             return outputs, None
@@ -111,8 +95,8 @@ class Step:
         stage1, _, loss1, outputs1, output_grads1 = backward
         inputs0 = self.inputs[microbatch0] if stage0 == 0 else received
         last = stage0 == self.last_stage
-        if self.seed is not None:
-            torch.manual_seed(self.seed(stage0, microbatch0))
+        if self.reseed is not None:
+            self.reseed(stage0, microbatch0)
         pairs = [
             (output, grad)
             for output, grad in zip(outputs1, output_grads1, strict=True)

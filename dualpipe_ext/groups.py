@@ -108,6 +108,7 @@ class LoopbackGroup(PipelineGroup):
         self.are_threads = self.size > 1
         self._hubs = hubs
         self._talk = hubs.hub(0)  # for texts; pipelines use the hubs after it
+        self._num_hubs = 1
         self._engines: list[weakref.ref[_C.Engine]] = []
 
     def connect(self, timeout: float) -> None:
@@ -115,7 +116,8 @@ class LoopbackGroup(PipelineGroup):
 
     def make_engine(self, settings: EngineSettings) -> _C.Engine:
         """Makes this rank's engine on the next hub; every thread does so, in the same order."""
-        hub = self._hubs.hub(len(self._engines) + 1)
+        hub = self._hubs.hub(self._num_hubs)
+        self._num_hubs += 1  # even if this rank alone cannot make an engine
         if settings.gpu is None:
             engine = _C.Engine.loopback(hub, self.rank, settings.timeout)
         else:

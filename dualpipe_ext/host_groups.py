@@ -16,6 +16,7 @@ from dualpipe_ext import _C
 __all__ = ["TIMEOUT_S", "group_at", "host_group", "reaching"]
 
 TIMEOUT_S = 1800.0  # torch's default for gloo: a rank may take long to write a file
+_LONGEST_S = 10 * 365 * 86400.0  # as good as none: an endless one has no timedelta
 
 _made: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 
@@ -73,7 +74,8 @@ def _make(group: dist.ProcessGroup, timeout: float) -> dist.ProcessGroup:
     number = known.add(str(rank), 1)
     store = PrefixStore(str(number), known)
     kind = dist.ProcessGroup.BackendType.GLOO
-    gloo = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout))
+    limit = timedelta(seconds=min(timeout, _LONGEST_S))
+    gloo = dist.ProcessGroupGloo(store, rank, size, limit)
     gloo._set_default_timeout(timedelta(seconds=TIMEOUT_S))  # for all later exchanges
     made = dist.ProcessGroup(store, rank, size)
     made._set_default_backend(kind)

@@ -14,16 +14,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dualpipe_ext import _C
 from dualpipe_ext._batch import check_num_chunks, cut_batch
 from dualpipe_ext._copies import check_copies
 from dualpipe_ext._cuda import clock_by_gpu
 from dualpipe_ext._frozen import FrozenWatch
 from dualpipe_ext._handshake import agree, collect, gather_numbers
 from dualpipe_ext._local_stages import LocalStages
+from dualpipe_ext._mirror_exchanges import MirrorExchanges, tell
 from dualpipe_ext._plans import PlannedStep, StepPlanner
+from dualpipe_ext._random import microbatch_seed, seed_generators
 from dualpipe_ext._runner import StepRunner
-from dualpipe_ext._step import Criterion, LossHooks, Step, microbatch_seed
+from dualpipe_ext._step import Criterion, LossHooks, Step
 from dualpipe_ext._transport import EngineSettings, Offer, choose_transport
 from dualpipe_ext._unsummed import UnsummedGradients
 from dualpipe_ext.config import DualPipeConfig, Transport
@@ -40,6 +41,8 @@ from dualpipe_ext.stats import StepStatistics, TraceEvent
 from dualpipe_ext.weight_grad import WeightSplitReport
 
 __all__ = ["Pipeline"]
+
+_FAILURE = "could not make its pipeline"
 
 
 class Pipeline(nn.Module):
@@ -108,11 +111,7 @@ class Pipeline(nn.Module):
         self._num_steps = 0
         self._unsummed = UnsummedGradients(local.mirrors)
         self._frozen = FrozenWatch(is_told=local.is_first_with_losses)
-        self._engine = self.group.make_engine(
-            EngineSettings(local.peers(), self.config.timeout, local.gpu)
-        )
-        self._runner = StepRunner(self._engine, local, self.group)
-        clock_by_gpu(self._engine, local.device)
+        collect(self.group, self.config.timeout, self._make_engine, _FAILURE)
         if local.gpu is not None:
             self._engine.connect()
         if self.config.mirror_init == "broadcast":
@@ -239,7 +238,8 @@ class Pipeline(nn.Module):
                     labels = tuple(labels)
                 plan = self._planner.plan(num_chunks, training, sum_within)
                 step = self._make_step(plan, inputs, labels, criterion, training, return_outputs)
-                reducer = self._gradient_sum() if sum_within and training else None
+                sums = self._exchanges if sum_within and training else None
+                reducer = sums.gradient_sum() if sums else None
             except BaseException as error:  # the other ranks must not wait for this one
                 self._tell(error, is_step=True)
                 raise
@@ -269,7 +269,7 @@ class Pipeline(nn.Module):
         self._tell(error, is_step=False)
 
     def _tell(self, error: BaseException, *, is_step: bool) -> None:
-        self._engine.fail(f"{type(error).__name__}: {error}", is_step)
+        tell(self._engine, error, is_step=is_step)
 
     def sync_gradients(self) -> None:
         """Sums the gradients of the two copies of each stage; both copies get identical bits.
@@ -277,12 +277,8 @@ class Pipeline(nn.Module):
         Call it on every rank, after the last :meth:`step` of an accumulation. It does nothing if
         stages have one copy. A gradient that is ``None`` on both copies stays ``None``.
         """
-        mirrors = self._local.mirrors
-        if mirrors is not None:
-            self._unsummed.warn_if_summed(self.rank)
-            exchange = mirrors.gradient_sum(self._engine, self.config.bucket_bytes)
-            with mirrors.lending_shards():
-                self._engine.exchange(exchange, sorted(self.stages), "sync_gradients()")
+        if self._exchanges is not None:
+            self._exchanges.sum_gradients(lambda: self._unsummed.warn_if_summed(self.rank))
             self._unsummed.note_sum()
 
     def synchronize(self) -> None:
@@ -307,9 +303,8 @@ class Pipeline(nn.Module):
 
         The first copy of stage s is the one on rank s. Called at construction by default.
         """
-        if self._local.mirrors is not None:
-            exchange = self._local.mirrors.copy(self._engine, self.config.bucket_bytes)
-            self._engine.exchange(exchange, sorted(self.stages), "sync_parameters()")
+        if self._exchanges is not None:
+            self._exchanges.copy()
             self._unsummed.note_copy()
 
     def check_copies(self) -> None:
@@ -335,8 +330,8 @@ class Pipeline(nn.Module):
         copy computes from its own micro-batches. Call it on every rank, before evaluating or
         saving. It does nothing if stages have one copy.
         """
-        if self._local.mirrors is not None:
-            self._local.mirrors.average_buffers(self._engine, self.config.bucket_bytes, self.stages)
+        if self._exchanges is not None:
+            self._exchanges.average_buffers()
 
     def swap_with_mirror(self, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
         """Sends tensors to the rank that holds the other copies; returns what that rank sends.
@@ -350,13 +345,11 @@ class Pipeline(nn.Module):
         Raises:
             ValueError: stages have one copy.
         """
-        if self._local.mirrors is None:
+        if self._exchanges is None:
             raise ValueError(
                 f"{self._local.source.name} has one copy of each stage: there are no mirrors"
             )
-        return self._local.mirrors.swap(
-            self._engine, self.config.bucket_bytes, self.stages, tensors, like
-        )
+        return self._exchanges.swap(tensors, like)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clips the gradients of the whole model by their norm; returns the norm before clipping.
@@ -381,17 +374,19 @@ class Pipeline(nn.Module):
                 f"max_norm={max_norm}, norm_type={norm_type}: both must be above 0; "
                 f"use float('inf') as max_norm to measure without clipping"
             )
-        self._unsummed.warn_if_clipped(self.rank)
         counted = (
             self._local.mirrors.counted_parameters() if self._local.mirrors else self.parameters()
         )
-        norm = total_norm(
-            counted,
-            norm_type,
-            lambda power: gather_numbers(
-                self.group, self.config.timeout, power, "has no norm of its gradients"
-            ),
-        )
+
+        def gather(power: Callable[[], float]) -> list[float]:
+            def checked_power() -> float:
+                self._unsummed.warn_if_clipped(self.rank)
+                return power()
+
+            what = "has no norm of its gradients"
+            return gather_numbers(self.group, self.config.timeout, checked_power, what)
+
+        norm = total_norm(counted, norm_type, gather)
         clip_local_gradients(self.parameters(), norm, max_norm)
         return norm
 
@@ -490,9 +485,22 @@ class Pipeline(nn.Module):
                 self.group,
                 self.config.timeout,
                 lambda: self._local.use_transport(transport, reason),
-                "could not make its pipeline",
+                _FAILURE,
             )
         self.group.connect(self.config.timeout)
+
+    def _make_engine(self) -> None:
+        local = self._local
+        self._engine = self.group.make_engine(
+            EngineSettings(local.peers(), self.config.timeout, local.gpu)
+        )
+        self._runner = StepRunner(self._engine, local, self.group)
+        self._exchanges: MirrorExchanges | None = None
+        if local.mirrors is not None:
+            self._exchanges = MirrorExchanges(
+                self._engine, local.mirrors, local.stages, self.config.bucket_bytes
+            )
+        clock_by_gpu(self._engine, local.device)
 
     # One step
 
@@ -507,8 +515,11 @@ class Pipeline(nn.Module):
     ) -> Step:
         plan.batch.check(inputs, labels, criterion, training)
         modules = dict(zip(self.stages, self.module, strict=True))
-        number = self._num_steps
-        seed = self.config.seed
+        seed, number, device = self.config.seed or 0, self._num_steps, self._local.device
+
+        def reseed(stage: int, microbatch: int) -> None:
+            seed_generators(device, microbatch_seed(seed, number, stage, microbatch))
+
         return Step(
             modules=modules,
             main_grads=parameters_with_main_grad(modules) if training else [],
@@ -520,14 +531,9 @@ class Pipeline(nn.Module):
             batch_dim=self.batch_dim,
             training=training,
             keep_outputs=return_outputs,
-            seed=None if seed is None else lambda s, m: microbatch_seed(seed, number, s, m),
+            reseed=None if self.config.seed is None else reseed,
             overlapped_function=self._local.overlapped.function,
         )
-
-    def _gradient_sum(self) -> _C.MirrorExchange | None:
-        if self._local.mirrors is None:
-            return None
-        return self._local.mirrors.gradient_sum(self._engine, self.config.bucket_bytes)
 
 
 def _register(hooks: dict[int, Any], hook: Callable[..., Any]) -> RemovableHandle:

@@ -184,16 +184,17 @@ constexpr std::chrono::milliseconds kInterruptPoll{100};
 void await(c10d::Work& work, Clock::time_point start, std::chrono::milliseconds timeout,
            const std::function<bool()>& interrupted) {
   for (;;) {
+    const bool was_done = work.isCompleted();  // before: work may end while a wait gives it up
     try {
       work.wait(kInterruptPoll);
       return;
     } catch (const std::exception&) {
+      if (was_done) throw;
       if (Clock::now() - start >= timeout) {
         throw PipelineError(cat("waited ", static_cast<double>(timeout.count()) / 1000,
                                 " s for the other ranks: call this on every rank, or allow more "
                                 "time; the process group is of no use any more"));
       }
-      if (work.isCompleted()) throw;
     }
     if (interrupted()) throw PipelineError("interrupted (Ctrl-C)");
   }

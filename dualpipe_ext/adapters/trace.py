@@ -106,8 +106,7 @@ def _trace(model: nn.Module, layers: Sequence[str], inputs: Sequence[str], train
             _refill(container, content)
 
 
-_ASSERTION = re.compile(r"assert\b[\s(]*(?P<negation>not\b)?")
-_CHECKS = ("if ", "elif ")
+_CHECK = re.compile(r"(?P<statement>assert|(el)?if)\b[\s(]*(?P<negation>not\b)?")
 _STORES = ("_parameters", "_buffers", "_modules")
 
 
@@ -221,9 +220,13 @@ def _outcome_of_check() -> bool | None:
                 linecache.getline(frame.filename, number).strip()
                 for number in ((frame.lineno or 0), (frame.lineno or 0) + 1)
             )
-            if found := _ASSERTION.match(line):
-                return found["negation"] is None
-            return False if line.startswith(_CHECKS) and following.startswith("raise ") else None
+            found = _CHECK.match(line)
+            if found is None:
+                return None
+            is_negated = found["negation"] is not None
+            if found["statement"] == "assert":
+                return not is_negated
+            return is_negated if following.startswith("raise ") else None
     return None
 
 

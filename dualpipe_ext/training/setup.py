@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dualpipe_ext._advice import warn_caller
-from dualpipe_ext._step import microbatch_seed
+from dualpipe_ext._random import microbatch_seed
 from dualpipe_ext.adapters import Partition, get_model_adapter
 from dualpipe_ext.config import Balance, DualPipeConfig
 from dualpipe_ext.groups import PipelineGroup

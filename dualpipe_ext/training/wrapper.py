@@ -336,12 +336,7 @@ class TrainingWrapper:
             PipelineError: another rank could not save, with its reason.
         """
         updater = self._trained_by
-        self._check_whole()
-        if self._accumulation.num_batches:
-            raise ValueError(
-                f"{self._accumulation.num_batches} batches were accumulated since the last update, "
-                f"and gradients are not saved; save after train_step(batch, update=True)"
-            )
+        self._act_together(self._check_can_save, "could not save the checkpoint")
         return save_checkpoint(
             folder,
             self.pipeline,
@@ -451,6 +446,14 @@ class TrainingWrapper:
                 "load_checkpoint() first"
             )
 
+    def _check_can_save(self) -> None:
+        self._check_whole()  # which an interrupt may have left untrue on this rank alone
+        if self._accumulation.num_batches:
+            raise ValueError(
+                f"{self._accumulation.num_batches} batches were accumulated since the last update, "
+                f"and gradients are not saved; save after train_step(batch, update=True)"
+            )
+
     @property
     def _trained_by(self) -> Updater:
         if self._updater is None:
@@ -467,6 +470,12 @@ class TrainingWrapper:
         self._is_torn = True
         self._replicas.together(lambda: updater.run(report.loss, report.are_finite, together))
         self._is_torn = False
+
+    def _act_together(self, act: Callable[[], None], failure: str) -> None:
+        """Calls ``act`` on every rank of every replica; if it fails on one, all of them raise."""
+        self._replicas.together(
+            lambda: act_together(self._group, self.config.timeout, act, failure=failure)
+        )
 
     def _part(self, given: Any, halves: bool, fill: bool) -> Part:
         """Returns this rank's part of a batch."""

@@ -115,7 +115,8 @@ def over_groups_made_again(rank: int, num_ranks: int) -> list[float]:
     for number in range(2):
         group = dist.new_group([0, 1], backend="cuda:fake", use_local_synchronization=True)
         time.sleep(0.3 * number * rank)  # who comes first finds what is left in the store
-        pipeline = Pipeline([nn.Linear(2, 2)], "1f1b", process_group=group)
+        config = DualPipeConfig(timeout=(30.0, float("inf"))[number])
+        pipeline = Pipeline([nn.Linear(2, 2)], "1f1b", process_group=group, config=config)
         sums.append(sum(x for (x,) in pipeline.group.all_gather_floats([float(rank)], 30.0)))
         dist.destroy_process_group(group)
     return sums

@@ -212,7 +212,7 @@ def test_a_model_that_assigns_is_refused_and_left_as_it_was(what: str) -> None:
     copy.deepcopy(model)
 
 
-@pytest.mark.parametrize("check", [0, 1])
+@pytest.mark.parametrize("check", range(4))
 def test_checks_count_as_passed(check: int) -> None:
     class Checked(nn.Module):
         def __init__(self) -> None:
@@ -220,10 +220,18 @@ def test_checks_count_as_passed(check: int) -> None:
             self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
 
         def forward(self, x: Tensor) -> Tensor:
-            if check:
-                assert not (x.sum() > 100)
-            if x.sum() > 100:
-                raise ValueError("too much")
+            match check:
+                case 0:
+                    assert not (x.sum() > 100)
+                case 1:
+                    if not x.isfinite().all():
+                        raise ValueError("not a number")
+                case 2:
+                    if not (x.sum() < 100 and x.sum() > 0):
+                        raise ValueError("too little or too much")
+                case 3:
+                    if x.sum() > 100 or x.sum() < 0:
+                        raise ValueError("too little or too much")
             y: Tensor = self.blocks[1](self.blocks[0](x))
             return y
 

@@ -14,6 +14,7 @@ from outcomes import outcomes
 from torch import Tensor, nn
 
 from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline, PipelineError, microbatch_seed
+from dualpipe_ext._random import seed_generators
 from dualpipe_ext.testing import run_ranks
 
 
@@ -167,6 +168,14 @@ def test_overlapped_pairs_are_seeded_like_other_forwards() -> None:
 
     run_ranks(rank_fn, 1)
     assert seen == {microbatch_seed(3, 1, s, m) for s in (0, 1) for m in range(4)}
+
+
+def test_a_step_seeds_no_gpu_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    others, own = [torch.Generator().manual_seed(i) for i in range(2)]
+    monkeypatch.setattr(torch.cuda, "default_generators", (others, own))
+    seed_generators(torch.device("cuda", 1), 5)
+    assert torch.initial_seed() == own.initial_seed() == 5
+    assert others.initial_seed() == 0
 
 
 def test_outputs_that_do_not_fit_together_come_in_pieces() -> None:

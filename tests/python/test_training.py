@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from loops import Loop, check_loop, make_long_gpt
 
 from dualpipe_ext import _memory
@@ -35,9 +36,20 @@ def test_trains_as_in_one_piece(name: str) -> None:
 
 
 def test_offloads_as_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With host memory under another name, what is saved is copied there and back."""
+    """With host memory under another name, what is saved is copied there and back.
+
+    Memory that is not pinned may be read as soon as a copy returns.
+    """
     monkeypatch.setattr(_memory, "HOST", "elsewhere")
+    copy_, waits = torch.Tensor.copy_, set()
+
+    def noted(to: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        waits.add(not non_blocking)
+        return copy_(to, source, non_blocking)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", noted)
     check_loop(Loop("mean", settings={"memory_optimization": "offload"}))
+    assert waits == {True}
 
 
 def test_trains_on_three_ranks() -> None:
