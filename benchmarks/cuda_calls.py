@@ -137,6 +137,12 @@ class RegisteredPage:
         call("cudaHostUnregister", self._here)
 
 
+class MemoryHandle(ctypes.Structure):
+    """A ``cudaIpcMemHandle_t``."""
+
+    _fields_ = [("reserved", ctypes.c_ubyte * 64)]
+
+
 class _CopyAttributes(ctypes.Structure):
     _fields_ = [
         ("access_order", ctypes.c_int),

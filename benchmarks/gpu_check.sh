@@ -48,6 +48,23 @@ needs=(torch filelock numpy yaml typer rich tqdm pytest pytest_timeout)
   exit 2
 }
 
+# Torch from pip opens the first nvidia/nccl/lib/libnccl.so.* along sys.path by its full name, and beside
+# a preloaded one that would be a second NCCL. A torch that is linked to the system's takes the preloaded one.
+use_nccl() { # FILE
+  local shadow=$work/shadow/nvidia/nccl/lib
+  mkdir -p "$shadow"
+  ln -s "$1" "$shadow/libnccl.so.2"
+  if [[ $(PYTHONPATH=$work/shadow:$PYTHONPATH loaded_nccls) == "$1" ]]; then
+    PYTHONPATH=$work/shadow:$PYTHONPATH
+  else
+    export LD_PRELOAD=$1
+  fi
+}
+
+loaded_nccls() {
+  "$python" -c 'import torch; print(*{m.split()[-1] for m in open("/proc/self/maps") if "nccl" in m})'
+}
+
 export GPU_CHECK_DEVICE=$device PYTHONUNBUFFERED=1
 export DUALPIPE_EXT_CACHE=${DUALPIPE_EXT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dualpipe_ext}
 export PYTHONPATH=$PWD:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}
@@ -57,7 +74,8 @@ if [[ $device == cuda ]]; then
   export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the same bits from every stream
   # A kernel that needs more stack than any before it waits for the whole device to get it.
   export NCCL_SET_STACK_SIZE=1
-  if [[ -n ${NCCL_LIBRARY:-} ]]; then export LD_PRELOAD=$NCCL_LIBRARY; fi
+  export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
+  if [[ -n ${NCCL_LIBRARY:-} ]]; then use_nccl "$(realpath "$NCCL_LIBRARY")"; fi
 fi
 
 step() { # NAME LIMIT_S COMMAND...
@@ -183,6 +201,8 @@ second_part() {
   local transports=$by_copies
   if [[ $device == cuda ]] && step nccl 30 "$python" benchmarks/gpu_report.py nccl; then
     transports+=" nccl"
+  elif [[ $device == cuda ]]; then
+    peer=() # upstream communicates over NCCL alone
   fi
   export GPU_CHECK_TRANSPORTS=$transports
   around=("${of_processes[@]}")
@@ -202,15 +222,18 @@ second_part() {
 
 over_nccl() {
   export GPU_CHECK_TRANSPORTS=nccl
+  # Of its usual size, NCCL serves two ranks on a GPU; these tests have four. It overrides the sizes
+  # that benchmarks ask for, so it is not for them.
+  local small=(env NCCL_MAX_CTAS=2)
   around=("${of_threads[@]}")
   bench 40 bench_p2p_nccl
   bench 30 bench_step_nccl --ranks 2 --ranks 4 --ranks 8
   bench 40 bench_overlap_nccl
-  around=()
+  around=("${small[@]}")
   tests tests_processes_nccl 90 tests/python/test_gpu_processes.py
   around=("${of_threads[@]}")
   tests tests_nccl 120 tests/python/test_gpu{,_device,_sizes}.py -k 'not processes'
-  around=()
+  around=("${small[@]}")
   tests tests_sizes_nccl 90 tests/python/test_gpu_sizes.py -k processes
   if [[ -n $sanitizer ]]; then sanitize memcheck nccl; fi
 }

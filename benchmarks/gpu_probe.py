@@ -29,7 +29,7 @@ def answers(question: Question, start_limit_s: float = 30.0) -> Iterator[Answer]
     """Asks in a separate process; yields answers case by case, and why it ended early, if so."""
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe()
-    process = fork.Process(target=_ask, args=(question, theirs), daemon=True)
+    process = fork.Process(target=_ask, args=(question, theirs))  # may have children
     process.start()
     theirs.close()
     try:

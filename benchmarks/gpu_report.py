@@ -180,6 +180,10 @@ def check_nccl() -> str | None:
     from dualpipe_ext import _C
 
     found = getattr(_C, "nccl_version", lambda: "0.0 (not built)")()
+    try:
+        getattr(_C, "require_one_nccl", lambda: None)()
+    except ValueError as error:
+        return f"{error}; nothing is run over NCCL"
     if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) >= (2, 30):
         return None
     return (

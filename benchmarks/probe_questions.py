@@ -18,7 +18,7 @@ from cuda_calls import (
     priorities,
     wait_for_value,
 )
-from probe_waits import CALLS, PATIENCE_S, Case, Work, meanwhile
+from probe_waits import CALLS, PATIENCE_S, Case, Work, meanwhile, meanwhile_opening
 from torch import Tensor
 
 NUM_OTHERS = 31  # with the one that waits, as many streams as hardware queues
@@ -140,6 +140,12 @@ QUESTIONS = [
     *(
         Question(f"a stream waits, {text}", partial(meanwhile, what))
         for text, what in CALLS.items()
+    ),
+    Question(
+        "a stream waits, cudaIpcOpenMemHandle is called",
+        meanwhile_opening,
+        20.0,
+        starts_cuda=False,
     ),
     Question("hardware queues", shared_queues),
     Question("rates within the GPU", copy_rates, 10.0),

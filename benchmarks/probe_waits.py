@@ -10,12 +10,14 @@ from functools import partial
 
 import torch
 from cuda_calls import (
+    MemoryHandle,
     RegisteredPage,
     call,
     copy_beside_computation,
     query_event,
     wait_for_value,
 )
+from memory_lender import MEMORY_BYTES, MemoryLender
 from torch import Tensor
 
 PATIENCE_S = 0.2  # whatever takes longer counts as blocked
@@ -176,6 +178,26 @@ def unregister_host_memory(scene: Scene) -> Work:
     return RegisteredPage().unregister
 
 
+def export_memory(scene: Scene) -> Work:
+    """Returns ``cudaIpcGetMemHandle``, as the link of copy engines calls it for a new block."""
+    memory = ctypes.c_void_p()
+    call("cudaMalloc", ctypes.byref(memory), ctypes.c_size_t(MEMORY_BYTES))
+    return lambda: call("cudaIpcGetMemHandle", ctypes.byref(MemoryHandle()), memory)
+
+
+def open_memory(lender: MemoryLender, scene: Scene) -> Work:
+    """Returns ``cudaIpcOpenMemHandle`` of memory of another process."""
+    handle, opened = lender.handle(), ctypes.c_void_p()
+    lazily = ctypes.c_uint(1)  # cudaIpcMemLazyEnablePeerAccess, the only flag there is
+    return lambda: call("cudaIpcOpenMemHandle", ctypes.byref(opened), handle, lazily)
+
+
+def meanwhile_opening() -> Iterator[Case]:
+    """The same as :func:`meanwhile` of ``cudaIpcOpenMemHandle``; starts CUDA in two processes."""
+    lender = MemoryLender()
+    yield from meanwhile(partial(open_memory, lender))
+
+
 # From torch's own library, each in a module of its own; none is compiled at its first use.
 _NEW_KERNELS = iter([torch.atan, torch.sinh, torch.log2, torch.trunc])
 
@@ -193,6 +215,7 @@ CALLS: dict[str, Callable[[Scene], Work]] = {
     "a kernel is loaded": load_kernel,
     "cudaFree is called": free_memory,
     "cudaMalloc is called": allocate_memory,
+    "cudaIpcGetMemHandle is called": export_memory,
     "cudaHostUnregister is called": unregister_host_memory,
     "cudaHostAlloc is called": allocate_host_memory,
     "cudaFreeHost is called": free_host_memory,

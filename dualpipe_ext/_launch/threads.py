@@ -5,7 +5,7 @@ from __future__ import annotations
 import faulthandler
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -90,6 +90,9 @@ def _multiply_once() -> None:
         weight = torch.ones_like(x, requires_grad=True)
         with torch.enable_grad():
             torch.nn.functional.linear(x, weight, x[0]).sum().backward()
+    with suppress(RuntimeError, TypeError):  # not all versions of torch have such products
+        narrow = torch.ones(16, 16, device="cuda", dtype=torch.bfloat16)
+        torch.addmm(narrow.float(), narrow, narrow, out_dtype=torch.float32)
     torch.cuda.current_stream().synchronize()
 
 
