@@ -1,64 +1,101 @@
-"""What replicas of a pipeline tell one another where it may take long: any object, by pickle."""
+"""What the replicas of a pipeline tell one another: numbers, objects, and what went wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch.distributed as dist
 
-from dualpipe_ext._C import PipelineError
-from dualpipe_ext.host_groups import host_group, reaching
+from dualpipe_ext._C import PipelineError, process_group_all_gather
+from dualpipe_ext.host_groups import TIMEOUT_S, host_group, reaching
 
-__all__ = [
-    "gather_from_replicas",
-    "on_all_replicas",
-    "on_first_replica",
-    "replica_of",
-]
+__all__ = ["ReplicaRanks"]
 
 T = TypeVar("T")
 
 
-def replica_of(replicas: dist.ProcessGroup | None) -> int:
-    """Returns the number of the replica that this rank belongs to."""
-    return 0 if replicas is None else dist.get_rank(replicas)
+class ReplicaRanks:
+    """The ranks at the same position of all pipelines, which hold the same parameters.
 
+    Without a group, there is one pipeline and nothing to exchange.
 
-def gather_from_replicas(replicas: dist.ProcessGroup | None, value: T) -> list[T]:
-    """Returns the value of each replica, by replica."""
-    if replicas is None:
-        return [value]
-    gathered: list[T] = [value] * replicas.size()
-    with reaching("another replica"):
-        dist.all_gather_object(gathered, value, group=host_group(replicas))
-    return gathered
+    Args:
+        group: these ranks; there must be the same number for every position.
 
-
-def on_all_replicas(replicas: dist.ProcessGroup | None, make: Callable[[], T], failure: str) -> T:
-    """Calls ``make`` on every replica and returns this one's result, once all have theirs.
-
-    Raises:
-        Exception: what ``make`` raised here, once the other replicas know of it.
-        PipelineError: ``make`` raised on another replica (``failure`` says what that one could not
-            do), or another one cannot be reached.
+    Attributes:
+        group: these ranks.
+        index: the number of this rank among them.
+        size: how many there are.
     """
-    try:
-        made = make()
-    except Exception as error:  # whatever it is, the other replicas must not wait for this one
-        gather_from_replicas(replicas, f"{type(error).__name__}: {error}")
-        raise
-    for replica, text in enumerate(gather_from_replicas(replicas, "")):
-        if text:
-            raise PipelineError(f"replica {replica} {failure}: {text}")
-    return made
 
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.index = 0 if group is None else group.rank()
+        self.size = 1 if group is None else group.size()
 
-def on_first_replica(replicas: dist.ProcessGroup | None, make: Callable[[], T], failure: str) -> T:
-    """Calls ``make`` on the first replica and returns its result on all.
+    def gather(self, value: float) -> list[float]:
+        """Returns the number that each replica passes, by replica.
 
-    Raises as :func:`on_all_replicas` does.
-    """
-    is_first = replica_of(replicas) == 0
-    made = on_all_replicas(replicas, lambda: make() if is_first else None, failure)
-    return gather_from_replicas(replicas, made)[0]  # type: ignore[return-value]
+        Raises:
+            PipelineError: another replica has failed, with its reason, or cannot be reached.
+        """
+        return self._exchange(value, "")
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Returns the object that each replica passes, by replica; they travel by pickle."""
+        if self.group is None:
+            return [value]
+        gathered: list[T] = [value] * self.size
+        with reaching("another replica"):
+            dist.all_gather_object(gathered, value, group=host_group(self.group))
+        return gathered
+
+    @contextmanager
+    def telling_failures(self, failure: str = "has failed") -> Iterator[None]:
+        """Makes the next exchange of the others raise if anything is raised within.
+
+        Args:
+            failure: what this replica could not do then, for the others to read.
+        """
+        try:
+            yield
+        except BaseException as error:
+            with suppress(PipelineError):
+                self._exchange(0.0, f"{failure}: {type(error).__name__}: {error}")
+            raise
+
+    def together(self, act: Callable[[], T], failure: str = "has failed") -> T:
+        """Calls ``act``; returns its result once all replicas have completed theirs.
+
+        Raises:
+            Exception: what ``act`` raised here, once the other replicas know of it.
+            PipelineError: another replica has failed, with its reason, or cannot be reached.
+        """
+        with self.telling_failures(failure):
+            made = act()
+        self.gather(0.0)
+        return made
+
+    def from_first(self, make: Callable[[], T], failure: str) -> T:
+        """Calls ``make`` on the first replica and returns its result on all.
+
+        Raises as :meth:`together` does.
+        """
+        made = self.together(lambda: make() if self.index == 0 else None, failure)
+        return self.gather_objects(made)[0]  # type: ignore[return-value]
+
+    def _exchange(self, value: float, failure: str) -> list[float]:
+        """Exchanges numbers, and texts only if there is a failure."""
+        if self.group is None:
+            return [value]
+        with reaching("another replica"):
+            told = process_group_all_gather(
+                host_group(self.group), [float(bool(failure)), value], TIMEOUT_S
+            )
+        if any(has_failed for has_failed, _ in told):
+            for replica, text in enumerate(self.gather_objects(failure)):
+                if text:
+                    raise PipelineError(f"replica {replica} {text}")
+        return [number for _, number in told]

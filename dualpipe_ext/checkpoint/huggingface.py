@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dualpipe_ext._buffers import average_over
 from dualpipe_ext._ranks import Ranks
-from dualpipe_ext._replicas import on_all_replicas, on_first_replica
+from dualpipe_ext._replicas import ReplicaRanks
 from dualpipe_ext.checkpoint.folders import find_checkpoint
 from dualpipe_ext.checkpoint.holdings import Holding
 from dualpipe_ext.checkpoint.load import load_checkpoint
@@ -80,9 +80,10 @@ def export_pretrained(
             save_checkpoint(weights, pipeline, step=0, timeout=timeout)
             ranks.from_first(lambda: write(weights), _FAILURE)
 
-    ranks = on_all_replicas(replicas, prepare, _FAILURE)
+    others = ReplicaRanks(replicas)
+    ranks = others.together(prepare, _FAILURE)
     average_over(replicas, pipeline.buffers())
-    on_first_replica(replicas, export, _FAILURE)
+    others.from_first(export, _FAILURE)
 
 
 def import_pretrained(

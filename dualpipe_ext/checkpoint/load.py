@@ -13,7 +13,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dualpipe_ext._replicas import on_all_replicas, on_first_replica
+from dualpipe_ext._replicas import ReplicaRanks
 from dualpipe_ext.checkpoint.compare import check_architecture
 from dualpipe_ext.checkpoint.folders import find_checkpoint, read_manifest
 from dualpipe_ext.checkpoint.holdings import Holding, Shapes
@@ -84,8 +84,9 @@ def load_checkpoint(
     """
     holding = Holding.of(model, timeout)
     ranks = holding.ranks
-    place = on_first_replica(
-        replicas, lambda: ranks.from_first(lambda: find_checkpoint(path), _FAILURE), _FAILURE
+    others = ReplicaRanks(replicas)
+    place = others.from_first(
+        lambda: ranks.from_first(lambda: find_checkpoint(path), _FAILURE), _FAILURE
     )
     run = Run(holding, optimizer, scheduler, scaler, replicas)
 
@@ -93,10 +94,8 @@ def load_checkpoint(
         saved = _open(place, holding)
         return saved, ranks.share_here(lambda: read_state(saved, run), _FAILURE)
 
-    saved, state = on_all_replicas(replicas, read, _FAILURE)
-    on_all_replicas(
-        replicas, lambda: ranks.share_here(lambda: apply_state(state, run), _FAILURE), _FAILURE
-    )
+    saved, state = others.together(read, _FAILURE)
+    others.together(lambda: ranks.share_here(lambda: apply_state(state, run), _FAILURE), _FAILURE)
     return Resumed(place, saved.manifest["step"], state.extra, state.generators is not None)
 
 

@@ -10,7 +10,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dualpipe_ext._replicas import replica_of
+from dualpipe_ext._replicas import ReplicaRanks
 from dualpipe_ext.checkpoint.holdings import Holding
 from dualpipe_ext.checkpoint.optimizers import OptimizerKeys, kind_of, restored_state
 from dualpipe_ext.checkpoint.random_state import set_random_state
@@ -99,7 +99,7 @@ def _read_optimizer(saved: Saved, run: Run, optimizer: Optimizer) -> dict[str, A
 def _read_seed(saved: Saved, run: Run) -> int | None:
     """Returns the seed of this replica; ``None`` if fewer replicas saved theirs."""
     seeds: list[int | None] = saved.manifest.get("seeds", [])
-    replica = replica_of(run.replicas)
+    replica = ReplicaRanks(run.replicas).index
     return seeds[replica] if replica < len(seeds) else None
 
 
@@ -111,7 +111,7 @@ def _read_generators(saved: Saved, run: Run) -> dict[str, Any] | None:
     by_replica: list[dict[str, Any]] = saved.read_one(f"random.{ranks.rank}")
     if len(by_replica) != (1 if replicas is None else replicas.size()):
         return None
-    return by_replica[replica_of(replicas)]
+    return by_replica[ReplicaRanks(replicas).index]
 
 
 def _check_optimizer(saved: Saved, optimizer: Optimizer | None) -> None:

@@ -18,11 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dualpipe_ext._advice import warn_caller
 from dualpipe_ext._buffers import average_over
 from dualpipe_ext._ranks import Ranks
-from dualpipe_ext._replicas import (
-    gather_from_replicas,
-    on_all_replicas,
-    on_first_replica,
-)
+from dualpipe_ext._replicas import ReplicaRanks
 from dualpipe_ext.checkpoint import folders
 from dualpipe_ext.checkpoint.holdings import Holding
 from dualpipe_ext.checkpoint.integrity import Checksums, checksums_of
@@ -89,13 +85,14 @@ def save_checkpoint(
         PipelineError: another rank could not save, with its reason.
     """
     holding = Holding.of(model, timeout)
-    on_all_replicas(replicas, lambda: _check_all(holding, step, keep), FAILURE)
-    on_all_replicas(replicas, lambda: _settle(holding), FAILURE)
+    others = ReplicaRanks(replicas)
+    others.together(lambda: _check_all(holding, step, keep), FAILURE)
+    others.together(lambda: _settle(holding), FAILURE)
     average_over(replicas, model.buffers())
     if optimizer is not None:
         gather_shards(optimizer)
-    generators = gather_from_replicas(replicas, random_state(holding.device))
-    seeds = gather_from_replicas(replicas, holding.seed)
+    generators = others.gather_objects(random_state(holding.device))
+    seeds = others.gather_objects(holding.seed)
 
     def save() -> Path:
         ranks = holding.ranks
@@ -125,7 +122,7 @@ def save_checkpoint(
                 folders.discard(draft)
             raise
 
-    return on_first_replica(replicas, save, FAILURE)
+    return others.from_first(save, FAILURE)
 
 
 def _own_checksums(ranks: Ranks, draft: Path, own: list[Record]) -> dict[Record, int]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualpipe_ext._replicas import gather_from_replicas
 from dualpipe_ext.compat.ranks import TrainerRanks, both_ends
 from dualpipe_ext.config import DualPipeConfig
 from dualpipe_ext.training.batches import Batch, BatchReader
@@ -166,7 +165,7 @@ class BatchPipeline:
         replicas = self.ranks.replicas
         own = len(even_part(rows, replicas.index, replicas.size))
         found = replicas.together(lambda: both_ends(outputs, self.pipeline, self.ranks.host)[:own])
-        return torch.cat(gather_from_replicas(replicas.group, found))
+        return torch.cat(replicas.gather_objects(found))
 
     def sync_gradients(self) -> None:
         """Sums gradients over all copies of each stage, after an accumulation; all ranks call it."""

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualpipe_ext._C import PipelineError
+from dualpipe_ext._handshake import gather_numbers
 from dualpipe_ext.groups import PipelineGroup
-from dualpipe_ext.training.digests import digest
+from dualpipe_ext.training.sampled_digest import sampled_digest
 
 __all__ = ["Batch", "BatchReader", "fingerprint", "in_step", "is_batch"]
 
 Tensors = tuple[Tensor | None, ...]
-FAILED = -1.0
 
 
 @dataclass(frozen=True)
@@ -153,18 +152,14 @@ def in_step(batches: Iterable[Any], group: PipelineGroup, timeout: float) -> Ite
             longer than this one's.
     """
     given = iter(batches)
+    found: list[Any] = []
+
+    def read() -> float:
+        found[:] = islice(given, 1)
+        return float(len(found))
+
     for number in count():
-        try:
-            found = list(islice(given, 1))
-        except BaseException as error:  # whatever it is, the others must not wait
-            group.all_gather_floats([FAILED], timeout)
-            group.all_gather(f"{type(error).__name__}: {error}", timeout)
-            raise
-        counts = [each for (each,) in group.all_gather_floats([float(len(found))], timeout)]
-        if FAILED in counts:
-            rank = counts.index(FAILED)
-            reason = group.all_gather("", timeout)[rank]
-            raise PipelineError(f"rank {rank} could not read batch {number}: {reason}")
+        counts = gather_numbers(group, timeout, read, f"could not read batch {number}")
         if not any(counts):
             return
         if not all(counts):
@@ -177,7 +172,7 @@ def in_step(batches: Iterable[Any], group: PipelineGroup, timeout: float) -> Ite
 
 def fingerprint(batch: Batch) -> float:
     """Returns a number, computed from a sample of values, by which to tell batches apart."""
-    return float(digest((*batch.inputs, *batch.labels)))
+    return float(sampled_digest((*batch.inputs, *batch.labels)))
 
 
 def _read_places(given: Sequence[Any]) -> Batch:

@@ -55,12 +55,12 @@ def build_pipeline(
         check()
         return {"stages": {}}
 
-    compare_settings(model, config, group, replicas.group)
+    compare_settings(model, config, group, replicas)
     replicas.together(lambda: agree(group, config.timeout, checked))
     # Before copies of a stage are made equal, and before a model without values is given memory,
     # with arbitrary content.
     weights = replicas.together(lambda: weights_digest(model))
-    costs = measured_costs(model, config, sample_inputs, group, replicas.group)
+    costs = measured_costs(model, config, sample_inputs, group, replicas)
     stages: list[nn.Module] = []
 
     def cut() -> dict[str, Any]:

@@ -6,16 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dualpipe_ext._handshake import agree
 from dualpipe_ext._ranks import Ranks
-from dualpipe_ext._replicas import (
-    gather_from_replicas,
-    on_all_replicas,
-    on_first_replica,
-)
+from dualpipe_ext._replicas import ReplicaRanks
 from dualpipe_ext._source import ScheduleSource
 from dualpipe_ext.adapters import Cost, Partition, get_model_adapter
 from dualpipe_ext.config import Balance, DualPipeConfig
@@ -56,7 +51,7 @@ def compare_settings(
     model: nn.Module | Sequence[nn.Module],
     config: DualPipeConfig,
     group: PipelineGroup,
-    replicas: dist.ProcessGroup | None = None,
+    replicas: ReplicaRanks,
 ) -> None:
     """Compares what models are cut by; all ranks of all replicas call it.
 
@@ -67,12 +62,11 @@ def compare_settings(
     """
     settings = {name: value for name, value in config.to_dict().items() if name != "seed"}
     told = {**settings, "model to be cut": isinstance(model, nn.Module)}
-    on_all_replicas(
-        replicas,
+    replicas.together(
         lambda: agree(group, config.timeout, lambda: {**told, "stages": {}}),
         "could not compare its settings",
     )
-    _check_replicas(gather_from_replicas(replicas, told))
+    _check_replicas(replicas.gather_objects(told))
 
 
 def measured_costs(
@@ -80,7 +74,7 @@ def measured_costs(
     config: DualPipeConfig,
     sample_inputs: Sequence[Tensor | None] | None,
     group: PipelineGroup,
-    replicas: dist.ProcessGroup | None = None,
+    replicas: ReplicaRanks,
 ) -> list[Cost] | None:
     """Measures the costs of a model's parts, if it is to be cut by them; all ranks call it.
 
@@ -106,7 +100,7 @@ def measured_costs(
     def measure() -> list[Cost]:
         return get_model_adapter(adapted).measure(sample_inputs)
 
-    return on_first_replica(replicas, lambda: ranks.from_first(measure, failure), failure)
+    return replicas.from_first(lambda: ranks.from_first(measure, failure), failure)
 
 
 def _check_replicas(told: Sequence[dict[str, Any]]) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from itertools import chain
-from typing import TypeVar
 from zlib import crc32
 
 import torch.distributed as dist
@@ -13,15 +10,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dualpipe_ext._buffers import average_over
-from dualpipe_ext._C import PipelineError, process_group_all_gather
 from dualpipe_ext._handshake import collect
-from dualpipe_ext.host_groups import TIMEOUT_S, group_at, host_group, reaching
+from dualpipe_ext._replicas import ReplicaRanks
+from dualpipe_ext.host_groups import group_at, reaching
 from dualpipe_ext.pipeline import Pipeline
 from dualpipe_ext.training.gradient_sums import find_gradients, make_buckets
 
 __all__ = ["Replicas", "split_mesh"]
 
-T = TypeVar("T")
 Groups = tuple[dist.ProcessGroup, dist.ProcessGroup]
 
 
@@ -49,24 +45,8 @@ def split_mesh(
     return mesh.get_group("pp"), mesh.get_group("dp")
 
 
-class Replicas:
-    """The ranks at the same position of all pipelines, which hold the same parameters.
-
-    Without a group, there is one pipeline and nothing to exchange.
-
-    Args:
-        group: these ranks; there must be the same number for every position.
-
-    Attributes:
-        group: these ranks.
-        index: the number of this rank among them.
-        size: how many there are.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group
-        self.index = 0 if group is None else group.rank()
-        self.size = 1 if group is None else group.size()
+class Replicas(ReplicaRanks):
+    """Pipelines side by side, whose copies of parameters and gradients are kept equal."""
 
     def begin(self, pipeline: Pipeline) -> None:
         """Overwrites parameters and buffers with those of the first replica.
@@ -99,46 +79,6 @@ class Replicas:
                 f"the replicas have other stages, by their names, shapes or types, on ranks {ranks} "
                 f"of their pipelines; give all of them the same model, cut alike"
             )
-
-    def gather(self, value: float) -> list[float]:
-        """Returns the number that each replica passes, by replica.
-
-        Raises:
-            PipelineError: another replica has failed, or cannot be reached.
-        """
-        found = self._exchange([0.0, value])
-        for replica, (has_failed, _) in enumerate(found):
-            if has_failed:
-                raise PipelineError(f"replica {replica} has failed; what it raised says why")
-        return [value for _, value in found]
-
-    @contextmanager
-    def telling_failures(self) -> Iterator[None]:
-        """Makes the next :meth:`gather` of the others raise if anything is raised within."""
-        try:
-            yield
-        except BaseException:
-            with suppress(PipelineError):
-                self._exchange([1.0, 0.0])
-            raise
-
-    def together(self, act: Callable[[], T]) -> T:
-        """Calls ``act``; returns its result once all replicas have completed theirs.
-
-        Raises:
-            Exception: what ``act`` raised here, once the other replicas know of it.
-            PipelineError: another replica has failed, or cannot be reached.
-        """
-        with self.telling_failures():
-            made = act()
-        self.gather(0.0)
-        return made
-
-    def _exchange(self, values: list[float]) -> list[list[float]]:
-        if self.group is None:
-            return [values]
-        with reaching("another replica"):
-            return process_group_all_gather(host_group(self.group), values, TIMEOUT_S)
 
     def sum_gradients(self, pipeline: Pipeline) -> None:
         """Sums gradients over all copies of each stage, those of replicas and of mirrors, in place.

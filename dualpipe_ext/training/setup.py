@@ -16,7 +16,7 @@ from dualpipe_ext.config import Balance, DualPipeConfig
 from dualpipe_ext.groups import PipelineGroup
 from dualpipe_ext.schedule import PlannerInfo, plan
 from dualpipe_ext.training.cutting import planner_of
-from dualpipe_ext.training.digests import digest
+from dualpipe_ext.training.sampled_digest import sampled_digest
 
 __all__ = [
     "input_names",
@@ -75,7 +75,7 @@ def _check_microbatches(config: DualPipeConfig, planner: PlannerInfo) -> None:
 def weights_digest(model: nn.Module | Sequence[nn.Module]) -> str:
     """Returns what :func:`warn_of_other_models` compares; empty for stages or without values."""
     if isinstance(model, nn.Module) and not _is_empty(model):
-        return str(digest(model.parameters()))
+        return str(sampled_digest(model.parameters()))
     return ""
 
 

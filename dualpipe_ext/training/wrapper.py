@@ -219,7 +219,7 @@ class TrainingWrapper:
         updater = self._trained_by
         with self._replicas.telling_failures():
             try:
-                self._check_whole()
+                self._refuse_torn()
             except ValueError as error:  # an interrupt may have torn only this rank
                 self.pipeline.abandon_step(error)
                 raise
@@ -438,7 +438,7 @@ class TrainingWrapper:
 
     # Steps
 
-    def _check_whole(self) -> None:
+    def _refuse_torn(self) -> None:
         """Raises if an update has failed, after which ranks may differ in their parameters."""
         if self._is_torn:
             raise ValueError(
@@ -447,7 +447,7 @@ class TrainingWrapper:
             )
 
     def _check_can_save(self) -> None:
-        self._check_whole()  # which an interrupt may have left untrue on this rank alone
+        self._refuse_torn()  # which an interrupt may have left untrue on this rank alone
         if self._accumulation.num_batches:
             raise ValueError(
                 f"{self._accumulation.num_batches} batches were accumulated since the last update, "

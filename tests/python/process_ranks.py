@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dualpipe_ext.pipeline as pipeline_module
 from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline, setup_dual_pipe
 from dualpipe_ext._local_stages import LocalStages
-from dualpipe_ext._replicas import gather_from_replicas
+from dualpipe_ext._replicas import ReplicaRanks
 from dualpipe_ext.compat.ranks import TrainerRanks
 from dualpipe_ext.host_groups import host_group
 from dualpipe_ext.training.replicas import Replicas
@@ -100,7 +100,7 @@ def over_group_of_gpus(rank: int, group: dist.ProcessGroup, job: Job) -> dict[st
         "losses": [losses, again],
         "norms": [float(pipeline.clip_grad_norm_(1.0)) for pipeline in (first, second)],
         "replicas": Replicas(group).gather(float(rank)),
-        "objects": [gathered, gather_from_replicas(group, rank)],
+        "objects": [gathered, ReplicaRanks(group).gather_objects(rank)],
         "is made once": host_group(group) is host_group(group) is not group,
         "its own": host_group(world) is world,
     }
@@ -125,10 +125,10 @@ def over_groups_made_again(rank: int, num_ranks: int) -> list[float]:
 def gather_from_the_dead(rank: int, num_ranks: int, folder: str) -> None:
     """Over a group of GPUs alone; rank 1 is killed when all are connected."""
     group = dist.new_group(backend="cuda:gloo")
-    gather_from_replicas(group, rank)
+    ReplicaRanks(group).gather_objects(rank)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    outcome = attempt(gather_from_replicas, group, rank)
+    outcome = attempt(ReplicaRanks(group).gather_objects, rank)
     Path(folder, str(rank)).write_text(f"{outcome.error}: {outcome.text}")
 
 

@@ -15,7 +15,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import Trainer, TrainingArguments
 
 from dualpipe_ext._ranks import Ranks
-from dualpipe_ext._replicas import on_first_replica
 from dualpipe_ext.compat.batches import BatchPipeline
 from dualpipe_ext.compat.huggingface.arguments import accepted, recomputes
 from dualpipe_ext.compat.huggingface.checkpoints import last_complete_checkpoint
@@ -248,9 +247,7 @@ class DualPipeTrainer(Trainer):  # type: ignore[misc]  # transformers may not be
         ranks = Ranks(self.pipeline.group, self.pipeline.config.timeout)
         failure = "found nothing to resume from"
         find = partial(last_complete_checkpoint, str(self.args.output_dir))
-        return on_first_replica(
-            self._ranks.replicas.group, lambda: ranks.from_first(find, failure), failure
-        )
+        return self._ranks.replicas.from_first(lambda: ranks.from_first(find, failure), failure)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the whole model on the first rank; call it on every rank.

@@ -1,4 +1,4 @@
-"""Numbers by which ranks compare tensors."""
+"""Numbers by which ranks compare tensors quickly, where a difference is probably large."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["digest"]
+__all__ = ["sampled_digest"]
 
 
-def digest(tensors: Iterable[Tensor | None]) -> int:
+def sampled_digest(tensors: Iterable[Tensor | None]) -> int:
     """Returns 32 bits that depend on the shape and at most some 2048 values of each tensor."""
     value = 0
     for tensor in tensors:
