@@ -147,7 +147,6 @@ void bind_engine(py::module_& module) {
       .def("mirror_exchange", &mirror_exchange, py::arg("num_ranks"), py::arg("stages"),
            py::arg("bucket_bytes"), py::arg("copy"), py::arg("together"), py::arg("device"),
            py::keep_alive<0, 1>())
-      .def_property_readonly("num_steps", &Engine::num_steps)
       .def_property_readonly("failure", &Engine::failure,
                              "What this rank last told the others; empty: nothing yet.")
       .def_property_readonly("cursor", &Engine::cursor)

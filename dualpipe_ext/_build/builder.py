@@ -20,7 +20,7 @@ from dualpipe_ext._build.runner import run_ninja
 WAIT_NOTICE_S, WAIT_INTERVAL_S = 2.0, 30.0
 
 
-def ensure_built(plan: BuildPlan, cache: Cache | None = None, *, force: bool = False) -> Path:
+def ensure_built(plan: BuildPlan, *, force: bool = False) -> Path:
     """Returns the library of ``plan``, compiled now if the cache has none that fits.
 
     Processes that start together compile once: one builds under a file lock, the others wait for
@@ -29,7 +29,7 @@ def ensure_built(plan: BuildPlan, cache: Cache | None = None, *, force: bool = F
     Raises:
         BuildError: it cannot be built; says why and what to do.
     """
-    cache = cache or default_cache()
+    cache = default_cache()
     found = None if force else cache.find(plan)
     if found is not None:
         return found

@@ -36,13 +36,14 @@ def states(found: list[DualPipe]) -> dict[str, Any]:
 
 
 def export(rank: int, size: int, folder: Path, model: nn.Module, empty: nn.Module) -> None:
-    export_pretrained(folder, cut(rank, size, copy.deepcopy(model)), empty)
+    pipeline = cut(rank, size, copy.deepcopy(model))
+    export_pretrained(folder, pipeline, empty, scratch=folder.parent, timeout=60.0)
 
 
 def fetch(rank: int, size: int, folder: Path, empty: nn.Module) -> DualPipe:
     """No rank but the first ever has more than its part."""
     pipeline = cut(rank, size, copy.deepcopy(empty))
-    import_pretrained(folder, pipeline, empty)
+    import_pretrained(folder, pipeline, empty, scratch=folder.parent, timeout=60.0)
     return pipeline
 
 
@@ -56,6 +57,7 @@ def test_weights_go_and_come_back(name: str, tmp_path: Path) -> None:
     assert [child.name for child in tmp_path.iterdir()] == ["model"]
     check_same(state_of(type(model).from_pretrained(tmp_path / "model")), expected)
     check_same(states(run_ranks(fetch, 4, args=(tmp_path / "model", empty))), expected)
+    assert [child.name for child in tmp_path.iterdir()] == ["model"]
 
 
 def test_weights_of_another_model_are_told(tmp_path: Path) -> None:

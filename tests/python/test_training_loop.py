@@ -59,11 +59,15 @@ GIVEN: dict[str, Callable[[TrainingWrapper, Tensor, Tensor], dict[str, Any]]] = 
 def test_batches_of_all_kinds(how: str) -> None:
     batch = make_batch(ROWS + 1, seed=1)
 
-    def train(rank: int, size: int) -> float:
+    def train(rank: int, size: int) -> list[float]:
         wrapper = make(size)
-        return float(wrapper.train_step(**GIVEN[how](wrapper, *batch)))
+        given = GIVEN[how](wrapper, *batch)
+        data, halves = given["batch"], given.get("halves", False)
+        evaluated = wrapper.evaluate(data, halves=halves)
+        return [float(evaluated), float(wrapper.train_step(data, halves=halves))]
 
-    assert run_ranks(train, 4) == pytest.approx([unsplit_loss(*batch)] * 4, rel=1e-5)
+    for losses in run_ranks(train, 4):
+        assert losses == pytest.approx([unsplit_loss(*batch)] * 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("all_of_them", [False, True])
