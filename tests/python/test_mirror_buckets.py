@@ -37,6 +37,7 @@ class FirstBuckets:
         return Fault.NONE
 
 
+@pytest.mark.measures  # a thread of the engine has to run early
 @pytest.mark.parametrize("with_hooks", [False, True])
 def test_buckets_leave_while_w_makes_the_others(with_hooks: bool) -> None:
     first_buckets = FirstBuckets()
