@@ -20,6 +20,7 @@ from dualpipe_ext._cuda import clock_by_gpu
 from dualpipe_ext._frozen import FrozenWatch
 from dualpipe_ext._handshake import agree, collect, gather_numbers
 from dualpipe_ext._local_stages import LocalStages
+from dualpipe_ext._memory import save_where_compiled
 from dualpipe_ext._mirror_exchanges import MirrorExchanges, tell
 from dualpipe_ext._plans import PlannedStep, StepPlanner
 from dualpipe_ext._random import microbatch_seed, seed_generators
@@ -514,6 +515,7 @@ class Pipeline(nn.Module):
         return_outputs: bool,
     ) -> Step:
         plan.batch.check(inputs, labels, criterion, training)
+        save_where_compiled(self._local.modules)
         modules = dict(zip(self.stages, self.module, strict=True))
         seed, number, device = self.config.seed or 0, self._num_steps, self._local.device
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualpipe_ext import DualPipe, DualPipeConfig, TrainingWrapper
+from dualpipe_ext import DualPipe, DualPipeConfig, PipelineError, TrainingWrapper
 from dualpipe_ext.testing import run_ranks
 
 Memory = Literal["none", "activation_checkpoint"]
@@ -54,6 +54,56 @@ class Normed(nn.Module):
         return y
 
 
+class Centered(nn.Module):
+    """Reads a moving average before it changes it; two modules have it."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.other = nn.Module()
+        self.other.register_buffer("mean", self.mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x - self.mean).tanh() + self.other.get_buffer("mean")
+        with torch.no_grad():
+            self.mean.lerp_(x.mean(0), 0.5)
+        return y
+
+
+class Spectral(nn.Module):
+    """A norm whose power iteration has buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.utils.spectral_norm(nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y
+
+
+class Late(nn.Module):
+    """Changes a large buffer, and not from the beginning."""
+
+    large: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.calls = 0
+        self.register_buffer("large", torch.zeros(1 << 19))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 2:
+            self.large += 1
+        y: Tensor = self.linear(x)
+        return y
+
+
 def state_after_steps(stage: nn.Module, memory: Memory) -> list[dict[str, Tensor]]:
     def rank_fn(rank: int, num_ranks: int) -> dict[str, Tensor]:
         stages = [copy.deepcopy(stage) for _ in range(num_ranks)]
@@ -70,7 +120,7 @@ def state_after_steps(stage: nn.Module, memory: Memory) -> list[dict[str, Tensor
 
 
 @pytest.mark.filterwarnings("ignore:.*running_mean:UserWarning")
-@pytest.mark.parametrize("kind", [Normed, Counting])
+@pytest.mark.parametrize("kind", [Normed, Counting, Centered, Spectral])
 def test_buffers_of_a_loop_by_hand(kind: type[nn.Module]) -> None:
     stage = kind()
     plain = state_after_steps(stage, "none")
@@ -78,6 +128,13 @@ def test_buffers_of_a_loop_by_hand(kind: type[nn.Module]) -> None:
         assert found.keys() == plain[rank].keys()
         for name, value in found.items():
             assert torch.equal(value, plain[rank][name]), (rank, name)
+
+
+def test_a_change_that_cannot_be_foreseen_is_refused() -> None:
+    with pytest.raises(
+        PipelineError, match=r"a Late has changed buffers of more than 1 MiB.*'none'"
+    ):
+        state_after_steps(Late(), "activation_checkpoint")
 
 
 @pytest.mark.filterwarnings("ignore:.*running_mean:UserWarning")
