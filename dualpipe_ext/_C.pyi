@@ -35,6 +35,7 @@ __all__: list[str] = [
     "deferred_linear",
     "has_cpu_backend",
     "mirror_ways",
+    "noting_interrupts",
     "parse_action",
     "plan_schedule",
     "planners",
@@ -571,6 +572,11 @@ def mirror_ways(
 ) -> list[MessageWay]:
     """
     The ways that the exchanges between mirrors take.
+    """
+
+def noting_interrupts(work: collections.abc.Callable) -> None:
+    """
+    Calls work(); on the main thread, Ctrl-C meanwhile ends the steps of all threads' engines.
     """
 
 def parse_action(text: str) -> list[tuple[str, int, int | None]]:

@@ -47,7 +47,7 @@ def save_where_compiled(stages: Sequence[nn.Module]) -> None:
         if not isinstance(saving, SavingForward) or compiled is None:
             continue
         if not isinstance(compiled, _SavingCall):
-            module._compiled_call_impl = _SavingCall(compiled, saving)  # type: ignore[assignment]
+            module._compiled_call_impl = _SavingCall(compiled, saving)
 
 
 def _targets(stages: Sequence[nn.Module], how: str) -> Iterator[nn.Module]:

@@ -84,8 +84,8 @@ def _second_run(kept: Kept) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, name, buffer in now:
-            module._buffers[name] = buffer
+        for module, name, current in now:
+            module._buffers[name] = current
 
 
 @contextmanager

@@ -28,13 +28,11 @@ class StepRunner:
     """Runs the steps of one rank.
 
     Attributes:
-        is_running: whether a step is in progress.
         times_device: as ``Pipeline.times_device``.
         times_next: whether the next training step is timed by the GPU's clock in any case.
     """
 
     def __init__(self, engine: _C.Engine, local: LocalStages, group: PipelineGroup) -> None:
-        self.is_running = False
         self.times_device = False
         self.times_next = False
         self._engine = engine
@@ -51,7 +49,6 @@ class StepRunner:
                 schedule around the action at which this rank stopped.
         """
         self._last_plan = plan
-        self.is_running = True
         self._engine.time_device(self.times_device or self.times_next or is_profiling())
         self.times_next = self.times_next and not step.training
         try:
@@ -74,7 +71,6 @@ class StepRunner:
                 raise PipelineError(f"{error}\n\n{where}") from None
             raise
         finally:
-            self.is_running = False
             step.forget_errors()
 
     def trace(self) -> list[TraceEvent]:

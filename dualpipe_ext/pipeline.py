@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -110,6 +111,7 @@ class Pipeline(nn.Module):
             local.source, self.rank, local.lookahead, local.overlapped.function is not None
         )
         self._num_steps = 0
+        self._in_step = threading.Lock()
         self._unsummed = UnsummedGradients(local.mirrors)
         self._frozen = FrozenWatch(is_told=local.is_first_with_losses)
         collect(self.group, self.config.timeout, self._make_engine, _FAILURE)
@@ -217,11 +219,25 @@ class Pipeline(nn.Module):
             PipelineError: a stage raised (the cause is chained), or another rank failed. The step
                 failed on every rank and gradients are undefined (zero them); the next step works.
         """
-        if self._runner.is_running:
+        if not self._in_step.acquire(blocking=False):
             raise ValueError(
-                "step() was called within a step, from a stage, criterion or hook; call it after "
-                "the step has returned"
+                "step() was called within a step, from a stage, criterion or hook, or by another "
+                "thread; call it after the step has returned"
             )
+        try:
+            return self._step(inputs, num_chunks, criterion, labels, return_outputs, sync_gradients)
+        finally:
+            self._in_step.release()
+
+    def _step(
+        self,
+        inputs: Sequence[Tensor | None],
+        num_chunks: int,
+        criterion: Criterion | None,
+        labels: Sequence[Tensor | None] | None,
+        return_outputs: bool,
+        sync_gradients: bool,
+    ) -> tuple[Tensor | None, Joined | tuple[Joined, ...]]:
         self._num_steps += 1
         training = torch.is_grad_enabled()
         num_chunks = num_chunks or self.config.num_microbatches
@@ -390,6 +406,13 @@ class Pipeline(nn.Module):
         norm = total_norm(counted, norm_type, gather)
         clip_local_gradients(self.parameters(), norm, max_norm)
         return norm
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Always raises: connections to other ranks cannot be copied or pickled."""
+        raise TypeError(
+            "a pipeline is connected to other ranks, and can be neither copied nor pickled; copy its "
+            "stages, pipeline.module, or save its state_dict()"
+        )
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """Always raises: a pipeline is not called like a module; use :meth:`step`."""

@@ -123,6 +123,14 @@ void bind_engine(py::module_& module) {
   py::class_<MirrorExchange>(module, "MirrorExchange",
                              "Sums or copies the tensors of mirrored stages.");
   module.def(
+      "noting_interrupts",
+      [](const py::function& work) {
+        const InterruptScope scope;
+        work();
+      },
+      py::arg("work"),
+      "Calls work(); on the main thread, Ctrl-C meanwhile ends the steps of all threads' engines.");
+  module.def(
       "mirror_ways", [](int rank, int num_ranks) { return mirror_ways(Rank(rank), num_ranks); },
       py::arg("rank"), py::arg("num_ranks"), "The ways that the exchanges between mirrors take.");
 

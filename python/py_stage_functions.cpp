@@ -1,5 +1,6 @@
 #include "py_stage_functions.h"
 
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "py_error.h"
@@ -51,6 +52,17 @@ StageFunctions::Result PyStageFunctions::overlapped(const Overlap& work) {
                      to_python(work.inputs)),
       py::make_tuple(work.backward_stage.value(), work.backward_microbatch.value(),
                      to_python(work.loss), to_python(work.outputs), to_python(work.output_grads))));
+}
+
+// Of an exception of Python's, torch's own says only the words, without its type and place.
+void PyStageFunctions::differentiate(const std::function<void()>& work) {
+  try {
+    work();
+  } catch (python_error& error) {
+    const py::gil_scoped_acquire locked;
+    error.restore();
+    throw DescribedError(py::error_already_set());
+  }
 }
 
 }  // namespace dualpipe

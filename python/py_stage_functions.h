@@ -2,6 +2,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <functional>
+
 #include "torch/torch_stage_runner.h"
 
 namespace dualpipe {
@@ -14,6 +16,7 @@ class PyStageFunctions final : public StageFunctions {
 
   [[nodiscard]] Result forward(Stage stage, Microbatch microbatch, const Tensors& inputs) override;
   [[nodiscard]] Result overlapped(const Overlap& work) override;
+  void differentiate(const std::function<void()>& work) override;
 
  private:
   pybind11::object forward_;

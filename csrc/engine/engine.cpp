@@ -65,7 +65,7 @@ void Engine::connect() {
 }
 
 void Engine::synchronize() {
-  run_nothing("synchronize()", [this] {
+  run_nothing("synchronize(), which saving and loading call as well", [this] {
     if (const EventPtr computed = device_->compute().record()) computed->synchronize();
     executor_.run(0);
   });

@@ -183,8 +183,8 @@ class DeferredLinear : public autograd::Function<DeferredLinear> {
     TORCH_CHECK_NOT_IMPLEMENTED(
         !at::GradMode::is_enabled(),
         "a linear layer whose weight gradient is deferred cannot be differentiated twice, and this "
-        "backward pass was asked for a graph; call it with create_graph=False, or do not defer the "
-        "weight gradients of this module");
+        "backward pass was asked for a graph; call it with create_graph=False, or defer no "
+        "weight gradients, by DualPipeConfig(split_weight_gradients=False)");
     const at::Tensor& output_grad = output_grads[0];
     if (!output_grad.defined()) return {{}, {}, {}};
     const autograd::variable_list saved = context->get_saved_variables();

@@ -84,7 +84,9 @@ Message TorchStageRunner::backward(Stage stage, Microbatch microbatch, Message o
 void TorchStageRunner::backward_weight(Stage stage, Microbatch microbatch,
                                        const WeightsAdvanced& advanced) {
   const NoAutocast no_autocast;
-  without_stack([&] { run_weight_gradients(*weight_queue_, stage, microbatch, advanced); });
+  functions_.differentiate([&] {
+    without_stack([&] { run_weight_gradients(*weight_queue_, stage, microbatch, advanced); });
+  });
   fill_main_grads(stage);
 }
 
@@ -140,7 +142,7 @@ TorchStageRunner::Live TorchStageRunner::forget(Stage stage, Microbatch microbat
 // Autocast around a step is meant for its forwards. A backward runs in the types that they chose,
 // as it does after autocast's scope has ended; autograd's threads would not even know the caller's
 // type.
-void TorchStageRunner::run_autograd(const Live& live, const Tensors& output_grads) {
+void TorchStageRunner::run_autograd(const Live& live, const Tensors& output_grads) const {
   autograd::edge_list roots;
   autograd::variable_list grads;
   if (live.loss.defined() && live.loss.requires_grad()) {
@@ -154,9 +156,11 @@ void TorchStageRunner::run_autograd(const Live& live, const Tensors& output_grad
   }
   if (roots.empty()) return;
   const NoAutocast no_autocast;
-  without_stack([&] {
-    autograd::Engine::get_default_engine().execute(
-        roots, grads, /*keep_graph=*/false, /*create_graph=*/false, /*accumulate_grad=*/true);
+  functions_.differentiate([&] {
+    without_stack([&] {
+      autograd::Engine::get_default_engine().execute(
+          roots, grads, /*keep_graph=*/false, /*create_graph=*/false, /*accumulate_grad=*/true);
+    });
   });
 }
 

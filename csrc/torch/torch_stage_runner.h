@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/edge.h>
 #include <torch/csrc/autograd/function.h>
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <utility>
@@ -40,6 +41,10 @@ class StageFunctions {
     const Tensors& output_grads;  // aligned with outputs
   };
   [[nodiscard]] virtual Result overlapped(const Overlap& work) = 0;
+
+  // Calls work(), a backward or W, which may run code of the user's: hooks and backwards of their
+  // own. What that raises may be thrown as another exception, to be read on all ranks.
+  virtual void differentiate(const std::function<void()>& work) { work(); }
 };
 
 struct StageRunnerOptions {
@@ -79,7 +84,7 @@ class TorchStageRunner final : public StageRunner {
                                  StageFunctions::Result result);
   [[nodiscard]] const Live& recall(Stage stage, Microbatch microbatch) const;
   [[nodiscard]] Live forget(Stage stage, Microbatch microbatch);
-  static void run_autograd(const Live& live, const Tensors& output_grads);
+  void run_autograd(const Live& live, const Tensors& output_grads) const;
   [[nodiscard]] Message input_grads(const Live& live) const;
   void fill_main_grads(Stage stage) const;
 

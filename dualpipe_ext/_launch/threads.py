@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import faulthandler
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
+from dualpipe_ext._C import noting_interrupts
 from dualpipe_ext._failure import describe
 from dualpipe_ext._launch.waiting import first_cause, too_late, wait
 from dualpipe_ext.groups import LoopbackGroup, LoopbackHubs
 
 __all__ = ["run_threads"]
+
+INTERRUPT_PATIENCE_S = 5.0
 
 
 def run_threads(
@@ -47,11 +50,7 @@ def run_threads(
     with _single_threaded():
         for thread in threads:
             thread.start()
-        wait(
-            lambda: any(thread.is_alive() for thread in threads),
-            lambda: bool(errors),
-            timeout,
-        )
+        noting_interrupts(lambda: _wait(threads, errors, timeout))
     missing = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
     if missing and not errors:
         faulthandler.dump_traceback(file=2, all_threads=True)  # past any capturing of stderr
@@ -62,6 +61,19 @@ def run_threads(
     finally:
         errors.clear()  # their frames refer to this one, and would keep the ranks' pipelines alive
     return results
+
+
+def _wait(threads: Sequence[threading.Thread], errors: Sized, timeout: float | None) -> None:
+    def are_running() -> bool:
+        return any(thread.is_alive() for thread in threads)
+
+    try:
+        wait(are_running, lambda: bool(errors), timeout)
+    except KeyboardInterrupt:
+        # It ends steps. If a thread were still in one at the exit of the interpreter, that would be
+        # the end of the process.
+        wait(are_running, lambda: False, INTERRUPT_PATIENCE_S)
+        raise
 
 
 @contextmanager

@@ -35,6 +35,11 @@ def _problem(module: nn.Module) -> str:
             "model.module; the gradients of pipelines side by side are summed where "
             "TrainingWrapper is given mesh= or replica_group="
         )
+    if _is_of_peft(module):
+        return (
+            "{place} wraps the model that has its layers of peft in it, and hides it from the cut: "
+            "pass model.get_base_model(), as docs/your_model.md shows"
+        )
     if "_orig_mod" in module._modules:
         return (
             "{place} is what torch.compile() returned: pass the model that was compiled, "
@@ -63,6 +68,13 @@ def _problem(module: nn.Module) -> str:
             "register them on layers, or after training"
         )
     return ""
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    return any(
+        kind.__name__ == "PeftModel" and kind.__module__.startswith("peft.")
+        for kind in type(module).__mro__
+    )
 
 
 def _is_of_class(forward: object, module: nn.Module) -> bool:

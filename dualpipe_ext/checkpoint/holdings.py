@@ -93,6 +93,17 @@ class Holding:
         )
         return cls(_architecture(stages[0][1]), pieces, Ranks(model.group, timeout), model)
 
+    def meet(self) -> None:
+        """Meets the other ranks as at the beginning of a step; every rank calls it.
+
+        Raises:
+            ValueError: another rank calls something else; raised on all of them.
+            PipelineError: another rank does not join within ``config.timeout`` seconds, or a message
+                of the last step failed.
+        """
+        if self.pipeline is not None:
+            self.pipeline.synchronize()
+
     def check_whole(self) -> None:
         """Raises if this rank holds parts of parameters.
 

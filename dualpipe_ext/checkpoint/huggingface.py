@@ -65,7 +65,9 @@ def export_pretrained(
     source: Any = model
 
     def prepare() -> Ranks:
-        ranks = Holding.of(pipeline, timeout).ranks
+        holding = Holding.of(pipeline, timeout)
+        holding.meet()
+        ranks = holding.ranks
         ranks.share(lambda: _check(model, "save_pretrained"), _FAILURE)
         pipeline.sync_buffers()
         return ranks
@@ -112,7 +114,9 @@ def import_pretrained(
         Exception: what went wrong on this rank.
         PipelineError: another rank failed.
     """
-    ranks = Holding.of(pipeline, timeout).ranks
+    holding = Holding.of(pipeline, timeout)
+    holding.meet()
+    ranks = holding.ranks
     ranks.share(lambda: _check(model, "from_pretrained"), _FAILURE)
 
     kind: Any = type(model)
@@ -133,6 +137,12 @@ def _check(model: nn.Module, method: str) -> None:
         raise TypeError(
             f"a {type(model).__name__} has no {method}(); give the model of transformers that was "
             f"cut, or one of the same class and configuration"
+        )
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise TypeError(
+            f"a {type(model).__name__} with layers of peft is no model of transformers any more: "
+            f"load a checkpoint of the run into it in one piece (load_checkpoint()), and let peft "
+            f"save or merge the adapter, as docs/your_model.md shows"
         )
 
 

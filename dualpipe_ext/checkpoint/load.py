@@ -85,6 +85,7 @@ def load_checkpoint(
     holding = Holding.of(model, timeout)
     ranks = holding.ranks
     others = ReplicaRanks(replicas)
+    others.together(holding.meet, _FAILURE)
     place = others.from_first(
         lambda: ranks.from_first(lambda: find_checkpoint(path), _FAILURE), _FAILURE
     )

@@ -159,6 +159,7 @@ def _check_all(holding: Holding, step: int, keep: int | None) -> None:
         _check(step, keep)
         holding.check_whole()
 
+    holding.meet()
     holding.ranks.share_here(check, FAILURE)
 
 

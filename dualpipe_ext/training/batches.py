@@ -122,7 +122,7 @@ class BatchReader:
                 raise ValueError(
                     f"the batch has {name!r}, which is neither an input of the model nor a label"
                     f"{f' (did you mean {close[0]!r}?)' if close else ''}; inputs are "
-                    f"{', '.join(self.inputs)}, labels {', '.join(self.labels)} (label_names=)"
+                    f"{', '.join(self.inputs)}; labels are {', '.join(self.labels)} (label_names=)"
                 )
         labels = tuple(given.get(name) for name in self.labels)
         missing = [name for name, label in zip(self.labels, labels, strict=True) if label is None]

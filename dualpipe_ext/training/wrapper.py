@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -168,7 +168,14 @@ class TrainingWrapper:
         self._updater: Updater | None = None
         self._is_torn = False  # True during an update, and after one that failed
         recipes = Recipe(optimizer, optimizer_options), Recipe(scheduler, scheduler_options)
-        self._replicas.together(lambda: self._agree(lambda: self._equip(*recipes, scaler)))
+        told = self._replicas.together(
+            lambda: agree(self._group, self.config.timeout, lambda: self._equip(*recipes, scaler))
+        )
+        if self._updater is not None and not any(each["trainable"] for each in told):
+            raise ValueError(
+                "no parameter of the model requires gradients, so that there is nothing to train: "
+                "call requires_grad_() on those to be trained, or leave out the optimizer"
+            )
 
     @property
     def optimizer(self) -> Optimizer:
@@ -336,7 +343,7 @@ class TrainingWrapper:
             PipelineError: another rank could not save, with its reason.
         """
         updater = self._trained_by
-        self._act_together(self._check_can_save, "could not save the checkpoint")
+        self._replicas.together(self._meet_to_save, "could not save the checkpoint")
         return save_checkpoint(
             folder,
             self.pipeline,
@@ -379,9 +386,6 @@ class TrainingWrapper:
 
     # Construction
 
-    def _agree(self, describe: Callable[[], dict[str, Any]]) -> None:
-        agree(self._group, self.config.timeout, describe)
-
     def _check(self, model: nn.Module | Sequence[nn.Module]) -> None:
         self._options.check()
         given = model if isinstance(model, Sequence) else [model]
@@ -423,7 +427,7 @@ class TrainingWrapper:
                     "optimizer=None, and options, a scheduler or a scaler for one: give an optimizer "
                     "as well, or none of them"
                 )
-            return {"scaler": False, "optimizer": None, "stages": {}}
+            return {"scaler": False, "optimizer": None, "stages": {}, "trainable": 0}
         self._updater = make_updater(
             self.pipeline,
             self._steps.device,
@@ -434,7 +438,12 @@ class TrainingWrapper:
         )
         name = type(self._updater.optimizer).__name__
         options = stage_options(self._updater.optimizer, self.pipeline)
-        return {"scaler": self._updater.scaler is not None, "optimizer": name, "stages": options}
+        return {
+            "scaler": self._updater.scaler is not None,
+            "optimizer": name,
+            "stages": options,
+            "trainable": sum(p.requires_grad for p in self.pipeline.parameters()),
+        }
 
     # Steps
 
@@ -445,6 +454,11 @@ class TrainingWrapper:
                 "an update has failed, and some ranks may have parameters that others have not: "
                 "load_checkpoint() first"
             )
+
+    def _meet_to_save(self) -> None:
+        self.pipeline.synchronize()  # ends at once where another rank does something else
+        failure = "could not save the checkpoint"
+        act_together(self._group, self.config.timeout, self._check_can_save, failure=failure)
 
     def _check_can_save(self) -> None:
         self._refuse_torn()  # which an interrupt may have left untrue on this rank alone
@@ -470,12 +484,6 @@ class TrainingWrapper:
         self._is_torn = True
         self._replicas.together(lambda: updater.run(report.loss, report.are_finite, together))
         self._is_torn = False
-
-    def _act_together(self, act: Callable[[], None], failure: str) -> None:
-        """Calls ``act`` on every rank of every replica; if it fails on one, all of them raise."""
-        self._replicas.together(
-            lambda: act_together(self._group, self.config.timeout, act, failure=failure)
-        )
 
     def _part(self, given: Any, halves: bool, fill: bool) -> Part:
         """Returns this rank's part of a batch."""

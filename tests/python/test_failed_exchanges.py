@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import torch
+from loops import make_gpt
 from models import squared_error
 from outcomes import Outcome, attempt
 from test_training_mistakes import LABELS, TEXT
@@ -120,3 +122,27 @@ def test_an_update_that_was_torn_on_one_rank_is_not_saved(tmp_path: Path) -> Non
         assert outcome.error == ("ValueError" if rank == CULPRIT else "PipelineError")
         assert "load_checkpoint() first" in outcome.text
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_on_one_rank_alone_is_told_at_once(tmp_path: Path) -> None:
+    """As by ``if rank == 0: save_checkpoint()``."""
+
+    def rank_fn(rank: int, num_ranks: int) -> list[Outcome]:
+        training = make_training(config=CONFIG)
+        save = partial(training.save_checkpoint, tmp_path)
+        load = partial(training.load_checkpoint, tmp_path)
+        save()
+        step = partial(training.train_step, (TEXT, LABELS))
+        return [attempt(act if rank == CULPRIT else step) for act in (save, load)]
+
+    for outcome in (each for own in run_ranks(rank_fn, 2, timeout=60.0) for each in own):
+        assert outcome.error == "ValueError" and outcome.seconds < 10.0, outcome
+        assert "synchronize(), which saving and loading call" in outcome.text, outcome.text
+
+
+def test_a_model_without_anything_to_train_is_refused() -> None:
+    def rank_fn(rank: int, num_ranks: int) -> Outcome:
+        return attempt(make_training, model=lambda: make_gpt().requires_grad_(False))
+
+    for outcome in run_ranks(rank_fn, 2, timeout=60.0):
+        assert outcome.error == "ValueError" and "no parameter of the model" in outcome.text

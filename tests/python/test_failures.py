@@ -74,6 +74,34 @@ def test_an_error_tells_the_users_own_lines() -> None:
         assert functions == [(__file__, "deep"), (__file__, "forward")], outcome.text
 
 
+def test_an_error_in_a_backward_of_the_users_own_tells_its_type_and_lines() -> None:
+    class Lost(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            raise KeyError("lost")
+
+    class Losing(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = Lost.apply(super().forward(x))  # type: ignore[no-untyped-call]
+            return y
+
+    def rank_fn(rank: int, num_ranks: int) -> None:
+        pipeline = DualPipe([Losing(3, 3), Losing(3, 3)])
+        x = torch.ones(4, 3)
+        pipeline.step(x, num_chunks=4, criterion=squared_error, labels=(x,))
+
+    found = outcomes(rank_fn, 2)
+    for outcome in found:
+        assert outcome.error == "PipelineError"
+        assert "KeyError: 'lost'" in outcome.text
+        assert re.search(rf"  {re.escape(__file__)}\(\d+\): backward\n", outcome.text), outcome.text
+    assert "KeyError" in [outcome.cause for outcome in found]
+
+
 def test_an_error_of_torch_in_backward_has_its_own_words_alone() -> None:
     class InPlace(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 from interrupt_processes import (
     WAIT,
@@ -41,3 +46,42 @@ def test_a_handler_of_the_users_own_lets_the_step_end() -> None:
 def test_a_step_within_a_step_leaves_ctrl_c_as_it_was() -> None:
     outcomes = run_ranks(after_a_step_within_a_step, 2, "processes", timeout=60.0)
     assert outcomes == ["KeyboardInterrupt"] * 2
+
+
+@pytest.mark.measures
+def test_ctrl_c_ends_ranks_that_are_threads() -> None:
+    """And then the process, as it ends any other one."""
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", ENDLESS_STEPS],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60.0,
+    )
+    assert done.returncode == -signal.SIGINT, done.stderr
+    assert "KeyboardInterrupt" in done.stderr and "terminate" not in done.stderr
+    assert time.monotonic() - start < 30.0
+
+
+ENDLESS_STEPS = """
+import os, signal, threading, torch
+from torch import nn
+from dualpipe_ext import Pipeline
+from dualpipe_ext.testing import run_ranks
+
+def train(rank, size):
+    pipeline = Pipeline([nn.Linear(3, 3)], "1f1b")
+    x = torch.ones(8, 3)
+    while True:
+        pipeline.step(
+            None if rank else x,
+            num_chunks=4,
+            criterion=nn.functional.mse_loss,
+            labels=(x if rank else None,),
+        )
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+run_ranks(train, 2)
+"""

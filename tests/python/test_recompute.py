@@ -67,7 +67,7 @@ class Centered(nn.Module):
         self.other.register_buffer("mean", self.mean)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x - self.mean).tanh() + self.other.get_buffer("mean")
+        y: Tensor = self.linear(x - self.mean).tanh() + self.other.get_buffer("mean")
         with torch.no_grad():
             self.mean.lerp_(x.mean(0), 0.5)
         return y

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import re
+import threading
 from typing import Any
 
 import pytest
@@ -168,6 +171,46 @@ def test_overlapped_pairs_are_seeded_like_other_forwards() -> None:
 
     run_ranks(rank_fn, 1)
     assert seen == {microbatch_seed(3, 1, s, m) for s in (0, 1) for m in range(4)}
+
+
+def test_a_pipeline_is_neither_copied_nor_pickled() -> None:
+    def rank_fn(rank: int, num_ranks: int) -> None:
+        pipeline = Pipeline([nn.Linear(4, 4)], "1f1b")
+        for act in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match=r"copy its stages, pipeline\.module, or save"):
+                act(pipeline)
+        copy.deepcopy(pipeline.module)
+
+    run_ranks(rank_fn, 1)
+
+
+def test_steps_of_two_threads_exclude_each_other() -> None:
+    within, may_end = threading.Event(), threading.Event()
+
+    class Waiting(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            within.set()
+            assert may_end.wait(20.0)
+            return super().forward(x)
+
+    def rank_fn(rank: int, num_ranks: int) -> None:
+        pipeline = Pipeline([Waiting(4, 4)], "1f1b")
+        x = torch.ones(8, 4)
+
+        def step() -> None:
+            pipeline.step(x, num_chunks=4, criterion=squared_error, labels=(x,))
+
+        other = threading.Thread(target=step)
+        other.start()
+        assert within.wait(20.0)
+        with pytest.raises(ValueError, match="or by another thread"):
+            step()
+        may_end.set()
+        other.join()
+        assert pipeline.num_steps == 1
+        step()
+
+    run_ranks(rank_fn, 1, timeout=60.0)
 
 
 def test_a_step_seeds_no_gpu_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
