@@ -1,4 +1,4 @@
-"""The command line: ``python -m dualpipe_ext build`` and ``python -m dualpipe_ext info``."""
+"""The command line: ``python -m dualpipe_ext build``, ``info``, ``plan`` and ``verify``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from dualpipe_ext._build import BuildError, ensure_built, make_plan
 from dualpipe_ext._build.info import collect_info
 from dualpipe_ext._build.plan import find_prebuilt
 from dualpipe_ext._build.toolchain import CudaOption
+from dualpipe_ext._schedule_commands import plan as plan_schedule
+from dualpipe_ext._schedule_commands import verify as verify_schedule
 
 WIDTH_OF_FILES = 1000
 """Columns when the output is not a terminal, so that no line is ever wrapped."""
@@ -64,6 +66,10 @@ def info(
     for name, value in facts.items():
         table.add_row(f"[bold]{name.replace('_', ' ')}", escape(value))
     console.print(table)
+
+
+app.command("plan")(plan_schedule)
+app.command("verify")(verify_schedule)
 
 
 if __name__ == "__main__":

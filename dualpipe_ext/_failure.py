@@ -7,6 +7,7 @@ import traceback
 from types import TracebackType
 
 import torch
+from torch import nn
 
 from dualpipe_ext._C import InternalError, PipelineError
 from dualpipe_ext._step import Step
@@ -23,7 +24,25 @@ def describe(error: BaseException, trace: TracebackType | None) -> str:
     frames = traceback.extract_tb(trace)[::-1]
     own = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)]
     lines = [f"\n  {f.filename}({f.lineno}): {f.name}" for f in own[:MAX_FRAMES] or frames[:1]]
-    return f"{text}\n\nAt:{''.join(lines)}" if lines else text
+    return f"{text}\n\nAt:{''.join(lines)}{_layer(trace)}" if lines else text
+
+
+def _layer(trace: TracebackType | None) -> str:
+    """Names the innermost module that was called, within the outermost: the layer of a stage.
+
+    The forward of a stage that was cut out of a model is generated code, whose lines say nothing.
+    """
+    called: list[nn.Module] = []
+    while trace is not None:
+        module = trace.tb_frame.f_locals.get("self")
+        if isinstance(module, nn.Module):
+            called.append(module)
+        trace = trace.tb_next
+    if not called or called[-1] is called[0]:
+        return ""
+    stage, layer = called[0], called[-1]
+    names = [name for name, module in stage.named_modules() if module is layer]
+    return f"\n  in {names[0]} ({type(layer).__name__})" if names else ""
 
 
 def is_the_stages(error: BaseException, step: Step) -> bool:

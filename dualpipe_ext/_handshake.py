@@ -12,15 +12,7 @@ from dualpipe_ext.groups import PipelineGroup
 
 __all__ = ["act_together", "agree", "check_others", "collect", "gather_numbers"]
 
-_NOT_COMPARED = (
-    "stages",
-    "schedule name",
-    "offer",
-    "are sharded",
-    "has shards",
-    "trainable",
-    "warnings",
-)
+_NOT_COMPARED = ("stages", "schedule name", "offer", "are sharded", "has shards", "warnings")
 
 Describe = Callable[[], Any]  # returns what JSON can hold
 
@@ -29,7 +21,7 @@ def agree(group: PipelineGroup, timeout: float, describe: Describe) -> list[Any]
     """Calls ``describe`` on every rank, compares the results and returns them, by rank.
 
     Entries must be equal on all ranks; those under ``"stages"``, on ranks that hold the same stage.
-    ``"schedule name"``, ``"offer"`` and what is sharded or trainable are not compared. Neither are
+    ``"schedule name"``, ``"offer"`` and what is sharded are not compared. Neither are
     ``"warnings"``, texts by topic: the first rank warns on behalf of all, once for each topic.
 
     Raises:

@@ -58,6 +58,11 @@ class StepPlanner:
 
     def _make(self, num_chunks: int, training: bool, sum_gradients: bool) -> PlannedStep:
         schedule = self.source.plan(num_chunks)
+        if training and not _has_backwards(schedule):
+            raise ValueError(
+                f"schedule {schedule.name!r} has no backwards (B, or I and W): it can run under "
+                f"torch.no_grad(), but it cannot train"
+            )
         lowered = schedule.lower(
             lookahead=self.lookahead,
             keep_overlap=self.keep_overlap and training,
@@ -72,3 +77,8 @@ class StepPlanner:
         )
         program = _C.Program(lowered.native, self.rank, description)
         return PlannedStep(schedule, lowered, program, RankBatch(schedule, self.rank), training)
+
+
+def _has_backwards(schedule: Schedule) -> bool:
+    actions = (action for rank in range(schedule.num_ranks) for action in schedule.actions(rank))
+    return any("B" in action or "I" in action for action in actions)

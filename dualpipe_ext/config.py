@@ -105,7 +105,7 @@ class DualPipeConfig:
         _at_least("num_microbatches", self.num_microbatches, 0)
         if self.lookahead is not None:
             _at_least("lookahead", self.lookahead, 0)
-        _at_least("bucket_bytes", self.bucket_bytes, 1)
+        _at_least("bucket_bytes", self.bucket_bytes, 1, num_bits=62)
         _at_least("nccl_max_ctas", self.nccl_max_ctas, 0)
         object.__setattr__(self, "balance", _checked_balance(self.balance))
         if self.num_stages and len(self.balance) != self.num_stages and not self.evens_out:
@@ -197,10 +197,12 @@ def _of_type(name: str, value: object, wanted: type) -> None:
         )
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def _at_least(name: str, value: int, least: int, num_bits: int = 31) -> None:
     _of_type(name, value, int)
     if value < least:
         raise ValueError(f"{name}={value}: it must be at least {least}")
+    if value >= 1 << num_bits:
+        raise ValueError(f"{name}={value}: it must be less than 2**{num_bits}")
 
 
 def _one_of(name: str, value: object, kind: Any) -> None:

@@ -18,8 +18,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, SupportsIndex, cast
 
 from dualpipe_ext import _C
 
@@ -170,7 +171,7 @@ class Schedule:
             ScheduleError: a malformed cell (with line and column), sizes that the placement does
                 not support, or an invalid schedule (see :meth:`verify`).
         """
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets begin with a mark
         if num_stages is None:
             num_stages = len(text.rstrip().splitlines()) * (2 if placement == "v" else 1)
         schedule = cls(_C.schedule_from_csv(text, placement, num_stages))
@@ -262,7 +263,7 @@ class Schedule:
         """Proves that the schedule is valid.
 
         Every stage has one F and one B (or I and W) for each micro-batch, on the right rank, after
-        everything it depends on. If there are messages, each channel also sends and receives in the
+        everything it depends on; if it has forwards alone, one F. If there are messages, each channel also sends and receives in the
         same order, and no rank waits forever.
 
         Raises:
@@ -345,7 +346,18 @@ def plan(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int 
 
     Raises:
         ScheduleError: an unknown name, or sizes that the schedule does not support.
+        TypeError: a size is not an int.
     """
+    sizes = {
+        "num_ranks": num_ranks,
+        "num_microbatches": num_microbatches,
+        "stages_per_rank": stages_per_rank,
+    }
+    for size, value in sizes.items():
+        if not isinstance(value, SupportsIndex) or isinstance(value, bool):
+            raise TypeError(f"{size}={value!r}: it must be an int")
+        if abs(index(value)) >= 1 << 31:
+            raise ScheduleError(f"{size}={value} is too large: sizes have 31 bits")
     return Schedule(_C.plan_schedule(name, num_ranks, num_microbatches, stages_per_rank))
 
 

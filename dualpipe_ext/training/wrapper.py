@@ -168,14 +168,9 @@ class TrainingWrapper:
         self._updater: Updater | None = None
         self._is_torn = False  # True during an update, and after one that failed
         recipes = Recipe(optimizer, optimizer_options), Recipe(scheduler, scheduler_options)
-        told = self._replicas.together(
+        self._replicas.together(
             lambda: agree(self._group, self.config.timeout, lambda: self._equip(*recipes, scaler))
         )
-        if self._updater is not None and not any(each["trainable"] for each in told):
-            raise ValueError(
-                "no parameter of the model requires gradients, so that there is nothing to train: "
-                "call requires_grad_() on those to be trained, or leave out the optimizer"
-            )
 
     @property
     def optimizer(self) -> Optimizer:
@@ -427,7 +422,7 @@ class TrainingWrapper:
                     "optimizer=None, and options, a scheduler or a scaler for one: give an optimizer "
                     "as well, or none of them"
                 )
-            return {"scaler": False, "optimizer": None, "stages": {}, "trainable": 0}
+            return {"scaler": False, "optimizer": None, "stages": {}}
         self._updater = make_updater(
             self.pipeline,
             self._steps.device,
@@ -438,12 +433,7 @@ class TrainingWrapper:
         )
         name = type(self._updater.optimizer).__name__
         options = stage_options(self._updater.optimizer, self.pipeline)
-        return {
-            "scaler": self._updater.scaler is not None,
-            "optimizer": name,
-            "stages": options,
-            "trainable": sum(p.requires_grad for p in self.pipeline.parameters()),
-        }
+        return {"scaler": self._updater.scaler is not None, "optimizer": name, "stages": options}
 
     # Steps
 

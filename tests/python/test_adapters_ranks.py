@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -46,6 +47,22 @@ def on_ranks(
 
 def gpt_partitions(num_partitions: int) -> list[Any]:
     return list(get_model_adapter(seeded(GPT)).partition(num_partitions, show=False))
+
+
+def test_an_error_in_a_cut_model_names_its_layer() -> None:
+    def train(rank: int, size: int) -> str:
+        partitions = gpt_partitions(size)
+        partitions[1].get_submodule("blocks.3").double()
+        pipeline = DualPipe([partitions[stage] for stage in (rank, 1 - rank)])
+        try:
+            pipeline.step(text(4), num_chunks=4, criterion=lambda y, _: y.sum(), labels=())
+        except PipelineError as error:
+            return str(error)
+        return ""
+
+    for found in run_ranks(train, 2):
+        assert "dtype" in found, found
+        assert re.search(r"\n  in blocks\.3\.\w[\w.]* \(\w+\)\n", found), found
 
 
 def test_any_other_module_twice_is_an_error() -> None:

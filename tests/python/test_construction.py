@@ -14,6 +14,7 @@ from torch import nn
 
 from dualpipe_ext import DualPipe, DualPipeConfig, DualPipeV, Pipeline, ScheduleError
 from dualpipe_ext.schedule import Schedule, plan
+from dualpipe_ext.testing import run_ranks
 
 pytestmark = pytest.mark.measures  # failures are told within seconds
 
@@ -194,6 +195,8 @@ def test_no_group_at_all() -> None:
         ({"num_microbatches": -1}, ValueError, "num_microbatches=-1: it must be at least 0"),
         ({"lookahead": 1.5}, TypeError, "lookahead=1.5: it must be an int"),
         ({"bucket_bytes": 0}, ValueError, "bucket_bytes=0: it must be at least 1"),
+        ({"bucket_bytes": 1 << 70}, ValueError, r"it must be less than 2\*\*62"),
+        ({"lookahead": 10**12}, ValueError, r"lookahead=10+: it must be less than 2\*\*31"),
         ({"timeout": 0.0}, ValueError, "timeout=0.0: .* above 0"),
         ({"mirror_init": "copy"}, ValueError, "'copy': choose 'broadcast', 'check' or 'none'"),
     ],
@@ -209,6 +212,24 @@ def test_a_malformed_line_of_csv(tmp_path: Path) -> None:
     with pytest.raises(ScheduleError, match="line 2, column 6: expected one of F, B") as raised:
         Schedule.from_csv(path)
     assert "1X0" in str(raised.value)
+
+
+def test_a_schedule_of_forwards_alone_cannot_train(tmp_path: Path) -> None:
+    path = tmp_path / "forwards.csv"
+    path.write_text("\ufeff0F0,0F1\n1F0,1F1\n", encoding="utf-8")  # a spreadsheet's mark
+
+    def rank_fn(rank: int, num_ranks: int) -> Outcome:
+        pipeline = Pipeline(linears(3), Schedule.from_csv(path))
+        x = torch.ones(4, 3)
+        given = (x,) if rank == 0 else (None,)
+        keywords = {"num_chunks": 2, "criterion": nn.functional.mse_loss, "labels": (x,)}
+        with torch.no_grad():
+            pipeline.step(*given, num_chunks=2)
+        return attempt(pipeline.step, *given, **keywords if rank else {"num_chunks": 2})
+
+    for outcome in run_ranks(rank_fn, 2):
+        assert outcome.error == "ValueError", outcome
+        assert "'forwards' has no backwards" in outcome.text and "cannot train" in outcome.text
 
 
 def test_a_schedule_of_ones_own_has_its_own_number_of_microbatches() -> None:

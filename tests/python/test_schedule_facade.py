@@ -225,6 +225,10 @@ def test_files_that_do_not_hold(tmp_path: Path, text: str, parts: list[str]) -> 
 
 def test_other_mistakes() -> None:
     schedule = plan("1f1b", 2, 2)
+    with pytest.raises(TypeError, match="num_ranks='2': it must be an int"):
+        plan("1f1b", "2", 2)  # type: ignore[arg-type]
+    with pytest.raises(ScheduleError, match=f"num_microbatches={2**40} is too large"):
+        plan("1f1b", 2, 2**40)
     with pytest.raises(ValueError, match=r"rank is 2; it must be in 0\.\.1"):
         schedule.actions(2)
     with pytest.raises(ValueError, match=r"rank is -1"):
