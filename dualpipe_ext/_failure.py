@@ -34,9 +34,10 @@ def _layer(trace: TracebackType | None) -> str:
     """
     called: list[nn.Module] = []
     while trace is not None:
-        module = trace.tb_frame.f_locals.get("self")
-        if isinstance(module, nn.Module):
-            called.append(module)
+        # Of these frames alone: a frame keeps the locals that were asked for, and in one that
+        # handles the error, these would keep the error and its frames alive.
+        if trace.tb_frame.f_code is nn.Module._call_impl.__code__:
+            called.append(trace.tb_frame.f_locals["self"])
         trace = trace.tb_next
     if not called or called[-1] is called[0]:
         return ""
