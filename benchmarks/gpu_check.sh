@@ -75,7 +75,10 @@ if [[ $device == cuda ]]; then
   # A kernel that needs more stack than any before it waits for the whole device to get it.
   export NCCL_SET_STACK_SIZE=1
   export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
-  if [[ -n ${NCCL_LIBRARY:-} ]]; then use_nccl "$(realpath "$NCCL_LIBRARY")"; fi
+  if [[ -n ${NCCL_LIBRARY:-} ]]; then
+    library=$(realpath -e "$NCCL_LIBRARY") || exit 2
+    use_nccl "$library"
+  fi
 fi
 
 step() { # NAME LIMIT_S COMMAND...

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["Contexts", "RecomputedBuffers", "buffers_put_back"]
+__all__ = ["RecomputedBuffers", "buffers_put_back"]
 
 Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 ContextMaker = Callable[[], Contexts]
-Kept = list[tuple[nn.Module, str, Tensor, Tensor]]  # module, name, buffer, its value
+Buffers = dict[str, "Tensor | None"]
 
-_SMALL_BYTES = 1 << 20
+_SMALL_BYTES = 1 << 20  # of one module's own buffers
 
 
 class RecomputedBuffers:
@@ -25,9 +26,8 @@ class RecomputedBuffers:
     buffers as the first run found them, so that it computes the same, and whatever it changes is
     dropped with them. (Torch's checkpoint alone reads what is there by then, and changes it twice.)
 
-    What a forward changes shows only afterwards, so copies are made before it: of the buffers of
-    modules that have changed one before, of small ones, and in the first forward of all. They are
-    kept only where a buffer has changed.
+    Small buffers are always copied, because not every change leaves a trace; large ones where one of
+    the module's own was seen to change, for which the first forward of all is watched.
     """
 
     def __init__(self) -> None:
@@ -38,54 +38,59 @@ class RecomputedBuffers:
         """Returns a ``context_fn`` for ``torch.utils.checkpoint``, for one forward of the module.
 
         Raises:
-            ValueError: in the first run, a buffer has changed of which there is no copy: a large one,
-                in a module that changed none before.
+            ValueError: in the first run, a large buffer has changed of which there is no copy, in a
+                module that changed none in its first forward.
         """
 
         def make() -> Contexts:
-            if next(module.buffers(), None) is None:
+            if not any(each._buffers for each in module.modules()):
                 return nullcontext(), nullcontext()
-            kept: Kept = []
-            return self._first_run(module, kept), _second_run(kept)
+            found: dict[nn.Module, Buffers] = {}
+            return self._first_run(module, found), _SecondRun(found)
 
         return make
 
     @contextmanager
-    def _first_run(self, module: nn.Module, kept: Kept) -> Iterator[None]:
-        before = {each: _marks(each) for each in module.modules()}
-        copies = [own for each in before for own in self._copies(each)]
+    def _first_run(self, module: nn.Module, found: dict[nn.Module, Buffers]) -> Iterator[None]:
+        marks = {each: _marks(each) for each in module.modules()}
+        known: dict[int, Tensor] = {}
+        copies = {each: _copies(each._buffers, known) for each in marks if self._is_copied(each)}
         self._is_first = False
         yield
-        changed = {each for each, marks in before.items() if _differ(marks, _marks(each))}
-        self._changing.update(changed)
-        kept += [own for own in copies if own[0] in changed]
-        missing = changed - {own[0] for own in kept}
-        for each in missing:
+        changed = {each for each, before in marks.items() if _differ(before, _marks(each))}
+        if missing := changed - copies.keys():
+            name = type(next(iter(missing))).__name__
             raise ValueError(
-                f"a {type(each).__name__} has changed buffers of more than {_SMALL_BYTES >> 20} MiB, "
-                f"and did not in its first forward, so that it cannot be recomputed; change them in "
-                f"each forward, or pass DualPipeConfig(memory_optimization='none')"
+                f"a {name} has changed buffers of more than {_SMALL_BYTES >> 20} MiB, and did not in "
+                f"its first forward, so that it cannot be recomputed; change them in each forward, "
+                f"or pass DualPipeConfig(memory_optimization='none')"
             )
+        self._changing.update(changed)
+        found |= {each: own for each, own in copies.items() if each in changed or _is_small(each)}
 
-    def _copies(self, module: nn.Module) -> Kept:
-        own = [(name, b) for name, b in module._buffers.items() if b is not None]
-        is_small = sum(buffer.nbytes for _, buffer in own) <= _SMALL_BYTES
-        if not (self._is_first or is_small or module in self._changing):
-            return []
-        return [(module, name, buffer, buffer.detach().clone()) for name, buffer in own]
+    def _is_copied(self, module: nn.Module) -> bool:
+        return self._is_first or module in self._changing or _is_small(module)
 
 
-@contextmanager
-def _second_run(kept: Kept) -> Iterator[None]:
-    by_identity = {id(buffer): value for _, _, buffer, value in kept}  # shared ones stay shared
-    now = [(module, name, module._buffers[name]) for module, name, _, _ in kept]
-    for module, name, buffer, _ in kept:
-        module._buffers[name] = by_identity[id(buffer)]
-    try:
-        yield
-    finally:
-        for module, name, current in now:
-            module._buffers[name] = current
+class _SecondRun:
+    """Puts copies in the place of buffers; a graph that is kept is run through more than once."""
+
+    def __init__(self, found: dict[nn.Module, Buffers]) -> None:
+        self._found = found
+        self._now: dict[nn.Module, Buffers] = {}
+
+    def __enter__(self) -> None:
+        known: dict[int, Tensor] = {}
+        self._now = {module: dict(module._buffers) for module in self._found}
+        for module, buffers in self._found.items():
+            module._buffers.clear()
+            module._buffers.update(_copies(buffers, known))
+
+    def __exit__(self, *_: object) -> None:
+        for module, buffers in self._now.items():
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        self._now = {}
 
 
 @contextmanager
@@ -104,6 +109,19 @@ def buffers_put_back(modules: Iterable[nn.Module]) -> Iterator[None]:
             # Through .data: autograd may have saved the buffer, whose values are the same again.
             buffer.data.copy_(value)
             module._buffers[name] = buffer
+
+
+def _copies(buffers: Buffers, known: dict[int, Tensor]) -> Buffers:
+    """Returns copies; of one buffer, by its id in ``known``, there is one: shared ones stay shared."""
+    for buffer in buffers.values():
+        if buffer is not None and id(buffer) not in known:
+            known[id(buffer)] = buffer.detach().clone()
+    return {name: None if b is None else known[id(b)] for name, b in buffers.items()}
+
+
+def _is_small(module: nn.Module) -> bool:
+    own = [b for b in module._buffers.values() if b is not None]
+    return sum(b.nbytes if b.layout == torch.strided else 0 for b in own) <= _SMALL_BYTES
 
 
 def _marks(module: nn.Module) -> list[tuple[Tensor, int]]:

@@ -76,7 +76,8 @@ def _telling_mistakes() -> Iterator[None]:
 
 def _report(schedule: Schedule, timeline: Timeline) -> str:
     ranks = range(schedule.num_ranks)
-    bubbles = [timeline.bubble(rank) / timeline.makespan for rank in ranks]
+    makespan = timeline.makespan or 1.0  # where nothing takes any time
+    bubbles = [timeline.bubble(rank) / makespan for rank in ranks]
     peaks = [timeline.peak_activations(rank) for rank in ranks]
     sizes = (
         f"{schedule.num_ranks} ranks, {schedule.num_stages} stages, "
@@ -84,7 +85,7 @@ def _report(schedule: Schedule, timeline: Timeline) -> str:
     )
     return "\n".join(
         [
-            timeline.grid(timeline.makespan / WIDTH).rstrip(),
+            timeline.grid(makespan / WIDTH).rstrip(),
             "",
             f"{sizes}; valid",
             f"makespan          {timeline.makespan:g}",

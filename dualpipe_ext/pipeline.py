@@ -538,7 +538,8 @@ class Pipeline(nn.Module):
         return_outputs: bool,
     ) -> Step:
         plan.batch.check(inputs, labels, criterion, training)
-        save_where_compiled(self._local.modules)
+        if self.config.memory_optimization != "none":
+            save_where_compiled(self._local.modules)
         modules = dict(zip(self.stages, self.module, strict=True))
         seed, number, device = self.config.seed or 0, self._num_steps, self._local.device
 

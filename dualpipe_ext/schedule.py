@@ -174,6 +174,7 @@ class Schedule:
         text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets begin with a mark
         if num_stages is None:
             num_stages = len(text.rstrip().splitlines()) * (2 if placement == "v" else 1)
+        _check_sizes(num_stages=num_stages)
         schedule = cls(_C.schedule_from_csv(text, placement, num_stages))
         schedule._native.name = Path(path).stem
         schedule.verify()
@@ -262,9 +263,9 @@ class Schedule:
     def verify(self) -> None:
         """Proves that the schedule is valid.
 
-        Every stage has one F and one B (or I and W) for each micro-batch, on the right rank, after
-        everything it depends on; if it has forwards alone, one F. If there are messages, each channel also sends and receives in the
-        same order, and no rank waits forever.
+        Every stage has one F and one B (or I and W) for each micro-batch, or one F alone in a schedule
+        for inference, on the right rank, after everything it depends on. If there are messages, each
+        channel also sends and receives in the same order, and no rank waits forever.
 
         Raises:
             ScheduleError: names the first few violations and draws the place of the first one.
@@ -348,17 +349,18 @@ def plan(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int 
         ScheduleError: an unknown name, or sizes that the schedule does not support.
         TypeError: a size is not an int.
     """
-    sizes = {
-        "num_ranks": num_ranks,
-        "num_microbatches": num_microbatches,
-        "stages_per_rank": stages_per_rank,
-    }
+    _check_sizes(
+        num_ranks=num_ranks, num_microbatches=num_microbatches, stages_per_rank=stages_per_rank
+    )
+    return Schedule(_C.plan_schedule(name, num_ranks, num_microbatches, stages_per_rank))
+
+
+def _check_sizes(**sizes: int) -> None:
     for size, value in sizes.items():
         if not isinstance(value, SupportsIndex) or isinstance(value, bool):
             raise TypeError(f"{size}={value!r}: it must be an int")
         if abs(index(value)) >= 1 << 31:
             raise ScheduleError(f"{size}={value} is too large: sizes have 31 bits")
-    return Schedule(_C.plan_schedule(name, num_ranks, num_microbatches, stages_per_rank))
 
 
 def parse_action(text: str) -> list[Action]:

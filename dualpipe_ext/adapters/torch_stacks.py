@@ -55,11 +55,12 @@ def _encode(
     is_causal: bool | None = None,
 ) -> fx.Proxy:
     output = src
+    causal = _causal(self, mask, is_causal, src)
     for layer in self.layers:
         output = layer(
             output,
             src_mask=mask,
-            is_causal=_causal(self, mask, is_causal, src),
+            is_causal=causal,
             src_key_padding_mask=src_key_padding_mask,
         )
     return output if self.norm is None else self.norm(output)
@@ -77,6 +78,7 @@ def _decode(
     memory_is_causal: bool = False,
 ) -> fx.Proxy:
     output = tgt
+    causal = _causal(self, tgt_mask, tgt_is_causal, tgt)
     for layer in self.layers:
         output = layer(
             output,
@@ -85,16 +87,16 @@ def _decode(
             memory_mask=memory_mask,
             tgt_key_padding_mask=tgt_key_padding_mask,
             memory_key_padding_mask=memory_key_padding_mask,
-            tgt_is_causal=_causal(self, tgt_mask, tgt_is_causal, tgt),
+            tgt_is_causal=causal,
             memory_is_causal=memory_is_causal,
         )
     return output if self.norm is None else self.norm(output)
 
 
 def _causal(
-    stack: Any, mask: fx.Proxy | None, is_causal: bool | None, queries: fx.Proxy
+    stack: Any, mask: fx.Proxy | Tensor | None, is_causal: bool | None, queries: fx.Proxy
 ) -> bool | fx.Proxy:
     if is_causal is not None or mask is None:
         return bool(is_causal)
     arguments = (mask, queries, stack.layers[0].self_attn.batch_first)
-    return mask.tracer.create_proxy("call_function", is_causal_mask, arguments, {})
+    return queries.tracer.create_proxy("call_function", is_causal_mask, arguments, {})

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import linecache
-import re
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -106,7 +106,6 @@ def _trace(model: nn.Module, layers: Sequence[str], inputs: Sequence[str], train
             _refill(container, content)
 
 
-_CHECK = re.compile(r"(?P<statement>assert|(el)?if)\b[\s(]*(?P<negation>not\b)?")
 _STORES = ("_parameters", "_buffers", "_modules")
 
 
@@ -220,14 +219,31 @@ def _outcome_of_check() -> bool | None:
                 linecache.getline(frame.filename, number).strip()
                 for number in ((frame.lineno or 0), (frame.lineno or 0) + 1)
             )
-            found = _CHECK.match(line)
-            if found is None:
-                return None
-            is_negated = found["negation"] is not None
-            if found["statement"] == "assert":
-                return not is_negated
-            return is_negated if following.startswith("raise ") else None
+            return _passing(line, following)
     return None
+
+
+def _passing(line: str, following: str) -> bool | None:
+    """Returns what the terms of a check must be for it to pass; ``None``: it is no check.
+
+    Each term of a compound condition is asked for by itself, and which one it is, is not known. One
+    with negated terms is refused where this outcome does not let it pass.
+    """
+    if line.startswith(("assert ", "assert(")):
+        return not _is_negated(line)
+    if line.startswith(("if ", "if(", "elif ", "elif(")) and following.startswith("raise "):
+        return _is_negated(f"{line.removeprefix('el')}\n pass")
+    return None
+
+
+def _is_negated(statement: str) -> bool:
+    """Whether the whole condition is negated; not if its text goes on on the next line."""
+    try:
+        (check,) = ast.parse(statement).body
+    except SyntaxError:
+        return False
+    condition = getattr(check, "test", None)
+    return isinstance(condition, ast.UnaryOp) and isinstance(condition.op, ast.Not)
 
 
 @contextmanager

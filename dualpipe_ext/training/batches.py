@@ -155,11 +155,20 @@ def in_step(batches: Iterable[Any], group: PipelineGroup, timeout: float) -> Ite
     found: list[Any] = []
 
     def read() -> float:
-        found[:] = islice(given, 1)
+        try:
+            found[:] = islice(given, 1)
+        except Exception:
+            raise
+        except BaseException as error:  # Ctrl-C, say, of which the others must hear as well
+            raise _InterruptedError(repr(error)) from error
         return float(len(found))
 
     for number in count():
-        counts = gather_numbers(group, timeout, read, f"could not read batch {number}")
+        try:
+            counts = gather_numbers(group, timeout, read, f"could not read batch {number}")
+        except _InterruptedError as told:
+            assert told.__cause__ is not None
+            raise told.__cause__ from None
         if not any(counts):
             return
         if not all(counts):
@@ -168,6 +177,10 @@ def in_step(batches: Iterable[Any], group: PipelineGroup, timeout: float) -> Ite
                 f"rank {counts.index(1)}; give every rank the same batches"
             )
         yield found[0]
+
+
+class _InterruptedError(Exception):
+    """What is no ``Exception`` came while a batch was read."""
 
 
 def fingerprint(batch: Batch) -> float:

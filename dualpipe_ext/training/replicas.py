@@ -113,7 +113,7 @@ class Replicas(ReplicaRanks):
         Such buffers are the statistics of batch norms. What is evaluated or saved must not depend
         on the copy.
         """
-        pipeline.sync_buffers()
+        self.together(pipeline.sync_buffers)
         average_over(self.group, pipeline.buffers())
 
 

@@ -184,6 +184,39 @@ def test_causal_masks_are_recognized(dtype: torch.dtype, batch_first: bool) -> N
     assert not is_causal_mask(mask.expand(2, TIME, TIME), x, batch_first)
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+def test_torchs_transformer_may_have_the_sequence_first() -> None:
+    model = seeded(lambda: nn.Transformer(WIDTH, 2, 1, 4, dim_feedforward=8, dropout=0.0))
+    source, target = torch.randn(2, TIME, 3, WIDTH)
+    with torch.no_grad():
+        expected = outputs_of(model(source, target))
+    check_chained(get_model_adapter(model).partition(2), (source, target), expected)
+
+
+class ConstantMask(nn.Module):
+    """An encoder whose mask is made once, and is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            WIDTH, 2, 8, dropout=0.0, norm_first=True, batch_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        self.mask = nn.Transformer.generate_square_subsequent_mask(TIME)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.encoder(x, self.mask)
+        return y
+
+
+def test_a_mask_may_be_a_constant() -> None:
+    model = seeded(ConstantMask)
+    x = torch.randn(2, TIME, WIDTH)
+    with torch.no_grad():
+        expected = outputs_of(model(x))
+    check_chained(get_model_adapter(model).partition(2), (x,), expected)
+
+
 def test_optional_inputs_can_be_taken() -> None:
     model = seeded(GPT)
     adapter = TransformerLayerAdapter(model, blocks="blocks", inputs=("text", "targets"))

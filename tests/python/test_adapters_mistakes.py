@@ -212,7 +212,7 @@ def test_a_model_that_assigns_is_refused_and_left_as_it_was(what: str) -> None:
     copy.deepcopy(model)
 
 
-@pytest.mark.parametrize("check", range(4))
+@pytest.mark.parametrize("check", range(5))
 def test_checks_count_as_passed(check: int) -> None:
     class Checked(nn.Module):
         def __init__(self) -> None:
@@ -229,6 +229,9 @@ def test_checks_count_as_passed(check: int) -> None:
                 case 2:
                     if not (x.sum() < 100 and x.sum() > 0):
                         raise ValueError("too little or too much")
+                case 4:
+                    if not self.blocks and x.sum() > 100:
+                        raise ValueError("too much")
                 case 3:
                     if x.sum() > 100 or x.sum() < 0:
                         raise ValueError("too little or too much")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +16,7 @@ from test_training_mistakes import LABELS, TEXT
 from test_training_mistakes import make as make_training
 from torch import nn
 
-from dualpipe_ext import _C, DualPipe, DualPipeConfig
+from dualpipe_ext import _C, DualPipe, DualPipeConfig, PipelineError
 from dualpipe_ext.groups import resolve_group
 from dualpipe_ext.testing import run_ranks
 
@@ -121,6 +122,30 @@ def test_an_update_that_was_torn_on_one_rank_is_not_saved(tmp_path: Path) -> Non
         assert outcome.error == ("ValueError" if rank == CULPRIT else "PipelineError")
         assert "load_checkpoint() first" in outcome.text
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_in_a_loader_is_told(tmp_path: Path) -> None:
+    def loader(rank: int) -> Iterator[Any]:
+        yield TEXT, LABELS
+        if rank == CULPRIT:
+            raise KeyboardInterrupt
+        yield TEXT, LABELS
+
+    def rank_fn(rank: int, num_ranks: int) -> Outcome:
+        training = make_training(config=CONFIG)
+        try:
+            training.evaluate(loader(rank))
+        except KeyboardInterrupt:
+            return Outcome(error="KeyboardInterrupt")
+        except PipelineError as error:
+            return Outcome(error="PipelineError", text=str(error))
+        return Outcome()
+
+    start = time.monotonic()
+    own, other = (run_ranks(rank_fn, 2, timeout=60.0)[rank] for rank in (CULPRIT, 1 - CULPRIT))
+    assert own.error == "KeyboardInterrupt"
+    assert other.error == "PipelineError" and "KeyboardInterrupt()" in other.text, other
+    assert time.monotonic() - start < 15.0
 
 
 def test_a_checkpoint_on_one_rank_alone_is_told_at_once(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualpipe_ext import DualPipe, DualPipeConfig, PipelineError, TrainingWrapper
+from dualpipe_ext import DualPipe, DualPipeConfig, Pipeline, PipelineError, TrainingWrapper
 from dualpipe_ext.testing import run_ranks
 
 Memory = Literal["none", "activation_checkpoint"]
@@ -85,6 +85,32 @@ class Spectral(nn.Module):
         return y
 
 
+class Untraced(nn.Module):
+    """Changes buffers in ways that leave no trace in their versions, and makes one in a forward."""
+
+    average: Tensor
+    mean: Tensor
+    variance: Tensor
+    made: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("average", torch.zeros(WIDTH))
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("variance", torch.ones(WIDTH))
+        self.inner = nn.Module()
+        self.inner.register_buffer("made", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.inner.get_buffer("made") if self.inner._buffers["made"] is not None else None
+        y: Tensor = self.linear(x - self.average) * (1.0 if made is None else made)
+        y = F.batch_norm(y - self.mean, self.mean, self.variance, training=True)
+        self.inner._buffers["made"] = torch.full((), 1.5)
+        self.average.data.mul_(0.5).add_(x.detach().mean(0), alpha=0.5)
+        return y.tanh() + self.average
+
+
 class Late(nn.Module):
     """Changes a large buffer, and not from the beginning."""
 
@@ -120,7 +146,7 @@ def state_after_steps(stage: nn.Module, memory: Memory) -> list[dict[str, Tensor
 
 
 @pytest.mark.filterwarnings("ignore:.*running_mean:UserWarning")
-@pytest.mark.parametrize("kind", [Normed, Counting, Centered, Spectral])
+@pytest.mark.parametrize("kind", [Normed, Counting, Centered, Spectral, Untraced])
 def test_buffers_of_a_loop_by_hand(kind: type[nn.Module]) -> None:
     stage = kind()
     plain = state_after_steps(stage, "none")
@@ -128,6 +154,31 @@ def test_buffers_of_a_loop_by_hand(kind: type[nn.Module]) -> None:
         assert found.keys() == plain[rank].keys()
         for name, value in found.items():
             assert torch.equal(value, plain[rank][name]), (rank, name)
+
+
+def test_a_graph_that_is_kept_is_recomputed_twice() -> None:
+    """By a hook that differentiates before the step does."""
+
+    def rank_fn(rank: int, num_ranks: int, memory: Memory) -> dict[str, Tensor]:
+        config = DualPipeConfig(memory_optimization=memory, split_weight_gradients=False)
+        model = Pipeline([copy.deepcopy(stage)], "1f1b", config=config)
+        parameters = list(model.parameters())
+
+        def differentiate(loss: Tensor, _: int) -> None:
+            torch.autograd.grad(loss, parameters, retain_graph=True)
+
+        model.register_before_backward_hook(differentiate)
+        x = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(0))
+        model.step(x, num_chunks=4, criterion=F.mse_loss, labels=(x.sin(),))
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    stage = Centered()
+    (plain,), (found,) = (
+        run_ranks(rank_fn, 1, args=(m,)) for m in ("none", "activation_checkpoint")
+    )
+    assert found.keys() == plain.keys() and plain
+    for name, value in found.items():
+        assert torch.equal(value, plain[name]), name
 
 
 def test_a_change_that_cannot_be_foreseen_is_refused() -> None:

@@ -25,6 +25,9 @@ def test_a_plan_is_shown_and_written(tmp_path: Path) -> None:
     assert f"bubble by rank    {timeline.bubble(0) / timeline.makespan:.1%}, " in result.output
     assert "live activations  5, 5, 5, 5" in result.output
 
+    nothing = ("--forward", 0, "--backward-input", 0, "--backward-weight", 0)
+    assert "makespan          0\n" in run("plan", "1f1b", 2, 4, *nothing).output
+
     verified = run("verify", path, "--placement", "bidirectional")
     assert verified.exit_code == 0, verified.output
     assert "4 ranks, 4 stages, 8 micro-batches; valid" in verified.output
@@ -40,6 +43,7 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
         (("verify", broken), "1I0 is missing"),
         (("verify", tmp_path / "none.csv"), "No such file"),
         (("verify", broken, "--placement", "x"), 'placement is "x"'),
+        (("verify", broken, "--num-stages", 2**40), "is too large"),
     ):
         result = run(*arguments)
         assert result.exit_code == 1, result.output
