@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ class Pipeline(nn.Module):
             local.source, self.rank, local.lookahead, local.overlapped.function is not None
         )
         self._num_steps = 0
-        self._in_step = threading.Lock()
+        self._is_exchanging = threading.Lock()
         self._unsummed = UnsummedGradients(local.mirrors)
         self._frozen = FrozenWatch(is_told=local.is_first_with_losses)
         collect(self.group, self.config.timeout, self._make_engine, _FAILURE)
@@ -219,15 +219,21 @@ class Pipeline(nn.Module):
             PipelineError: a stage raised (the cause is chained), or another rank failed. The step
                 failed on every rank and gradients are undefined (zero them); the next step works.
         """
-        if not self._in_step.acquire(blocking=False):
+        with self._alone("step()"):
+            return self._step(inputs, num_chunks, criterion, labels, return_outputs, sync_gradients)
+
+    @contextmanager
+    def _alone(self, call: str) -> Iterator[None]:
+        """Refuses calls that exchange something while another one does."""
+        if not self._is_exchanging.acquire(blocking=False):
             raise ValueError(
-                "step() was called within a step, from a stage, criterion or hook, or by another "
-                "thread; call it after the step has returned"
+                f"{call} was called within a step, from a stage, criterion or hook, or by another "
+                f"thread; call it after the step has returned"
             )
         try:
-            return self._step(inputs, num_chunks, criterion, labels, return_outputs, sync_gradients)
+            yield
         finally:
-            self._in_step.release()
+            self._is_exchanging.release()
 
     def _step(
         self,
@@ -264,7 +270,7 @@ class Pipeline(nn.Module):
         if training and not sum_within:
             self._unsummed.add()
             if sync_gradients:
-                self.sync_gradients()
+                self._sum_gradients()
         elif training:
             self._unsummed.note_sum()
         record_step(self, training)
@@ -294,6 +300,10 @@ class Pipeline(nn.Module):
         Call it on every rank, after the last :meth:`step` of an accumulation. It does nothing if
         stages have one copy. A gradient that is ``None`` on both copies stays ``None``.
         """
+        with self._alone("sync_gradients()"):
+            self._sum_gradients()
+
+    def _sum_gradients(self) -> None:
         if self._exchanges is not None:
             self._exchanges.sum_gradients(lambda: self._unsummed.warn_if_summed(self.rank))
             self._unsummed.note_sum()
@@ -309,7 +319,8 @@ class Pipeline(nn.Module):
         Raises:
             PipelineError: a message of the last step failed on any rank.
         """
-        self._engine.synchronize()
+        with self._alone("synchronize()"):
+            self._engine.synchronize()
 
     def mark_gradients_summed(self) -> None:
         """Notes that gradients are summed, for loops that sum all copies of a stage themselves."""
@@ -321,7 +332,8 @@ class Pipeline(nn.Module):
         The first copy of stage s is the one on rank s. Called at construction by default.
         """
         if self._exchanges is not None:
-            self._exchanges.copy()
+            with self._alone("sync_parameters()"):
+                self._exchanges.copy()
             self._unsummed.note_copy()
 
     def check_copies(self) -> None:
@@ -348,7 +360,8 @@ class Pipeline(nn.Module):
         saving. It does nothing if stages have one copy.
         """
         if self._exchanges is not None:
-            self._exchanges.average_buffers()
+            with self._alone("sync_buffers()"):
+                self._exchanges.average_buffers()
 
     def swap_with_mirror(self, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
         """Sends tensors to the rank that holds the other copies; returns what that rank sends.
@@ -366,7 +379,8 @@ class Pipeline(nn.Module):
             raise ValueError(
                 f"{self._local.source.name} has one copy of each stage: there are no mirrors"
             )
-        return self._exchanges.swap(tensors, like)
+        with self._alone("swap_with_mirror()"):
+            return self._exchanges.swap(tensors, like)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clips the gradients of the whole model by their norm; returns the norm before clipping.

@@ -203,8 +203,9 @@ def test_steps_of_two_threads_exclude_each_other() -> None:
         other = threading.Thread(target=step)
         other.start()
         assert within.wait(20.0)
-        with pytest.raises(ValueError, match="or by another thread"):
-            step()
+        for call in (step, pipeline.synchronize):
+            with pytest.raises(ValueError, match="or by another thread"):
+                call()
         may_end.set()
         other.join()
         assert pipeline.num_steps == 1
